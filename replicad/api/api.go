@@ -1,0 +1,127 @@
+// Package api is the daemon's local control interface: HTTP with JSON on a
+// unix socket that only root may open. Client and server stand side by side,
+// and everything that crosses is a value of package status or of this file.
+//
+// Long actions answer with a stream of Event lines, one JSON object each; the
+// last one has Done set and carries the outcome. Closing the connection does
+// not stop an action that has begun: plans are journalled and run to an end.
+//
+// Errors are wire.Error values on both sides, so that a caller can branch on
+// the kind and show the hint.
+package api
+
+import (
+	"context"
+	"time"
+
+	"kvmreplica/replicad/status"
+	"kvmreplica/replicad/wire"
+)
+
+// Verb names an action.
+type Verb string
+
+// The actions.
+const (
+	VMEnable   Verb = "vm-enable"
+	VMDisable  Verb = "vm-disable"
+	VMPause    Verb = "vm-pause"
+	VMResume   Verb = "vm-resume"
+	VMSync     Verb = "vm-sync"   // one cycle now
+	VMResync   Verb = "vm-resync" // compare everything by digest, send what differs
+	VMStart    Verb = "vm-start"
+	Planned    Verb = "failover-planned"
+	Unplanned  Verb = "failover-unplanned"
+	Reverse    Verb = "failover-reverse"
+	PlanResume Verb = "failover-resume"
+	PlanUndo   Verb = "failover-take-back"
+	PeerTest   Verb = "peer-test"
+)
+
+// Action asks the daemon to do something to a VM (or a peer). Fields that a
+// verb does not use must be zero.
+type Action struct {
+	Verb      Verb          `json:"verb"`
+	VM        string        `json:"vm,omitempty"`   // name or UUID
+	Peer      string        `json:"peer,omitempty"` // name or host id
+	Interval  time.Duration `json:"interval_ns,omitempty"`
+	Disks     []string      `json:"disks,omitempty"` // empty = all that can be protected
+	DryRun    bool          `json:"dry_run,omitempty"`
+	Force     bool          `json:"force,omitempty"`
+	NoStart   bool          `json:"no_start,omitempty"`
+	NoReverse bool          `json:"no_reverse,omitempty"`
+	Delete    bool          `json:"delete,omitempty"`     // disable: also delete the replica's data
+	Timeout   time.Duration `json:"timeout_ns,omitempty"` // guest shutdown deadline
+	OnSilent  string        `json:"on_silent_peer,omitempty"`
+	Reason    string        `json:"reason,omitempty"`
+}
+
+// Event is one line of an action's answer.
+type Event struct {
+	Step   *wire.Step  `json:"step,omitempty"`   // a step began (Result empty) or ended
+	Undo   bool        `json:"undo,omitempty"`   // the step is being taken back
+	Check  *wire.Check `json:"check,omitempty"`  // one prerequisite
+	Note   string      `json:"note,omitempty"`   // a line for people
+	VM     *status.VM  `json:"vm,omitempty"`     // the relationship afterwards
+	Error  *wire.Error `json:"error,omitempty"`  // with Done: the action failed
+	Done   bool        `json:"done,omitempty"`   // last line
+	Asking *Question   `json:"asking,omitempty"` // the action needs a decision; it ended, repeat it with the flag
+}
+
+// Question is a decision only a person can take.
+type Question struct {
+	Text string `json:"text"`
+	Flag string `json:"flag"` // repeat the command with this flag to say yes
+}
+
+// InviteRequest opens the door for one pairing.
+type InviteRequest struct {
+	TTL     time.Duration `json:"ttl_ns"`
+	MaySend bool          `json:"may_send"` // the joiner may replicate VMs to this host
+	Root    string        `json:"storage_root,omitempty"`
+	MaxVMs  int           `json:"max_vms,omitempty"`
+	Limit   int64         `json:"max_bytes,omitempty"`
+}
+
+// InviteReply is what the other host needs.
+type InviteReply struct {
+	Code    string    `json:"code"`
+	Address string    `json:"address"`
+	Expires time.Time `json:"expires"`
+}
+
+// JoinRequest uses an invitation.
+type JoinRequest struct {
+	Address string `json:"address"`
+	Code    string `json:"code"`
+	MaySend bool   `json:"may_send"` // the inviter may replicate VMs to this host
+	Root    string `json:"storage_root,omitempty"`
+	MaxVMs  int    `json:"max_vms,omitempty"`
+	Limit   int64  `json:"max_bytes,omitempty"`
+}
+
+// AllowRequest changes what a paired host may do here.
+type AllowRequest struct {
+	Peer    string `json:"peer"`
+	MaySend bool   `json:"may_send"`
+	Root    string `json:"storage_root,omitempty"`
+	MaxVMs  int    `json:"max_vms,omitempty"`
+	Limit   int64  `json:"max_bytes,omitempty"`
+}
+
+// Backend is what the server needs of the daemon. Every method may be called
+// concurrently; errors are *wire.Error where a kind matters.
+type Backend interface {
+	Host(ctx context.Context) (status.Host, error)
+	VMs(ctx context.Context) ([]status.VM, error)
+	VM(ctx context.Context, name string) (status.VM, error)
+	Peers(ctx context.Context) ([]status.Peer, error)
+	Invite(ctx context.Context, r InviteRequest) (InviteReply, error)
+	Join(ctx context.Context, r JoinRequest) (status.Peer, error)
+	Allow(ctx context.Context, r AllowRequest) error
+	RemovePeer(ctx context.Context, name string) error
+	// Act runs an action to its end, calling emit for every event but the last.
+	Act(ctx context.Context, a Action, emit func(Event)) error
+	// Doctor checks the host against the list of good practice.
+	Doctor(ctx context.Context) ([]wire.Check, error)
+}

@@ -1,0 +1,276 @@
+// Package failover executes role changes, enabling and disabling as journalled
+// plans: short lists of named steps, each idempotent, each with a defined way
+// back.
+//
+// It guarantees that before a step runs its name is durable, that after it ran
+// that too is durable, and that a plan interrupted anywhere is found again by
+// Load with everything needed to continue it or to take it back. It knows
+// nothing of libvirt, peers or stores: the steps do.
+//
+// Callers must make every Do and Undo safe to repeat (a crash may fall between
+// the act and its record), must not run two plans of one VM at once, and must
+// rebuild the same steps for the same kind after a restart.
+package failover
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"time"
+
+	"kvmreplica/internal/fsx"
+	"kvmreplica/replicad/wire"
+)
+
+// Kind names a plan; it is stored in the journal.
+type Kind string
+
+// The plans.
+const (
+	Enable    Kind = "enable"
+	Disable   Kind = "disable"
+	Planned   Kind = "planned"   // this host is the primary and gives up the role
+	Promote   Kind = "promote"   // this host is the replica and takes over, asked by the primary
+	Unplanned Kind = "unplanned" // this host is the replica and takes over alone
+	Reverse   Kind = "reverse"   // after an unplanned failover: replicate back
+)
+
+// Step is one act of a plan.
+type Step struct {
+	// Name is stable: it stands in journals.
+	Name string
+	// Title is what a person reads, in the present tense.
+	Title string
+	// Do performs the step and returns a short detail for display. It must be
+	// idempotent.
+	Do func(ctx context.Context) (detail string, err error)
+	// Undo takes the step back; nil when there is nothing to take back. It is
+	// also called when Do failed half-way, and must cope with "never done".
+	Undo func(ctx context.Context) error
+	// Commit marks the point of no return: once this step has begun the plan
+	// can only be continued.
+	Commit bool
+}
+
+// Phase of a plan in its journal.
+type Phase string
+
+// The phases.
+const (
+	Running Phase = "running" // or interrupted, when nobody runs it
+	Undoing Phase = "undoing"
+	Done    Phase = "done"
+	Undone  Phase = "undone"
+)
+
+// Journal is the durable state of one plan.
+type Journal struct {
+	Version   int
+	Kind      Kind
+	Request   string // correlation id, the same on both hosts
+	Phase     Phase
+	Begun     string   // the step that was last begun, "" before the first
+	Finished  []string // steps that ended, in order
+	Committed bool     // a step marked Commit has begun
+	Failure   string   `json:",omitempty"` // why it stopped or is being undone
+	Started   time.Time
+	// Vars are the plan's own values (choices, positions, generations) that
+	// its steps need after a restart.
+	Vars json.RawMessage
+}
+
+// Event reports progress of a run: a step began (Result empty) or ended.
+type Event struct {
+	wire.Step
+	Index, Total int
+	Undo         bool
+}
+
+// Runner executes one plan over one journal file.
+type Runner struct {
+	FS    fsx.FS
+	Path  string // journal file, e.g. "plan.json"
+	Now   func() time.Time
+	Event func(Event) // may be nil
+
+	j Journal
+}
+
+const journalVersion = 1
+
+// maxJournal bounds what Load reads.
+const maxJournal = 1 << 20
+
+// ErrInterrupted says that a plan is in the journal and has not ended.
+var ErrInterrupted = errors.New("a plan was interrupted")
+
+// Load reads the journal. It returns nil without error when there is none or
+// when the last plan ended.
+func Load(fsys fsx.FS, path string) (*Journal, error) {
+	b, err := fsx.ReadFile(fsys, path, maxJournal)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read plan journal: %w", err)
+	}
+	var j Journal
+	if err := json.Unmarshal(b, &j); err != nil {
+		return nil, fmt.Errorf("read plan journal %s: %w (move the file away only after `replicactl vm status` shows both roles)", path, err)
+	}
+	if j.Version != journalVersion {
+		return nil, fmt.Errorf("plan journal %s has version %d, this build knows %d", path, j.Version, journalVersion)
+	}
+	if j.Phase == Done || j.Phase == Undone {
+		return nil, nil
+	}
+	return &j, nil
+}
+
+// Begin starts a new plan; vars is stored for a later Continue. It refuses
+// with ErrInterrupted while an earlier plan has not ended.
+func (r *Runner) Begin(kind Kind, request string, vars any) error {
+	old, err := Load(r.FS, r.Path)
+	if err != nil {
+		return err
+	}
+	if old != nil {
+		return fmt.Errorf("%s (%s): %w", old.Kind, old.Request, ErrInterrupted)
+	}
+	raw, err := json.Marshal(vars)
+	if err != nil {
+		return fmt.Errorf("store plan values: %w", err)
+	}
+	r.j = Journal{Version: journalVersion, Kind: kind, Request: request, Phase: Running, Started: r.Now(), Vars: raw}
+	return r.save()
+}
+
+// Resume takes up the journal found by Load.
+func (r *Runner) Resume(j *Journal) { r.j = *j }
+
+// SetVars replaces the plan's values; durable when it returns.
+func (r *Runner) SetVars(vars any) error {
+	raw, err := json.Marshal(vars)
+	if err != nil {
+		return fmt.Errorf("store plan values: %w", err)
+	}
+	r.j.Vars = raw
+	return r.save()
+}
+
+// Journal returns a copy of the current state.
+func (r *Runner) Journal() Journal { return r.j }
+
+// Run executes the steps that have not finished, in order. When one fails and
+// the plan is not committed, everything begun is taken back in reverse order
+// and the failure is returned; when it is committed, the plan stays in the
+// journal to be continued. A cancelled ctx counts as a failure of the step.
+func (r *Runner) Run(ctx context.Context, steps []Step) error {
+	if r.j.Phase == Undoing {
+		return r.TakeBack(ctx, steps, errors.New(r.j.Failure))
+	}
+	for i := range steps {
+		s := &steps[i]
+		if r.finished(s.Name) {
+			continue
+		}
+		r.j.Begun, r.j.Failure = s.Name, ""
+		r.j.Committed = r.j.Committed || s.Commit
+		if err := r.save(); err != nil {
+			return err
+		}
+		if err := r.do(ctx, s, i, len(steps)); err != nil {
+			err = fmt.Errorf("%s: %w", s.Title, err)
+			if r.j.Committed {
+				r.j.Failure = err.Error()
+				return errors.Join(err, r.save())
+			}
+			return r.TakeBack(context.WithoutCancel(ctx), steps, err)
+		}
+		r.j.Finished = append(r.j.Finished, s.Name)
+		if err := r.save(); err != nil {
+			return err
+		}
+	}
+	r.j.Phase = Done
+	return r.save()
+}
+
+func (r *Runner) do(ctx context.Context, s *Step, i, n int) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	begun := r.Now()
+	r.emit(Event{Step: wire.Step{Name: s.Title}, Index: i, Total: n})
+	detail, err := s.Do(ctx)
+	ev := Event{Step: wire.Step{Name: s.Title, Result: wire.OK, Detail: detail, Took: r.Now().Sub(begun)}, Index: i, Total: n}
+	if err != nil {
+		ev.Result, ev.Detail = wire.Failed, err.Error()
+	}
+	r.emit(ev)
+	return err
+}
+
+// ErrCommitted says that a plan passed its point of no return.
+var ErrCommitted = errors.New("the plan has passed its point of no return and can only be continued")
+
+// TakeBack undoes every begun step in reverse order and returns cause, joined
+// with what could not be undone; then the plan stays in the journal.
+func (r *Runner) TakeBack(ctx context.Context, steps []Step, cause error) error {
+	if r.j.Committed {
+		return ErrCommitted
+	}
+	r.j.Phase = Undoing
+	if cause != nil {
+		r.j.Failure = cause.Error()
+	}
+	if err := r.save(); err != nil {
+		return errors.Join(cause, err)
+	}
+	for i := len(steps) - 1; i >= 0; i-- {
+		s := &steps[i]
+		if s.Undo == nil || (!r.finished(s.Name) && r.j.Begun != s.Name) {
+			continue
+		}
+		begun := r.Now()
+		err := s.Undo(ctx)
+		ev := Event{Step: wire.Step{Name: s.Title, Result: wire.OK, Took: r.Now().Sub(begun)}, Index: i, Total: len(steps), Undo: true}
+		if err != nil {
+			ev.Result, ev.Detail = wire.Failed, err.Error()
+		}
+		r.emit(ev)
+		if err != nil {
+			return errors.Join(cause, fmt.Errorf("take back %q: %w", s.Title, err))
+		}
+	}
+	r.j.Phase = Undone
+	return errors.Join(cause, r.save())
+}
+
+func (r *Runner) finished(name string) bool {
+	for _, f := range r.j.Finished {
+		if f == name {
+			return true
+		}
+	}
+	return false
+}
+
+func (r *Runner) emit(e Event) {
+	if r.Event != nil {
+		r.Event(e)
+	}
+}
+
+func (r *Runner) save() error {
+	b, err := json.MarshalIndent(&r.j, "", "  ")
+	if err != nil {
+		return fmt.Errorf("write plan journal: %w", err)
+	}
+	if err := fsx.WriteAtomic(r.FS, r.Path, append(b, '\n')); err != nil {
+		return fmt.Errorf("write plan journal: %w", err)
+	}
+	return nil
+}

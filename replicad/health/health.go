@@ -1,0 +1,178 @@
+// Package health turns facts about one VM's replication into conditions with a
+// stable code, a severity, a sentence and a remedy.
+//
+// It is pure: Evaluate takes facts and the current time and returns the same
+// conditions every time. Every condition the product knows stands in this
+// package; a viewer needs no logic of its own.
+package health
+
+import (
+	"fmt"
+	"sort"
+	"time"
+)
+
+// Severity of a condition, and the rolled-up health of a VM.
+type Severity string
+
+// The severities, in order.
+const (
+	Normal   Severity = "normal"
+	Warning  Severity = "warning"
+	Critical Severity = "critical"
+)
+
+// rank orders severities.
+func (s Severity) rank() int {
+	switch s {
+	case Critical:
+		return 2
+	case Warning:
+		return 1
+	}
+	return 0
+}
+
+// Condition is one reason why a VM is not (quite) well.
+type Condition struct {
+	Code     string   `json:"code"` // stable
+	Severity Severity `json:"severity"`
+	Text     string   `json:"text"`   // one sentence
+	Remedy   string   `json:"remedy"` // the next command or action
+}
+
+// Facts are what Evaluate judges. Zero values mean "no".
+type Facts struct {
+	Name         string
+	Primary      bool // this host is the primary
+	Running      bool
+	Interval     time.Duration
+	Since        time.Time // when protection began
+	LastCommit   time.Time // last cut the replica holds; zero = none
+	Seeding      bool
+	Paused       bool
+	Verifying    string // reason of a digest pass
+	SuspectBytes int64
+	Diverged     string
+	Stopped      string // the session stopped for this reason and waits for the operator
+	LinkError    string // last error while trying to reach the peer
+	LinkSince    time.Time
+	Bypass       string // an export is missing from the guest's block graph
+	Overlay      string // a snapshot lies above our export
+	DataPlane    string // the data plane does not answer
+	NoReverse    bool   // failed over, nothing replicates back
+	Interrupted  string // an interrupted plan
+	StoreSuspect string // the replica image was touched from outside
+	Incomplete   bool   // replica holds no complete copy
+	Backlog      string // replica apply is late
+	TrackingLost string
+	NoSpace      string
+	Held         string // the VM is held back from starting
+}
+
+// Evaluate returns the conditions, worst first, and the worst severity.
+func Evaluate(f Facts, now time.Time) ([]Condition, Severity) {
+	var cs []Condition
+	add := func(code string, s Severity, remedy, format string, a ...any) {
+		cs = append(cs, Condition{Code: code, Severity: s, Text: fmt.Sprintf(format, a...), Remedy: remedy})
+	}
+	evaluateFaults(f, add)
+	if f.Primary {
+		evaluatePrimary(f, now, add)
+	} else {
+		evaluateReplica(f, now, add)
+	}
+	sort.SliceStable(cs, func(i, j int) bool { return cs[i].Severity.rank() > cs[j].Severity.rank() })
+	worst := Normal
+	if len(cs) > 0 {
+		worst = cs[0].Severity
+	}
+	return cs, worst
+}
+
+type adder func(code string, s Severity, remedy, format string, a ...any)
+
+// evaluateFaults are the conditions that hold on either side.
+func evaluateFaults(f Facts, add adder) {
+	if f.Diverged != "" {
+		add("diverged", Critical, "decide which side's changes are discarded: replicactl failover reverse "+f.Name,
+			"both hosts changed this VM independently: %s", f.Diverged)
+	}
+	if f.Interrupted != "" {
+		add("plan-interrupted", Critical, "replicactl failover resume "+f.Name+" (or take-back)", "%s", f.Interrupted)
+	}
+	if f.StoreSuspect != "" {
+		add("replica-suspect", Critical, "replicactl vm resync "+f.Name, "the replica image was changed from outside: %s", f.StoreSuspect)
+	}
+	if f.DataPlane != "" {
+		add("data-plane-down", Critical, "replicactl doctor; the guest waits for its disk", "the data plane does not answer: %s", f.DataPlane)
+	}
+	if f.NoSpace != "" {
+		add("no-space", Critical, "free space on the replica's storage root", "%s", f.NoSpace)
+	}
+	if f.Held != "" {
+		add("start-held", Critical, "replicactl vm start "+f.Name+" --force when the other copy is certainly stopped", "the VM is not started: %s", f.Held)
+	}
+}
+
+// lateness thresholds: as Hyper-V Replica, relative to the VM's own interval.
+const (
+	warnIntervals     = 3
+	criticalIntervals = 12
+	minPatience       = 15 * time.Second
+)
+
+func evaluatePrimary(f Facts, now time.Time, add adder) {
+	switch {
+	case f.NoReverse:
+		add("no-reverse", Critical, "replicactl failover reverse "+f.Name, "failed over; nothing replicates the VM any more")
+		return
+	case f.Stopped != "":
+		add("session-stopped", Critical, "replicactl vm resync "+f.Name, "replication has stopped: %s", f.Stopped)
+	case f.Paused:
+		add("paused", Warning, "replicactl vm resume "+f.Name, "replication is paused")
+	case f.Seeding:
+		add("seeding", Warning, "wait; replicactl vm watch "+f.Name, "the initial copy is not complete: the VM is not protected yet")
+	}
+	if f.Bypass != "" {
+		add("bypass", Critical, "replicactl vm resync "+f.Name, "the guest writes past the tracker: %s", f.Bypass)
+	}
+	if f.TrackingLost != "" {
+		add("tracking-lost", Critical, "check the state directory's disk", "changes cannot be recorded: %s", f.TrackingLost)
+	}
+	if f.Overlay != "" {
+		add("overlay", Warning, "finish the backup (blockcommit)", "a snapshot lies above the export: %s; replication stands still until it is committed", f.Overlay)
+	}
+	if f.Verifying != "" {
+		add("verifying", Warning, "wait; replicactl vm watch "+f.Name, "comparing %d MiB by digest: %s", f.SuspectBytes>>20, f.Verifying)
+	}
+	if f.LinkError != "" {
+		add("peer-unreachable", Warning, "replicactl peer test", "the replica host does not answer since %s: %s", f.LinkSince.Format(time.DateTime), f.LinkError)
+	}
+	lateness(f, now, add)
+}
+
+// lateness judges the age of the last committed cut.
+func lateness(f Facts, now time.Time, add adder) {
+	if f.Seeding || f.Paused || f.LastCommit.IsZero() {
+		return
+	}
+	age := now.Sub(f.LastCommit)
+	unit := max(f.Interval, time.Second)
+	switch {
+	case age > max(criticalIntervals*unit, 4*minPatience):
+		add("late", Critical, "replicactl vm status "+f.Name, "the last copy is %s old, the interval is %s", age.Round(time.Second), f.Interval)
+	case age > max(warnIntervals*unit, minPatience):
+		add("late", Warning, "replicactl vm status "+f.Name, "the last copy is %s old, the interval is %s", age.Round(time.Second), f.Interval)
+	}
+}
+
+func evaluateReplica(f Facts, now time.Time, add adder) {
+	if f.Incomplete {
+		add("incomplete", Warning, "wait for the initial copy", "the replica holds no complete copy yet")
+	}
+	if f.Backlog != "" {
+		add("backlog", Warning, "check the replica's storage", "applying is late: %s", f.Backlog)
+	}
+	lateness(f, now, add)
+}

@@ -1,0 +1,135 @@
+// Package status is plain data: the only thing the command line, the API and
+// the metrics see of a protected VM. Values are immutable snapshots; fields
+// are added, never renamed or given another meaning.
+package status
+
+import (
+	"time"
+
+	"kvmreplica/replicad/health"
+	"kvmreplica/replicad/wire"
+)
+
+// Role of a host for one VM.
+type Role string
+
+// The roles.
+const (
+	Primary Role = "primary"
+	Replica Role = "replica"
+	None    Role = "none"
+)
+
+// State of a VM's replication; the names are stable.
+type State string
+
+// The states.
+const (
+	Seeding     State = "seeding"
+	Replicating State = "replicating"
+	Behind      State = "behind"
+	Paused      State = "paused"
+	Verifying   State = "verifying"
+	Resyncing   State = "resyncing"
+	Preparing   State = "preparing-failover"
+	FailedOver  State = "failed-over"
+	Suspect     State = "suspect"
+	Unprotected State = "unprotected"
+	Diverged    State = "diverged"
+	Error       State = "error"
+)
+
+// VM is everything shown of one VM on one host.
+type VM struct {
+	Name       string             `json:"name"`
+	ID         wire.VMID          `json:"id"`
+	Role       Role               `json:"role"`
+	State      State              `json:"state"`
+	Health     health.Severity    `json:"health"`
+	Reason     string             `json:"reason,omitempty"` // one sentence: why it is not protected, or not normal
+	Conditions []health.Condition `json:"conditions,omitempty"`
+	Primary    string             `json:"primary"` // host names
+	Replica    string             `json:"replica"`
+	Peer       wire.HostID        `json:"peer"`
+	Running    bool               `json:"running"` // the guest runs on this host
+	Generation string             `json:"generation"`
+	Position   string             `json:"position"` // last committed position as this host knows it
+	Epoch      uint64             `json:"epoch"`
+	Interval   time.Duration      `json:"interval_ns"`
+	// LastCommit is the time of the last cut the replica holds; zero when none.
+	LastCommit time.Time `json:"last_commit"`
+	// RPO is the age of that cut now; negative when there is none.
+	RPO     time.Duration `json:"rpo_ns"`
+	Pending int64         `json:"pending_bytes"`
+	Job     *Job          `json:"job,omitempty"`
+	Disks   []Disk        `json:"disks"`
+	Stats   Stats         `json:"stats"`
+	Plan    *Plan         `json:"plan,omitempty"`
+}
+
+// Job is a long transfer in progress.
+type Job struct {
+	Phase string        `json:"phase"` // "seed", "delta", "verify", "apply"
+	Done  int64         `json:"done_bytes"`
+	Total int64         `json:"total_bytes"`
+	Rate  int64         `json:"rate_bytes_per_second"`
+	ETA   time.Duration `json:"eta_ns"` // negative when unknown
+}
+
+// Disk is one protected disk.
+type Disk struct {
+	Name    wire.DiskName `json:"name"`
+	Size    int64         `json:"size_bytes"`
+	Path    string        `json:"path"`
+	Pending int64         `json:"pending_bytes"`
+	Suspect int64         `json:"suspect_bytes,omitempty"` // still to be compared by digest
+}
+
+// Stats follow the names of Hyper-V Replica's measurements.
+type Stats struct {
+	Since          time.Time     `json:"since"`
+	Cycles         int64         `json:"cycles"`
+	CyclesMissed   int64         `json:"cycles_missed"`
+	Errors         int64         `json:"errors"`
+	AverageBytes   int64         `json:"average_bytes"`
+	LargestBytes   int64         `json:"largest_bytes"`
+	AverageLatency time.Duration `json:"average_latency_ns"`
+	RPOMedian      time.Duration `json:"rpo_median_ns"`
+	RPOMax         time.Duration `json:"rpo_max_ns"`
+	RawBytes       int64         `json:"raw_bytes"`  // changed bytes shipped, before compression
+	SentBytes      int64         `json:"sent_bytes"` // bytes on the wire
+	LastError      string        `json:"last_error,omitempty"`
+	Abandoned      int64         `json:"abandoned_epochs"`
+}
+
+// Plan is a running or interrupted plan.
+type Plan struct {
+	Kind        string    `json:"kind"`
+	Request     string    `json:"request"`
+	Step        string    `json:"step"`
+	Committed   bool      `json:"committed"`
+	Interrupted bool      `json:"interrupted"`
+	Failure     string    `json:"failure,omitempty"`
+	Started     time.Time `json:"started"`
+}
+
+// Peer is one paired host.
+type Peer struct {
+	Host      wire.HostID `json:"host"`
+	Name      string      `json:"name"`
+	Address   string      `json:"address"`
+	Reachable bool        `json:"reachable"`
+	LastSeen  time.Time   `json:"last_seen"`
+	MaySend   bool        `json:"may_send"` // it may replicate VMs to this host
+	Root      string      `json:"storage_root,omitempty"`
+}
+
+// Host is the daemon's own state.
+type Host struct {
+	Name      string      `json:"name"`
+	ID        wire.HostID `json:"id"`
+	Version   string      `json:"version"`
+	Listen    string      `json:"listen"`
+	Receiving bool        `json:"receiving"`
+	Libvirt   string      `json:"libvirt"`
+}
