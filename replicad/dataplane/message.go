@@ -1,0 +1,212 @@
+package dataplane
+
+import (
+	"time"
+
+	"kvmreplica/replicad/delta"
+	"kvmreplica/replicad/wire"
+)
+
+// Status is what the data plane says of itself.
+type Status struct {
+	VM      wire.VMID
+	PID     int
+	Started time.Time
+	// Instance is random per process: another value means that it restarted
+	// and every frozen epoch of before is gone.
+	Instance string
+	// Tracker is false until CreateTracker or an earlier run made one.
+	Tracker    bool
+	Generation delta.Generation
+	// Base is the durable base of the tracker; zero means seeding.
+	Base delta.Pos
+	// Acked is the last acknowledged position; zero = none known.
+	Acked delta.Pos
+	// Highest epoch number ever frozen in Generation.
+	Highest uint64
+	// Pending is what an epoch frozen now would carry, an upper bound in bytes.
+	Pending int64
+	// Suspect bytes are marked without proof of a change (after an unclean
+	// start); they are best compared before they are shipped.
+	Suspect int64
+	// Recovered says where the dirty set came from at the last open and why.
+	Recovered string
+	// TrackingLost is non-empty when changes cannot be recorded durably.
+	TrackingLost string
+	Sealed       bool
+	// Refuse is the durable reason why exports stay closed; empty = allowed.
+	Refuse string
+	Disks  []DiskStatus
+	// Frozen is the epoch held now, nil when none.
+	Frozen *Epoch
+	// Abandoned counts epochs given up for want of capture memory.
+	Abandoned int64
+}
+
+// DiskStatus is one disk's part.
+type DiskStatus struct {
+	Name     wire.DiskName
+	Size     int64
+	Pending  int64
+	Suspect  int64
+	Exported bool
+	QemuLock bool
+	// Clients is the number of open NBD connections, ClientPID the process
+	// behind them (0 = none or unknown).
+	Clients   int
+	ClientPID int
+	Reads     int64
+	Writes    int64
+	ReadBytes int64
+	Written   int64
+	Flushes   int64
+	Errors    int64
+}
+
+// CreateRequest makes the tracker. It is refused when one exists with another
+// generation, and a no-op when it exists with this one.
+type CreateRequest struct {
+	Generation delta.Generation
+	// Base is what the marks are relative to; zero = seeding.
+	Base delta.Pos
+	// Parents are the ancestors of Generation, nearest first (stored for display
+	// and break-glass only).
+	Parents []delta.Pos `json:",omitempty"`
+	// DirtyAll marks everything (nothing is known of the difference).
+	DirtyAll bool
+	// Replace discards an existing tracker of another generation first (a role
+	// change: the caller has decided that its marks are taken over or void).
+	Replace bool
+	// Dirty are ranges to mark, e.g. those a failback must compare.
+	Dirty map[wire.DiskName][]wire.Range `json:",omitempty"`
+}
+
+// Epoch is one frozen cut.
+type Epoch struct {
+	Epoch      uint64
+	Generation delta.Generation
+	Nonce      uint64
+	Parent     delta.Pos
+	// Cut is when it was frozen (monotone within the process).
+	Cut time.Time
+	// Bytes in frozen granules, before compression; 0 = nothing changed.
+	Bytes int64
+	// Chunks the stream consists of, header and trailer excluded.
+	Chunks uint32
+	// Digest is known once every frame was produced.
+	Digest *delta.Digest `json:",omitempty"`
+	// Lost says why the epoch can no longer be captured; it must be abandoned.
+	Lost string `json:",omitempty"`
+}
+
+// Key names the attempt for the replica.
+func (e Epoch) Key(vm wire.VMID) wire.EpochKey {
+	return wire.EpochKey{VM: vm, Generation: e.Generation, Epoch: e.Epoch, Nonce: e.Nonce}
+}
+
+// FreezeRequest asks for a cut on top of Parent.
+type FreezeRequest struct {
+	// Parent is the replica's committed position; zero for the first epoch
+	// after seeding.
+	Parent delta.Pos
+}
+
+// Blob is one piece of firmware state shipped in the manifest.
+type Blob struct {
+	Name string // "nvram", "tpm"
+	Data []byte
+}
+
+// SeedEnd is what a finished seed stream covered.
+type SeedEnd struct {
+	Disk wire.DiskName
+	// Cursor is the offset behind the last chunk sent: the disk's size when it
+	// came to the end.
+	Cursor int64
+	// Sent counts content bytes that were not zero.
+	Sent int64
+}
+
+// RangesRequest lists dirty ranges of a disk from Offset on.
+type RangesRequest struct {
+	Disk   wire.DiskName
+	Offset int64
+	// Bytes bounds the sum of what is returned, Max the number of ranges.
+	Bytes int64
+	Max   int
+	// Suspect lists only what is marked without proof.
+	Suspect bool
+}
+
+// RangesReply lists them in ascending order. Next is where to go on; Done says
+// that nothing follows.
+type RangesReply struct {
+	Ranges []wire.Range
+	Next   int64
+	Done   bool
+}
+
+// CompareRequest opens a window: the ranges are read and hashed while every
+// write into them is noticed. One window may be open at a time; opening one
+// closes the other without effect.
+type CompareRequest struct {
+	Disk   wire.DiskName
+	Key    [32]byte
+	Ranges []wire.Range // at most wire.MaxDigestRanges, at most 1 MiB each
+}
+
+// CompareReply is what the live image holds.
+type CompareReply struct {
+	Window  uint64
+	Digests [][16]byte
+}
+
+// CompareEnd closes a window. Equal ranges lose their marks where nothing was
+// written since the window opened; Differ ranges are marked where they were not
+// marked before and were not written since (a mismatch: tracking had missed
+// them, or a side rotted).
+type CompareEnd struct {
+	Window uint64
+	Equal  []wire.Range
+	Differ []wire.Range
+	// Clear permits clearing of Equal (the dirty refinement); without it Equal
+	// is counted only (a scrub).
+	Clear bool
+}
+
+// CompareResult says what became of the window.
+type CompareResult struct {
+	Cleared    int64 // bytes whose mark was dropped
+	Mismatched int64 // bytes newly marked: must be 0 in a healthy pair
+	Touched    int64 // bytes written meanwhile: nothing is said of them
+}
+
+// ExportRequest switches one disk's export, or all with an empty name. The
+// choice is durable.
+type ExportRequest struct {
+	Disk wire.DiskName
+	On   bool
+}
+
+// RefuseRequest keeps every export closed, durably, while Reason is non-empty.
+type RefuseRequest struct{ Reason string }
+
+// SealRequest ends the generation here: Pos is the final position.
+type SealRequest struct{ Pos delta.Pos }
+
+// MarkRequest marks ranges of a disk, or everything when Disk is empty.
+type MarkRequest struct {
+	Disk   wire.DiskName
+	Ranges []wire.Range
+	Reason string
+}
+
+// CleanReply is what a clean step did.
+type CleanReply struct {
+	Base    delta.Pos
+	Cleared int64 // regions dropped from the intent map
+	Marked  int64 // regions still marked
+}
+
+// Counters are numbers for people who debug; names may change.
+type Counters map[string]int64
