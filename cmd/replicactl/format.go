@@ -1,0 +1,247 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"golang.org/x/term"
+
+	"kvmreplica/replicad/api"
+	"kvmreplica/replicad/health"
+	"kvmreplica/replicad/status"
+	"kvmreplica/replicad/wire"
+)
+
+// bytesText is a size for people.
+func bytesText(n int64) string {
+	const units = "KMGTPE"
+	if n < 1024 {
+		return fmt.Sprintf("%d B", n)
+	}
+	f, u := float64(n), -1
+	for f >= 1024 && u < len(units)-1 {
+		f /= 1024
+		u++
+	}
+	return fmt.Sprintf("%.1f %ciB", f, units[u])
+}
+
+func age(d time.Duration) string {
+	switch {
+	case d < 0:
+		return "-"
+	case d < 10*time.Second:
+		return d.Round(100 * time.Millisecond).String()
+	}
+	return d.Round(time.Second).String()
+}
+
+func (a *app) table(vms []status.VM) error {
+	w := tabwriter.NewWriter(a.out, 0, 8, 2, ' ', 0)
+	fmt.Fprintln(w, "NAME\tROLE\tSTATE\tHEALTH\tPRIMARY\tREPLICA\tRPO\tPENDING\tGUEST")
+	for _, v := range vms {
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", clean(v.Name), v.Role, v.State, v.Health,
+			clean(v.Primary), clean(v.Replica), age(v.RPO), bytesText(v.Pending), guest(v.Running))
+	}
+	return w.Flush()
+}
+
+func guest(running bool) string {
+	if running {
+		return "running"
+	}
+	return "off"
+}
+
+// show prints one VM as a block of lines, HVR's "Replication Health" order.
+func (a *app) show(v status.VM) {
+	line := func(k, format string, args ...any) {
+		fmt.Fprintf(a.out, "%-22s %s\n", k+":", clean(fmt.Sprintf(format, args...)))
+	}
+	line("Virtual machine", "%s (%s)", v.Name, v.ID)
+	line("Replication state", "%s", v.State)
+	line("Replication health", "%s", v.Health)
+	line("Direction", "%s -> %s", v.Primary, v.Replica)
+	line("This host is", "%s, guest %s", v.Role, guest(v.Running))
+	if v.Reason != "" {
+		line("Because", "%s", v.Reason)
+	}
+	line("Interval", "%s", v.Interval)
+	if v.LastCommit.IsZero() {
+		line("Last copy", "none: nothing could be failed over to")
+	} else {
+		line("Last copy", "%s (%s old)", v.LastCommit.Format(time.DateTime), age(v.RPO))
+	}
+	line("Pending", "%s", bytesText(v.Pending))
+	line("Position", "%s", v.Position)
+	if v.Job != nil {
+		line("Now", "%s", jobText(*v.Job))
+	}
+	if v.Plan != nil {
+		line("Plan", "%s, step %s%s", v.Plan.Kind, v.Plan.Step, map[bool]string{true: " (interrupted)"}[v.Plan.Interrupted])
+	}
+	for _, d := range v.Disks {
+		line("Disk "+string(d.Name), "%s  %s  pending %s", bytesText(d.Size), d.Path, bytesText(d.Pending))
+	}
+	s := v.Stats
+	line("Cycles", "%d, missed %d, errors %d, abandoned %d", s.Cycles, s.CyclesMissed, s.Errors, s.Abandoned)
+	line("Size of a cycle", "average %s, largest %s", bytesText(s.AverageBytes), bytesText(s.LargestBytes))
+	line("Latency", "average %s", age(s.AverageLatency))
+	line("RPO measured", "median %s, max %s", age(s.RPOMedian), age(s.RPOMax))
+	line("Shipped", "%s changed, %s on the wire", bytesText(s.RawBytes), bytesText(s.SentBytes))
+	if s.LastError != "" {
+		line("Last error", "%s", s.LastError)
+	}
+	for _, c := range v.Conditions {
+		fmt.Fprintf(a.out, "  [%s] %s: %s\n      -> %s\n", c.Severity, c.Code, clean(c.Text), clean(c.Remedy))
+	}
+}
+
+func jobText(j status.Job) string {
+	s := fmt.Sprintf("%s %s", j.Phase, bytesText(j.Done))
+	if j.Total > 0 {
+		s = fmt.Sprintf("%s %3d%% %s of %s", j.Phase, min(100, j.Done*100/j.Total), bytesText(j.Done), bytesText(j.Total))
+	}
+	s += fmt.Sprintf(", %s/s", bytesText(j.Rate))
+	if j.ETA >= 0 {
+		s += ", " + j.ETA.Round(time.Second).String() + " left"
+	}
+	return s
+}
+
+func (a *app) check(c wire.Check) {
+	fmt.Fprintf(a.out, "  %-8s %-28s %s\n", c.Result, clean(c.Name), clean(c.Detail))
+	if c.Remedy != "" && c.Result != wire.OK {
+		fmt.Fprintf(a.out, "           -> %s\n", clean(c.Remedy))
+	}
+}
+
+// act runs an action and prints its events, one line per step with its result.
+func (a *app) act(ctx context.Context, act api.Action) error {
+	failed := 0
+	err := a.client().Act(ctx, act, func(e api.Event) {
+		if a.json {
+			_ = json.NewEncoder(a.out).Encode(e)
+			return
+		}
+		switch {
+		case e.Step != nil && e.Step.Result != "":
+			verb := ""
+			if e.Undo {
+				verb = "take back: "
+			}
+			fmt.Fprintf(a.out, "  %-8s %s%s (%s)  %s\n", e.Step.Result, verb, clean(e.Step.Name), e.Step.Took.Round(time.Millisecond), clean(e.Step.Detail))
+		case e.Check != nil:
+			a.check(*e.Check)
+			if e.Check.Result == wire.Failed {
+				failed++
+			}
+		case e.Note != "":
+			fmt.Fprintln(a.out, clean(e.Note))
+		case e.VM != nil:
+			a.show(*e.VM)
+		}
+	})
+	if err == nil && failed > 0 {
+		return &exitError{exitFailed, fmt.Errorf("%d checks failed", failed)}
+	}
+	return err
+}
+
+// planThenAsk shows the dry run of act and asks unless sure.
+func (a *app) planThenAsk(ctx context.Context, act api.Action, sure bool) error {
+	dry := act
+	dry.DryRun = true
+	if !a.json || act.DryRun {
+		if err := a.act(ctx, dry); err != nil {
+			return err
+		}
+	}
+	if sure {
+		return nil
+	}
+	if !term.IsTerminal(int(os.Stdin.Fd())) {
+		return usagef("standard input is no terminal: repeat with --yes to go on")
+	}
+	fmt.Fprint(a.err, "Go on? [y/N] ")
+	s, _ := bufio.NewReader(a.in).ReadString('\n')
+	if s = strings.ToLower(strings.TrimSpace(s)); s != "y" && s != "yes" {
+		return &exitError{exitFailed, fmt.Errorf("nothing was changed")}
+	}
+	return nil
+}
+
+// watchEvery is how often watch asks.
+const watchEvery = 500 * time.Millisecond
+
+// watch prints a VM's state until done says so or ctx ends.
+func (a *app) watch(ctx context.Context, name string, done func(status.VM) bool) error {
+	live := !a.json && term.IsTerminal(int(os.Stdout.Fd()))
+	tick := time.NewTicker(watchEvery)
+	defer tick.Stop()
+	last := ""
+	for {
+		v, err := a.client().VM(ctx, name)
+		if err != nil {
+			return err
+		}
+		switch s := watchLine(v); {
+		case a.json:
+			_ = json.NewEncoder(a.out).Encode(v)
+		case live:
+			fmt.Fprintf(a.out, "\r\x1b[K%s", clean(s))
+		case s != last:
+			fmt.Fprintln(a.out, clean(s))
+			last = s
+		}
+		if done(v) {
+			if live {
+				fmt.Fprintln(a.out)
+			}
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-tick.C:
+		}
+	}
+}
+
+func watchLine(v status.VM) string {
+	s := fmt.Sprintf("%s %s/%s rpo %s pending %s", v.Name, v.State, v.Health, age(v.RPO), bytesText(v.Pending))
+	if v.Job != nil {
+		s += "  " + jobText(*v.Job)
+	}
+	return s
+}
+
+func (a *app) health(vms []status.VM) error {
+	worst := 0
+	for _, v := range vms {
+		if !a.json {
+			fmt.Fprintf(a.out, "%-20s %-9s %-8s %s\n", clean(v.Name), v.Role, v.Health, clean(v.Reason))
+			for _, c := range v.Conditions {
+				fmt.Fprintf(a.out, "  [%s] %s: %s\n      -> %s\n", c.Severity, c.Code, clean(c.Text), clean(c.Remedy))
+			}
+		}
+		if v.Health != health.Normal {
+			worst++
+		}
+	}
+	if a.json {
+		if err := a.print(vms); err != nil {
+			return err
+		}
+	}
+	if worst > 0 {
+		return &exitError{exitUnhealthy, fmt.Errorf("%d of %d VMs are not well", worst, len(vms))}
+	}
+	return nil
+}

@@ -1,0 +1,128 @@
+package main
+
+import (
+	"fmt"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"kvmreplica/replicad/api"
+)
+
+func newPeer(a *app) *cobra.Command {
+	c := &cobra.Command{Use: "peer", Short: "Pair this host with others and say what they may do", RunE: needVerb}
+	c.AddCommand(newInvite(a), newJoin(a), newPeerList(a), newPeerTest(a), newAllow(a), newPeerRemove(a))
+	return c
+}
+
+// rights are the flags that say what the other host may do here.
+type rights struct {
+	send  bool
+	root  string
+	vms   int
+	limit int64
+}
+
+func (r *rights) flags(c *cobra.Command) {
+	c.Flags().BoolVar(&r.send, "may-send", false, "the other host may replicate VMs to this one")
+	c.Flags().StringVar(&r.root, "root", "", "storage root for its replicas (default from the daemon's configuration)")
+	c.Flags().IntVar(&r.vms, "max-vms", 0, "how many VMs it may send (0 = default limit)")
+	c.Flags().Int64Var(&r.limit, "max-bytes", 0, "total size of the disks it may send (0 = no limit)")
+}
+
+func newInvite(a *app) *cobra.Command {
+	var (
+		r   rights
+		ttl time.Duration
+	)
+	c := &cobra.Command{
+		Use: "invite", Short: "Print a one-time code with which one other host may pair", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			v, err := a.client().Invite(cmd.Context(), api.InviteRequest{TTL: ttl, MaySend: r.send, Root: r.root, MaxVMs: r.vms, Limit: r.limit})
+			if err != nil {
+				return err
+			}
+			if a.json {
+				return a.print(v)
+			}
+			fmt.Fprintln(a.out, v.Code)
+			fmt.Fprintf(a.err, "Valid once, until %s. On the other host:\n  replicactl peer join %s %s\n", v.Expires.Format(time.TimeOnly), v.Address, v.Code)
+			return nil
+		},
+	}
+	r.flags(c)
+	c.Flags().DurationVar(&ttl, "valid", 15*time.Minute, "how long the code is valid")
+	return c
+}
+
+func newJoin(a *app) *cobra.Command {
+	var r rights
+	c := &cobra.Command{
+		Use: "join HOST CODE", Short: "Pair with the host that printed CODE", Args: cobra.ExactArgs(2),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			p, err := a.client().Join(cmd.Context(), api.JoinRequest{Address: args[0], Code: args[1], MaySend: r.send, Root: r.root, MaxVMs: r.vms, Limit: r.limit})
+			if err != nil {
+				return err
+			}
+			if a.json {
+				return a.print(p)
+			}
+			fmt.Fprintf(a.out, "paired with %s (%s) at %s\n", clean(p.Name), p.Host, p.Address)
+			return nil
+		},
+	}
+	r.flags(c)
+	return c
+}
+
+func newAllow(a *app) *cobra.Command {
+	var r rights
+	c := &cobra.Command{
+		Use: "allow PEER", Short: "Change what a paired host may do here", Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return a.client().Allow(cmd.Context(), api.AllowRequest{Peer: args[0], MaySend: r.send, Root: r.root, MaxVMs: r.vms, Limit: r.limit})
+		},
+	}
+	r.flags(c)
+	return c
+}
+
+func newPeerList(a *app) *cobra.Command {
+	return &cobra.Command{
+		Use: "list", Short: "List paired hosts", Aliases: []string{"show"}, Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			ps, err := a.client().Peers(cmd.Context())
+			if err != nil {
+				return err
+			}
+			if a.json {
+				return a.print(ps)
+			}
+			w := tabwriter.NewWriter(a.out, 0, 8, 2, ' ', 0)
+			fmt.Fprintln(w, "NAME\tADDRESS\tREACHABLE\tMAY SEND\tHOST")
+			for _, p := range ps {
+				fmt.Fprintf(w, "%s\t%s\t%v\t%v\t%s\n", clean(p.Name), p.Address, p.Reachable, p.MaySend, p.Host)
+			}
+			return w.Flush()
+		},
+	}
+}
+
+func newPeerTest(a *app) *cobra.Command {
+	return &cobra.Command{
+		Use: "test PEER", Short: "Check everything a connection needs, each with its remedy", Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return a.act(cmd.Context(), api.Action{Verb: api.PeerTest, Peer: args[0]})
+		},
+	}
+}
+
+func newPeerRemove(a *app) *cobra.Command {
+	return &cobra.Command{
+		Use: "remove PEER", Short: "Forget a paired host and end its connections", Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return a.client().RemovePeer(cmd.Context(), args[0])
+		},
+	}
+}

@@ -1,0 +1,209 @@
+package main
+
+import (
+	"fmt"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"kvmreplica/replicad/api"
+	"kvmreplica/replicad/status"
+)
+
+func newVM(a *app) *cobra.Command {
+	c := &cobra.Command{Use: "vm", Short: "Protect virtual machines and look at them", RunE: needVerb}
+	c.AddCommand(newVMEnable(a), newVMDisable(a), newVMList(a), newVMStatus(a), newVMWatch(a), newVMStart(a),
+		simple(a, "pause NAME", "Stop shipping changes; tracking goes on", api.VMPause),
+		simple(a, "resume NAME", "Ship changes again", api.VMResume),
+		simple(a, "sync NAME", "Run one cycle now and wait for its commit", api.VMSync),
+		simple(a, "resync NAME", "Compare everything by digest and send what differs", api.VMResync))
+	return c
+}
+
+func needVerb(cmd *cobra.Command, args []string) error {
+	if len(args) > 0 {
+		return usagef("%s has no verb %q; see %s --help", cmd.Name(), args[0], cmd.CommandPath())
+	}
+	return cmd.Help()
+}
+
+// simple is a verb that needs a VM's name and nothing else.
+func simple(a *app, use, short string, verb api.Verb) *cobra.Command {
+	return &cobra.Command{
+		Use: use, Short: short, Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return a.act(cmd.Context(), api.Action{Verb: verb, VM: args[0]})
+		},
+	}
+}
+
+func newVMEnable(a *app) *cobra.Command {
+	var (
+		act  = api.Action{Verb: api.VMEnable}
+		yes  bool
+		wait bool
+	)
+	c := &cobra.Command{
+		Use:   "enable NAME --to PEER",
+		Short: "Protect a virtual machine, running or not, on another host",
+		Long: `Protect a virtual machine on another host. A running guest is not stopped: its disks are put behind
+replicad's exports one by one, and taken out again if anything fails. The plan is printed first.` + exitHelp,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			act.VM = args[0]
+			if act.Peer == "" {
+				return usagef("--to PEER is missing (see: replicactl peer list)")
+			}
+			if act.Interval < 0 || act.Interval > 24*time.Hour || act.Interval%time.Second != 0 {
+				return usagef("--every takes whole seconds from 1s to 24h, or 0 for back to back")
+			}
+			if err := a.planThenAsk(cmd.Context(), act, yes || act.DryRun); err != nil || act.DryRun {
+				return err
+			}
+			if err := a.act(cmd.Context(), act); err != nil {
+				return err
+			}
+			if wait {
+				return a.watch(cmd.Context(), act.VM, func(v status.VM) bool { return v.State == status.Replicating })
+			}
+			return nil
+		},
+	}
+	f := c.Flags()
+	f.StringVar(&act.Peer, "to", "", "paired host that keeps the copy")
+	f.DurationVar(&act.Interval, "every", 30*time.Second, "replication interval from 1s; 0 = back to back")
+	f.StringSliceVar(&act.Disks, "disk", nil, "protect only these disks (target names, e.g. vda)")
+	f.BoolVar(&act.DryRun, "dry-run", false, "print the checks and the plan, change nothing")
+	f.BoolVarP(&yes, "yes", "y", false, "do not ask")
+	f.BoolVar(&wait, "wait", false, "stay until the initial copy is complete")
+	f.StringVar(&act.OnSilent, "on-silent-peer", "", "after an unclean boot with a silent peer: start or hold (default start)")
+	return c
+}
+
+func newVMDisable(a *app) *cobra.Command {
+	var (
+		act = api.Action{Verb: api.VMDisable}
+		yes bool
+	)
+	c := &cobra.Command{
+		Use: "disable NAME", Short: "End protection; the domain comes back byte for byte", Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			act.VM = args[0]
+			if err := a.planThenAsk(cmd.Context(), act, yes || act.DryRun); err != nil || act.DryRun {
+				return err
+			}
+			return a.act(cmd.Context(), act)
+		},
+	}
+	c.Flags().BoolVar(&act.Delete, "delete-replica", false, "also delete the copy on the other host")
+	c.Flags().BoolVar(&act.Force, "force", false, "go on although the other host does not answer")
+	c.Flags().BoolVar(&act.DryRun, "dry-run", false, "print the plan, change nothing")
+	c.Flags().BoolVarP(&yes, "yes", "y", false, "do not ask")
+	return c
+}
+
+func newVMStart(a *app) *cobra.Command {
+	act := api.Action{Verb: api.VMStart}
+	c := &cobra.Command{
+		Use: "start NAME", Short: "Start a protected VM after asking the other host", Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			act.VM = args[0]
+			return a.act(cmd.Context(), act)
+		},
+	}
+	c.Flags().BoolVar(&act.Force, "force", false, "start although the other host cannot be asked (dangerous: two copies may run)")
+	return c
+}
+
+func newVMList(a *app) *cobra.Command {
+	return &cobra.Command{
+		Use: "list", Short: "List VMs that replicate from or to this host", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			vms, err := a.client().VMs(cmd.Context())
+			if err != nil {
+				return err
+			}
+			if a.json {
+				return a.print(vms)
+			}
+			return a.table(vms)
+		},
+	}
+}
+
+func newVMStatus(a *app) *cobra.Command {
+	return &cobra.Command{
+		Use: "status NAME", Short: "Show one VM's relationship, health and figures", Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			v, err := a.client().VM(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			if a.json {
+				return a.print(v)
+			}
+			a.show(v)
+			return nil
+		},
+	}
+}
+
+func newVMWatch(a *app) *cobra.Command {
+	var until string
+	c := &cobra.Command{
+		Use: "watch NAME", Short: "Follow a VM: progress, RPO, pending bytes", Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return a.watch(cmd.Context(), args[0], func(v status.VM) bool { return until != "" && string(v.State) == until })
+		},
+	}
+	c.Flags().StringVar(&until, "until", "", "end when the VM is in this state, e.g. replicating")
+	return c
+}
+
+func newHealth(a *app) *cobra.Command {
+	return &cobra.Command{
+		Use: "health [NAME]", Short: "Say what is not well and how to mend it", Args: cobra.MaximumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			var vms []status.VM
+			if len(args) == 1 {
+				v, err := a.client().VM(cmd.Context(), args[0])
+				if err != nil {
+					return err
+				}
+				vms = append(vms, v)
+			} else {
+				var err error
+				if vms, err = a.client().VMs(cmd.Context()); err != nil {
+					return err
+				}
+			}
+			return a.health(vms)
+		},
+	}
+}
+
+func newDoctor(a *app) *cobra.Command {
+	return &cobra.Command{
+		Use: "doctor", Short: "Check this host against good practice, with remedies", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cs, err := a.client().Doctor(cmd.Context())
+			if err != nil {
+				return err
+			}
+			if a.json {
+				return a.print(cs)
+			}
+			bad := 0
+			for _, k := range cs {
+				a.check(k)
+				if k.Result != "ok" {
+					bad++
+				}
+			}
+			if bad > 0 {
+				return &exitError{exitUnhealthy, fmt.Errorf("%d of %d checks need attention", bad, len(cs))}
+			}
+			return nil
+		},
+	}
+}
