@@ -85,6 +85,7 @@ func (c Config) configFile() string  { return filepath.Join(c.RunDir, "config.js
 func (c Config) keeperPID() string   { return filepath.Join(c.RunDir, "keeper.pid") }
 func (c Config) planePID() string    { return filepath.Join(c.RunDir, "dataplane.pid") }
 func (c Config) logFile() string     { return filepath.Join(c.RunDir, "dataplane.log") }
+func (c Config) drainedFile() string { return filepath.Join(c.RunDir, "drained") }
 func (c Config) failureFile() string { return filepath.Join(c.RunDir, "failure.json") }
 
 // Validate reports every defect at once.

@@ -2,23 +2,197 @@ package dataplane
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"kvmreplica/replicad/wire"
 )
 
-var errTODO = errors.New("not built yet")
+// Polling while processes come and go.
+const (
+	pollEvery   = 20 * time.Millisecond
+	pollAttempt = 500 * time.Millisecond
+)
+
+// maxLog is the size at which the log is put aside when a keeper starts.
+const maxLog = 8 << 20
 
 // Ensure starts the keeper of cfg's VM unless it runs, waits until the data
 // plane answers and returns a client. A data plane that runs with another
-// configuration keeps running; Reconfigure with Stop and Ensure.
-func Ensure(ctx context.Context, cfg Config) (*Client, error) { return nil, errTODO }
+// configuration keeps it; use Stop and Ensure to change that. When the data
+// plane cannot start, the error says why while the keeper goes on trying.
+func Ensure(ctx context.Context, cfg Config) (*Client, error) {
+	if err := cfg.Validate(); err != nil {
+		return nil, &wire.Error{Kind: wire.KindInvalid, Text: fmt.Sprintf("data plane of %s: %v", cfg.Name, err)}
+	}
+	pid, err := runningPID(cfg.keeperPID())
+	if err != nil {
+		return nil, fmt.Errorf("find the keeper of %s: %w", cfg.Name, err)
+	}
+	if pid == 0 {
+		if err := launch(ctx, cfg); err != nil {
+			return nil, fmt.Errorf("start the keeper of %s: %w", cfg.Name, err)
+		}
+	}
+	c := NewClient(cfg.ControlSocket())
+	if err := await(ctx, cfg, c); err != nil {
+		c.Close()
+		return nil, err
+	}
+	return c, nil
+}
 
-// Stop drains and ends the data plane and its keeper. It is a no-op when
-// neither runs.
-func Stop(ctx context.Context, cfg Config) error { return errTODO }
+// launch prepares the directories and starts a detached keeper.
+func launch(ctx context.Context, cfg Config) error {
+	for _, d := range []struct {
+		path string
+		mode os.FileMode
+	}{{cfg.StateDir, 0o700}, {cfg.SharedDir, 0o700}, {cfg.RunDir, 0o711}} {
+		if err := os.MkdirAll(d.path, d.mode); err != nil {
+			return err
+		}
+	}
+	// QEMU's user must be able to pass through, not to list.
+	if err := os.Chmod(cfg.RunDir, 0o711); err != nil {
+		return err
+	}
+	if err := cfg.save(); err != nil {
+		return err
+	}
+	out, err := openLog(cfg.logFile())
+	if err != nil {
+		return err
+	}
+	defer out.Close()
+	bin, err := cfg.binary()
+	if err != nil {
+		return err
+	}
+	args := append(append([]string(nil), cfg.Launcher...), bin, "keeper", "--detach", "--config", cfg.configFile())
+	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
+	cmd.Stdout, cmd.Stderr = out, out
+	cmd.Dir = "/"
+	return cmd.Run()
+}
 
-// RunKeeper is the verb "keeper": it returns when the data plane was drained.
-func RunKeeper(ctx context.Context, configFile string) error { return errTODO }
+// Detach starts the keeper proper in a session of its own and returns: the
+// verb "keeper --detach". The keeper then has no parent that could take it down.
+func Detach(configFile string) error {
+	bin, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	cmd := exec.Command(bin, "keeper", "--config", configFile)
+	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+	cmd.Dir = "/"
+	cmd.SysProcAttr = &unix.SysProcAttr{Setsid: true}
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	return cmd.Process.Release()
+}
 
-// RunPlane is the verb "dataplane": it needs the two listening sockets as file
-// descriptors 3 (NBD) and 4 (control).
-func RunPlane(ctx context.Context, configFile string) error { return errTODO }
+func openLog(path string) (*os.File, error) {
+	if st, err := os.Stat(path); err == nil && st.Size() > maxLog {
+		if err := os.Rename(path, path+".1"); err != nil {
+			return nil, err
+		}
+	}
+	return os.OpenFile(path, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+}
+
+// await polls until the data plane answers or says why it cannot.
+func await(ctx context.Context, cfg Config, c *Client) error {
+	for {
+		try, cancel := context.WithTimeout(ctx, pollAttempt)
+		_, err := c.Status(try)
+		cancel()
+		if err == nil {
+			return nil
+		}
+		if f := readFailure(cfg); f != nil {
+			return f
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("wait for the data plane of %s (log: %s): %w", cfg.Name, cfg.logFile(), err)
+		case <-time.After(pollEvery):
+		}
+	}
+}
+
+// writeFailure leaves a word for Ensure; a data plane that serves takes it away.
+func writeFailure(cfg Config, err error) {
+	b, jerr := json.Marshal(asWire(err))
+	if jerr == nil {
+		_ = replaceFile(cfg.failureFile(), b, 0o600)
+	}
+}
+
+func readFailure(cfg Config) error {
+	b, err := os.ReadFile(cfg.failureFile())
+	if err != nil || len(b) > maxConfig {
+		return nil
+	}
+	e := new(wire.Error)
+	if json.Unmarshal(b, e) != nil || e.Text == "" {
+		return nil
+	}
+	return e
+}
+
+// Stop drains and ends the data plane and its keeper, and waits for that. It is
+// a no-op when neither runs.
+func Stop(ctx context.Context, cfg Config) error {
+	keeper, err := runningPID(cfg.keeperPID())
+	if err != nil {
+		return err
+	}
+	plane, err := runningPID(cfg.planePID())
+	if err != nil {
+		return err
+	}
+	for _, pid := range []int{keeper, plane} {
+		if pid == 0 {
+			continue
+		}
+		// The keeper passes it on; an orphan is told directly as well.
+		if err := unix.Kill(pid, unix.SIGTERM); err != nil && !errors.Is(err, unix.ESRCH) {
+			return fmt.Errorf("stop process %d of %s: %w", pid, cfg.Name, err)
+		}
+		if keeper != 0 {
+			break
+		}
+	}
+	for {
+		keeper, err1 := runningPID(cfg.keeperPID())
+		plane, err2 := runningPID(cfg.planePID())
+		if keeper == 0 && plane == 0 && err1 == nil && err2 == nil {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("stop the data plane of %s (keeper %d, data plane %d; log: %s): %w",
+				cfg.Name, keeper, plane, cfg.logFile(), errors.Join(ctx.Err(), err1, err2))
+		case <-time.After(pollEvery):
+		}
+	}
+}
+
+// asWire gives every error the shape that crosses the socket.
+func asWire(err error) *wire.Error {
+	var e *wire.Error
+	if errors.As(err, &e) {
+		if e.Text == err.Error() {
+			return e
+		}
+		return &wire.Error{Kind: e.Kind, Text: err.Error(), Have: e.Have}
+	}
+	return &wire.Error{Kind: wire.KindInternal, Text: err.Error()}
+}

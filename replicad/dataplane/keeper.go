@@ -1,0 +1,242 @@
+package dataplane
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"os/exec"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Restart pauses: short first, because a guest waits; capped, because a data
+// plane that cannot start should not eat the host.
+const (
+	restartFirst  = 50 * time.Millisecond
+	restartMax    = 5 * time.Second
+	restartStable = 10 * time.Second // a run this long resets the pause
+)
+
+// exitDrained is how a data plane says that it ended on purpose.
+const exitDrained = 0
+
+// keeper owns the sockets of one VM and keeps a data plane behind them.
+type keeper struct {
+	cfg     Config
+	file    string
+	log     *slog.Logger
+	nbd     *os.File
+	control *os.File
+}
+
+// RunKeeper is the verb "keeper": it creates the sockets, keeps a data plane
+// running behind them and returns when that was drained, which it asks for when
+// ctx ends. A second keeper of the same VM returns an error at once.
+func RunKeeper(ctx context.Context, configFile string) error {
+	cfg, err := LoadConfig(configFile)
+	if err != nil {
+		return err
+	}
+	lock, err := lockPID(cfg.keeperPID())
+	if err != nil {
+		return fmt.Errorf("keeper of %s: %w", cfg.Name, err)
+	}
+	defer lock.release()
+	for _, f := range []string{cfg.failureFile(), cfg.drainedFile()} {
+		if err := os.Remove(f); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	k := &keeper{cfg: cfg, file: configFile, log: newLogger(cfg).With("part", "keeper")}
+	orphan, err := k.adopt()
+	if err != nil {
+		return err
+	}
+	if orphan == nil {
+		if err := k.listen(); err != nil {
+			return err
+		}
+	}
+	defer k.unlink()
+	return k.supervise(ctx, orphan)
+}
+
+// listen creates both sockets.
+func (k *keeper) listen() error {
+	mode := k.cfg.SocketMode
+	if mode == 0 {
+		mode = 0o660
+	}
+	var err error
+	if k.control, err = listenUnix(k.cfg.ControlSocket(), 0o600, nil, nil); err != nil {
+		return err
+	}
+	k.nbd, err = listenUnix(k.cfg.NBDSocket(), mode, k.cfg.SocketUID, k.cfg.SocketGID)
+	return err
+}
+
+// unlink takes the names away: from here on connect() says that nothing runs.
+func (k *keeper) unlink() {
+	for _, p := range []string{k.cfg.NBDSocket(), k.cfg.ControlSocket()} {
+		if err := os.Remove(p); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			k.log.Warn("socket stays behind", "path", p, "err", err)
+		}
+	}
+}
+
+// supervise runs data planes one after the other.
+func (k *keeper) supervise(ctx context.Context, p process) error {
+	pause := restartFirst
+	for {
+		started := time.Now()
+		if p == nil {
+			var err error
+			if p, err = k.start(); err != nil {
+				k.log.Error("the data plane does not start", "err", err)
+			}
+		}
+		if p != nil {
+			code := k.watch(ctx, p)
+			p = nil
+			if code == exitDrained || ctx.Err() != nil {
+				k.log.Info("the data plane has ended", "code", code)
+				return nil
+			}
+			k.log.Error("the data plane died, starting it again", "code", code, "ran", time.Since(started), "pause", pause)
+		}
+		if time.Since(started) > restartStable {
+			pause = restartFirst
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(pause):
+		}
+		pause = min(2*pause, restartMax)
+	}
+}
+
+// watch waits for the end of a data plane, asking for it when ctx ends.
+func (k *keeper) watch(ctx context.Context, p process) int {
+	done := make(chan int, 1)
+	go func() { done <- p.wait() }()
+	select {
+	case code := <-done:
+		return code
+	case <-ctx.Done():
+	}
+	k.log.Info("draining the data plane")
+	p.signal(unix.SIGTERM)
+	select {
+	case code := <-done:
+		return code
+	case <-time.After(drainTimeout):
+		k.log.Error("the data plane does not drain, killing it")
+		p.signal(unix.SIGKILL)
+		return <-done
+	}
+}
+
+// process is a data plane, our child or adopted.
+type process interface {
+	wait() int // exit code; -1 when a signal ended it or nobody knows
+	signal(unix.Signal)
+}
+
+func (k *keeper) start() (process, error) {
+	bin, err := k.cfg.binary()
+	if err != nil {
+		return nil, err
+	}
+	cmd := exec.Command(bin, "dataplane", "--config", k.file)
+	cmd.ExtraFiles = []*os.File{k.nbd, k.control} // become fdNBD and fdControl
+	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+	// Its own group: a signal meant for the keeper's group must not reach it,
+	// the keeper drains it in order.
+	cmd.SysProcAttr = &unix.SysProcAttr{Setpgid: true}
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	return (*child)(cmd), nil
+}
+
+// child is a data plane this keeper started.
+type child exec.Cmd
+
+func (c *child) wait() int {
+	cmd := (*exec.Cmd)(c)
+	_ = cmd.Wait()
+	return cmd.ProcessState.ExitCode()
+}
+
+func (c *child) signal(s unix.Signal) { _ = c.Process.Signal(s) }
+
+// adopt finds a data plane whose keeper died: it goes on serving the guest, so
+// it stays, and its listening sockets are fetched from it.
+func (k *keeper) adopt() (process, error) {
+	pid, err := runningPID(k.cfg.planePID())
+	if err != nil || pid == 0 {
+		return nil, err
+	}
+	pidfd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return nil, fmt.Errorf("adopt data plane %d: %w", pid, err)
+	}
+	for _, s := range []struct {
+		fd  int
+		dst **os.File
+	}{{fdNBD, &k.nbd}, {fdControl, &k.control}} {
+		fd, err := unix.PidfdGetfd(pidfd, s.fd, 0)
+		if err != nil {
+			_ = unix.Close(pidfd)
+			return nil, fmt.Errorf("adopt data plane %d: fetch its sockets (needs CAP_SYS_PTRACE): %w", pid, err)
+		}
+		*s.dst = os.NewFile(uintptr(fd), "socket")
+	}
+	k.log.Info("adopted a running data plane", "pid", pid)
+	return &adopted{pidfd: pidfd, drained: k.cfg.drainedFile()}, nil
+}
+
+// adopted is a data plane somebody else started.
+type adopted struct {
+	pidfd   int
+	drained string // exists when it ended on purpose
+}
+
+func (a *adopted) wait() int {
+	fds := []unix.PollFd{{Fd: int32(a.pidfd), Events: unix.POLLIN}}
+	for {
+		if _, err := unix.Poll(fds, -1); !errors.Is(err, unix.EINTR) {
+			break
+		}
+	}
+	_ = unix.Close(a.pidfd)
+	// The exit code belongs to its parent; a drained data plane leaves a word.
+	if _, err := os.Stat(a.drained); err == nil {
+		return exitDrained
+	}
+	return -1
+}
+
+func (a *adopted) signal(s unix.Signal) { _ = unix.PidfdSendSignal(a.pidfd, s, nil, 0) }
+
+// binary is the program to run.
+func (c Config) binary() (string, error) {
+	if c.Binary != "" {
+		return c.Binary, nil
+	}
+	return os.Executable()
+}
+
+// newLogger writes to standard error, which Ensure points at the log file.
+func newLogger(c Config) *slog.Logger {
+	level := slog.LevelInfo
+	if c.Verbose {
+		level = slog.LevelDebug
+	}
+	return slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level})).With("vm", c.Name)
+}

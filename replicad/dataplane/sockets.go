@@ -1,0 +1,130 @@
+package dataplane
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+// Descriptor numbers at which a data plane finds its listening sockets. They
+// stay open for its whole life so that a later keeper can fetch them.
+const (
+	fdNBD     = 3
+	fdControl = 4
+)
+
+// backlog is how many clients may wait while no data plane accepts.
+const backlog = 128
+
+// listenUnix makes a listening socket that appears under its name only when
+// owner and mode are right and connect() works.
+func listenUnix(path string, mode uint32, uid, gid *int) (*os.File, error) {
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("make socket %s: %w", path, err)
+	}
+	f := os.NewFile(uintptr(fd), path)
+	if err := publish(fd, path, mode, uid, gid); err != nil {
+		_ = f.Close()
+		return nil, fmt.Errorf("make socket %s: %w", path, err)
+	}
+	return f, nil
+}
+
+func publish(fd int, path string, mode uint32, uid, gid *int) error {
+	tmp := path + ".new"
+	if err := os.Remove(tmp); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if err := unix.Bind(fd, &unix.SockaddrUnix{Name: tmp}); err != nil {
+		return err
+	}
+	if err := os.Chmod(tmp, os.FileMode(mode)); err != nil {
+		return err
+	}
+	if uid != nil || gid != nil {
+		if err := os.Chown(tmp, orKeep(uid), orKeep(gid)); err != nil {
+			return err
+		}
+	}
+	if err := unix.Listen(fd, backlog); err != nil {
+		return err
+	}
+	return os.Rename(tmp, path)
+}
+
+// orKeep is the value chown(2) takes for "leave it".
+func orKeep(id *int) int {
+	if id == nil {
+		return -1
+	}
+	return *id
+}
+
+// inherited turns a descriptor handed over by the keeper into a listener. The
+// descriptor itself stays open.
+func inherited(fd int, name string) (net.Listener, error) {
+	l, err := net.FileListener(os.NewFile(uintptr(fd), name))
+	if err != nil {
+		return nil, fmt.Errorf("take over the %s socket from the keeper (descriptor %d): %w", name, fd, err)
+	}
+	return l, nil
+}
+
+// pidFile is a file that names a process and is locked for as long as it
+// lives; the lock is the truth, the number is for people and signals.
+type pidFile struct{ f *os.File }
+
+// errRunning: the pid file is locked by a living process.
+var errRunning = errors.New("already running")
+
+func lockPID(path string) (*pidFile, error) {
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	lk := unix.Flock_t{Type: unix.F_WRLCK, Len: 1}
+	if err := unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &lk); err != nil {
+		_ = f.Close()
+		if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EACCES) {
+			return nil, errRunning
+		}
+		return nil, fmt.Errorf("lock %s: %w", path, err)
+	}
+	if _, err := f.WriteAt(fmt.Appendf(nil, "%-10d\n", os.Getpid()), 0); err != nil {
+		_ = f.Close()
+		return nil, err
+	}
+	return &pidFile{f}, nil
+}
+
+func (p *pidFile) release() { _ = p.f.Close() }
+
+// runningPID returns the process that holds a pid file; 0 when none does. It
+// only looks: a lock taken to find out would make a starting process fail.
+func runningPID(path string) (int, error) {
+	f, err := os.Open(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	lk := unix.Flock_t{Type: unix.F_WRLCK, Len: 1}
+	if err := unix.FcntlFlock(f.Fd(), unix.F_OFD_GETLK, &lk); err != nil {
+		return 0, fmt.Errorf("query lock of %s: %w", path, err)
+	}
+	if lk.Type == unix.F_UNLCK {
+		return 0, nil
+	}
+	var pid int
+	if _, err := fmt.Fscan(f, &pid); err != nil || pid <= 1 {
+		return 0, fmt.Errorf("%s is locked but names no process yet", path)
+	}
+	return pid, nil
+}
