@@ -1,0 +1,111 @@
+package inside
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/signal"
+	"runtime"
+	"strconv"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// Enter runs a command inside the host whose process 1 is pid and returns its
+// exit code (128 plus the signal's number when a signal ended it). Signals are
+// passed on; the command dies when the calling process does. tellPID makes it
+// write the command's process number to FDPid.
+func Enter(pid int, tellPID bool, argv []string) (int, error) {
+	runtime.LockOSThread() // namespaces and the parent-death signal are the thread's
+	self, err := os.Executable()
+	if err != nil {
+		return 0, err
+	}
+	if err := join(pid); err != nil {
+		return 0, err
+	}
+	cmd := exec.Command(self, append([]string{"become"}, argv...)...)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	signals := make(chan os.Signal, 16)
+	signal.Notify(signals, unix.SIGTERM, unix.SIGINT, unix.SIGHUP, unix.SIGQUIT, unix.SIGUSR1, unix.SIGUSR2)
+	if err := cmd.Start(); err != nil {
+		return 0, err
+	}
+	if tellPID {
+		f := os.NewFile(FDPid, "pid")
+		if _, err := f.WriteString(strconv.Itoa(cmd.Process.Pid) + "\n"); err != nil {
+			return 0, err
+		}
+		if err := f.Close(); err != nil {
+			return 0, err
+		}
+	}
+	go func() {
+		for s := range signals {
+			_ = cmd.Process.Signal(s) // an ended process needs no signal
+		}
+	}()
+	err = cmd.Wait()
+	var exit *exec.ExitError
+	if err != nil && !errors.As(err, &exit) {
+		return 0, err
+	}
+	ws, ok := cmd.ProcessState.Sys().(syscall.WaitStatus)
+	if ok && ws.Signaled() {
+		return 128 + int(ws.Signal()), nil
+	}
+	return cmd.ProcessState.ExitCode(), nil
+}
+
+// Become replaces the calling process, which Enter started, by a command that
+// dies with Enter. (SysProcAttr.Pdeathsig would kill it at once: its check
+// compares process numbers of two namespaces.)
+func Become(argv []string) error {
+	runtime.LockOSThread()
+	if err := unix.Prctl(unix.PR_SET_PDEATHSIG, uintptr(unix.SIGKILL), 0, 0, 0); err != nil {
+		return fmt.Errorf("bind to the parent's life: %w", err)
+	}
+	if os.Getppid() != 0 { // a parent outside our pid namespace reads as 0
+		return errors.New("the parent is gone")
+	}
+	path, err := exec.LookPath(argv[0])
+	if err != nil {
+		return err
+	}
+	return syscall.Exec(path, argv, os.Environ())
+}
+
+// join moves the calling thread into the namespaces of process pid; children
+// of the thread are then processes of the host.
+func join(pid int) error {
+	if err := unix.Unshare(unix.CLONE_FS); err != nil {
+		return fmt.Errorf("leave the shared working directory: %w", err)
+	}
+	kinds := []struct {
+		name string
+		flag int
+	}{
+		{"net", unix.CLONE_NEWNET},
+		{"uts", unix.CLONE_NEWUTS},
+		{"ipc", unix.CLONE_NEWIPC},
+		{"pid", unix.CLONE_NEWPID},
+		{"mnt", unix.CLONE_NEWNS},
+	}
+	files := make([]*os.File, len(kinds))
+	for i, k := range kinds { // all of them first: /proc changes with "mnt"
+		f, err := os.Open(fmt.Sprintf("/proc/%d/ns/%s", pid, k.name))
+		if err != nil {
+			return fmt.Errorf("the host is not running: %w", err)
+		}
+		defer f.Close()
+		files[i] = f
+	}
+	for i, k := range kinds {
+		if err := unix.Setns(int(files[i].Fd()), k.flag); err != nil {
+			return fmt.Errorf("enter %s namespace: %w", k.name, err)
+		}
+	}
+	return os.Chdir("/")
+}
