@@ -167,13 +167,32 @@ type HandshakeRequest struct {
 	Highest    uint64      // highest epoch ever frozen in Generation
 	Disks      []Disk
 	Running    bool // the VM runs here
+	// Known are further positions whose digest the primary still knows, at
+	// most MaxKnown; they only serve to notice two contents with one name.
+	Known []delta.Pos `json:",omitempty"`
+	// Before is the newest position that was committed here before Generation
+	// was made. It lies behind Ancestors[0] when an older recovery point was
+	// promoted; zero means Ancestors[0].
+	Before delta.Pos `json:",omitzero"`
+	// Between says that every block that changed between Ancestors[0] and
+	// Before is known from undo segments and spools, all intact.
+	Between bool `json:",omitempty"`
+	// Diverged is the primary's own sticky mark.
+	Diverged bool `json:",omitempty"`
 }
+
+// Bounds of the lists of a handshake.
+const (
+	MaxAncestors = 64
+	MaxKnown     = 16
+	MaxDisks     = 64
+)
 
 // HandshakeReply is the replica's half: facts, not a decision. Both sides run
 // lineage.Decide on the same two halves.
 type HandshakeReply struct {
 	Role       string           // "replica", "primary", "none"
-	Generation delta.Generation // generation of Committed
+	Generation delta.Generation // of Committed; of the seed while seeding; its own for a primary
 	Committed  delta.Pos        // zero while seeding
 	Ancestors  []delta.Pos
 	Sealed     bool // cleanly demoted and sealed at Committed
@@ -182,6 +201,18 @@ type HandshakeReply struct {
 	Seeding    map[DiskName]int64 // durable cursor per disk, while seeding
 	Partial    *EpochKey          // a resumable partial epoch
 	VerifyAll  string             // why the replica wants everything compared
+
+	// VM is the VM the answering host's own records name; empty = not told.
+	VM VMID `json:",omitempty"`
+	// Disks are the disks the answering host holds; empty = not told.
+	Disks []DiskName `json:",omitempty"`
+	// Base is what the answering host's own tracker is relative to, when it
+	// was a primary; Tracked says that this tracker's set is proven complete.
+	Base    delta.Pos `json:",omitzero"`
+	Tracked bool      `json:",omitempty"`
+	// Discard is the generation whose blocks an operator of the answering host
+	// agreed to give up (they were saved first); zero = no such consent.
+	Discard delta.Generation `json:",omitzero"`
 }
 
 // SeedRequest positions a seed stream.
