@@ -1,0 +1,89 @@
+package libvirt
+
+import (
+	"context"
+	"encoding/xml"
+	"fmt"
+
+	lv "github.com/digitalocean/go-libvirt"
+)
+
+// HostInfo describes the hypervisor host.
+type HostInfo struct {
+	UUID     string // libvirt's host UUID
+	Hostname string
+	Libvirt  Version
+	QEMU     Version
+	Arch     string
+	CPUModel string // libvirt's name of the host CPU
+	CPUs     int
+	MemoryKB int64
+	// SecurityModels are the drivers in force: "dac", "apparmor", "selinux".
+	SecurityModels []string
+}
+
+// Version is a version number libvirt's way: major*1000000+minor*1000+micro.
+type Version uint64
+
+// String is "9.0.0".
+func (v Version) String() string {
+	return fmt.Sprintf("%d.%d.%d", v/1000000, v/1000%1000, v%1000)
+}
+
+// capabilities is the part of libvirt's capabilities document we read.
+type capabilities struct {
+	Host struct {
+		UUID string `xml:"uuid"`
+		CPU  struct {
+			Arch  string `xml:"arch"`
+			Model string `xml:"model"`
+		} `xml:"cpu"`
+		Secmodels []struct {
+			Model string `xml:"model"`
+		} `xml:"secmodel"`
+	} `xml:"host"`
+}
+
+// Info reads who and what the host is.
+func (h *Host) Info(ctx context.Context) (HostInfo, error) {
+	return call(ctx, h, "read host information", func(l *lv.Libvirt) (HostInfo, error) {
+		var i HostInfo
+		var err error
+		if i.Hostname, err = l.ConnectGetHostname(); err != nil {
+			return i, err
+		}
+		v, err := l.ConnectGetLibVersion()
+		if err != nil {
+			return i, err
+		}
+		i.Libvirt = Version(v)
+		if v, err = l.ConnectGetVersion(); err != nil {
+			return i, err
+		}
+		i.QEMU = Version(v)
+		_, mem, cpus, _, _, _, _, _, err := l.NodeGetInfo()
+		if err != nil {
+			return i, err
+		}
+		i.CPUs, i.MemoryKB = int(cpus), int64(mem)
+		doc, err := l.ConnectGetCapabilities()
+		if err != nil {
+			return i, err
+		}
+		var c capabilities
+		if err := xml.Unmarshal([]byte(doc), &c); err != nil {
+			return i, fmt.Errorf("read capabilities: %w", err)
+		}
+		i.UUID, i.Arch, i.CPUModel = c.Host.UUID, c.Host.CPU.Arch, c.Host.CPU.Model
+		for _, m := range c.Host.Secmodels {
+			i.SecurityModels = append(i.SecurityModels, m.Model)
+		}
+		return i, nil
+	})
+}
+
+// KeepsReconnect reports whether this libvirt hands <reconnect delay=…> of NBD
+// disks on to QEMU (older ones accept the element and drop it silently). The
+// element appeared for unix sockets with 9.8 or so; what was seen: 9.0 drops
+// it, 11.3 keeps it. Callers that must be sure read the defined XML back.
+func (v Version) KeepsReconnect() bool { return v >= 11_000_000 }
