@@ -276,6 +276,9 @@ type PeerVM struct {
 	Diverged   bool
 	// Interrupted names a journalled plan that has not ended.
 	Interrupted string
+	// Pending bytes changed since Committed, when this host is the primary and
+	// can tell; negative = unknown.
+	Pending int64
 }
 
 // FailoverRequest is one step of a role change. Which fields count depends on
@@ -298,6 +301,10 @@ type FailoverReply struct {
 	Parent     delta.Pos
 	Detail     string
 	Steps      []Step
+	// Dirty are the ranges the answering host changed by itself and gives up
+	// (step "release"), by disk; All says that they are not known.
+	Dirty map[DiskName][]Range `json:",omitempty"`
+	All   bool                 `json:",omitempty"`
 }
 
 // Step is one executed step, for display.
