@@ -45,7 +45,7 @@ func (h *Host) Exec(ctx context.Context, name string, args ...string) (string, e
 
 // Virsh runs virsh inside the host.
 func (h *Host) Virsh(ctx context.Context, args ...string) (string, error) {
-	out, err := h.Exec(ctx, "virsh", append([]string{"-q"}, args...)...)
+	out, err := h.Exec(ctx, "virsh", args...)
 	return strings.TrimSpace(out), err
 }
 

@@ -156,6 +156,8 @@ func (h *Host) spawn(spec inside.Spec) (*birth, error) {
 	}
 	cmd := exec.Command(h.lab.helper, "pid1", string(text))
 	cmd.Stdout, cmd.Stderr = out, out
+	// What a host runs must not depend on who made it.
+	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "LC_ALL=C.UTF-8"}
 	cmd.ExtraFiles = []*os.File{goR, statW}
 	if lifeR != nil {
 		defer lifeR.Close()
