@@ -114,12 +114,12 @@ func (c *Client) Abandon(ctx context.Context, epoch uint64) error {
 	return c.post(ctx, "epoch/"+strconv.FormatUint(epoch, 10)+"/abandon", callTimeout, struct{}{}, nil)
 }
 
-// SeedFrames streams seed chunks of the live disk from offset on, to its end.
-// holes permits SEEK_DATA; only for a replica known to be all zero.
-func (c *Client) SeedFrames(ctx context.Context, disk wire.DiskName, offset int64, holes bool) (io.ReadCloser, error) {
+// SeedFrames streams seed chunks of the live disk: header, then chunks that
+// cover [Offset, end) without a gap, zeros as zero extents.
+func (c *Client) SeedFrames(ctx context.Context, r SeedRequest) (io.ReadCloser, error) {
 	q := url.Values{
-		"disk": {string(disk)}, "offset": {strconv.FormatInt(offset, 10)},
-		"holes": {strconv.FormatBool(holes)},
+		"disk": {string(r.Disk)}, "offset": {strconv.FormatInt(r.Offset, 10)},
+		"max": {strconv.FormatInt(r.Max, 10)}, "holes": {strconv.FormatBool(r.Holes)},
 	}
 	return c.stream(ctx, "seed", q)
 }

@@ -93,6 +93,8 @@ type Epoch struct {
 	Bytes int64
 	// Chunks the stream consists of, header and trailer excluded.
 	Chunks uint32
+	// Blobs says that firmware state was attached.
+	Blobs bool `json:",omitempty"`
 	// Digest is known once every frame was produced.
 	Digest *delta.Digest `json:",omitempty"`
 	// Lost says why the epoch can no longer be captured; it must be abandoned.
@@ -117,14 +119,15 @@ type Blob struct {
 	Data []byte
 }
 
-// SeedEnd is what a finished seed stream covered.
-type SeedEnd struct {
-	Disk wire.DiskName
-	// Cursor is the offset behind the last chunk sent: the disk's size when it
-	// came to the end.
-	Cursor int64
-	// Sent counts content bytes that were not zero.
-	Sent int64
+// SeedRequest positions a seed stream.
+type SeedRequest struct {
+	Disk   wire.DiskName
+	Offset int64
+	// Max ends the stream after about that many bytes of content; 0 = at the
+	// end of the disk.
+	Max int64
+	// Holes permits SEEK_DATA; only for a replica's base known to be all zero.
+	Holes bool
 }
 
 // RangesRequest lists dirty ranges of a disk from Offset on.

@@ -2,13 +2,17 @@ package session
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"math/rand/v2"
+	"sync"
 	"time"
 
 	"kvmreplica/replicad/dataplane"
 	"kvmreplica/replicad/delta"
+	"kvmreplica/replicad/lineage"
 	"kvmreplica/replicad/wire"
 )
 
@@ -20,7 +24,7 @@ type Source interface {
 	Frames(ctx context.Context, epoch uint64, from uint32) (io.ReadCloser, error)
 	Ack(ctx context.Context, pos delta.Pos) error
 	Abandon(ctx context.Context, epoch uint64) error
-	SeedFrames(ctx context.Context, disk wire.DiskName, offset int64, holes bool) (io.ReadCloser, error)
+	SeedFrames(ctx context.Context, r dataplane.SeedRequest) (io.ReadCloser, error)
 	Ranges(ctx context.Context, r dataplane.RangesRequest) (dataplane.RangesReply, error)
 	Compare(ctx context.Context, r dataplane.CompareRequest) (dataplane.CompareReply, error)
 	EndCompare(ctx context.Context, r dataplane.CompareEnd) (dataplane.CompareResult, error)
@@ -41,8 +45,11 @@ type Replica interface {
 
 var _ Replica = wire.Service(nil)
 
-// Config is what a Session needs. The zero value of everything optional is
-// useful.
+// DefaultScrubRate of the background digest pass, bytes per second.
+const DefaultScrubRate = 64 << 20
+
+// Config is what a Session needs. VM, Source and Replica are required; the
+// zero value of everything else is useful.
 type Config struct {
 	VM      wire.VMID
 	Name    string
@@ -50,20 +57,22 @@ type Config struct {
 	Replica Replica
 	// Interval between cuts; 0 = back to back.
 	Interval time.Duration
-	// Ancestors are the parents of the generation, nearest first.
-	Ancestors []delta.Pos
-	// Running says whether the guest runs here; nil = yes.
-	Running func() bool
-	// Firmware returns the firmware state if it changed since the last one the
-	// replica committed, nil when not; called after each freeze. Committed is
-	// told when a position that carried it was committed.
+	// Complete fills in what only the lineage record knows (Ancestors, Before,
+	// Between, Diverged, Running); nil leaves a first generation whose guest
+	// runs. It is called before every handshake.
+	Complete func(r *wire.HandshakeRequest)
+	// Firmware returns the firmware state when it differs from what the replica
+	// committed last, else nil; it is called after each freeze.
 	Firmware func(ctx context.Context) ([]dataplane.Blob, error)
 	// FirmwareCommitted is told that the replica committed what Firmware
 	// returned last.
-	FirmwareCommitted func(blobs []dataplane.Blob)
+	FirmwareCommitted func()
+	// Union marks what a VerifyUnion decision names; nil marks everything.
+	Union func(ctx context.Context, d lineage.Decision) error
 	// Limit wraps bulk bodies (bandwidth); nil = unlimited.
 	Limit func(ctx context.Context, r io.Reader) io.Reader
-	// ScrubRate bounds the background digest pass in bytes per second; 0 = 64 MiB.
+	// ScrubRate bounds the background digest pass in bytes per second;
+	// 0 = DefaultScrubRate.
 	ScrubRate int64
 	// Verified says that the seed was verified before; Scrub is where an
 	// interrupted pass goes on. Both come from an earlier Status.
@@ -71,159 +80,309 @@ type Config struct {
 	Scrub    Cursor
 	// Holes permits SEEK_DATA when seeding into a base known to be all zero.
 	Holes bool
+	// Paused starts in the pause.
+	Paused bool
 	// OnChange is told of every new Status, in order, never concurrently. It
-	// must not call the session.
+	// must return soon and not wait for the session.
 	OnChange func(Status)
 	Log      *slog.Logger
-	// Rand decides jitter, keys and nothing else; nil = a random seed.
+	// Rand decides jitter only; nil = a random seed.
 	Rand *rand.Rand
 }
 
-// Cursor is a place in a pass over all disks.
-type Cursor struct {
-	Disk   wire.DiskName
-	Offset int64
-}
-
-// Phase says what a session is doing.
-type Phase string
-
-// The phases.
-const (
-	Idle        Phase = "idle"        // not running yet, or ended
-	Connecting  Phase = "connecting"  // handshake
-	Seeding     Phase = "seeding"     // initial copy
-	Verifying   Phase = "verifying"   // comparing marked ranges by digest
-	Waiting     Phase = "waiting"     // for the next cut
-	Freezing    Phase = "freezing"    // making a cut
-	Shipping    Phase = "shipping"    // sending an epoch
-	BackingOff  Phase = "backing-off" // waiting after a failure
-	PausedPhase Phase = "paused"
-	Stopped     Phase = "stopped" // waits for a person, see Stop
-)
-
-// Status is an immutable snapshot.
-type Status struct {
-	Phase Phase
-	// Protected is true once the replica holds a consistent copy.
-	Protected bool
-	// Seeding and Verifying hold across back-off and pause.
-	Seeding   bool
-	Verifying string // reason of the digest pass; empty = none
-	Paused    bool
-	Progress  *Progress
-	// Committed is the replica's position as last heard; LastCut the time of
-	// the last cut it holds.
-	Committed delta.Pos
-	LastCut   time.Time
-	Pending   int64 // bytes changed since the last cut
-	Suspect   int64 // bytes still to be compared
-	Stats     Stats
-	// Verified: everything was compared with the replica after the seed.
-	// Scrub is the pass's cursor, Mismatched the bytes it found to differ.
-	Verified   bool
-	Scrub      Cursor
-	Mismatched int64
-	Conditions []Condition
-	// Failures in a row, the last of them, and the next try.
-	Failures  int
-	LastError string
-	Since     time.Time // of the first failure in the row
-	Retry     time.Time
-}
-
-// RPO is the age of the last committed cut; negative when there is none.
-func (s Status) RPO(now time.Time) time.Duration {
-	if s.LastCut.IsZero() {
-		return -1
-	}
-	return now.Sub(s.LastCut)
-}
-
-// Progress of a long transfer.
-type Progress struct {
-	Phase string // "seed", "delta", "verify", "scrub"
-	Disk  wire.DiskName
-	Done  int64
-	Total int64
-	Rate  int64         // bytes per second
-	ETA   time.Duration // negative when unknown
-}
-
-// Stats since the session began.
-type Stats struct {
-	Since          time.Time
-	Cycles         int64 // cuts the replica holds, empty ones included
-	Empty          int64 // of which nothing had changed
-	CyclesMissed   int64 // cuts that fell due while an earlier one was shipped
-	Errors         int64
-	Resumed        int64 // epochs continued after an interruption
-	Abandoned      int64
-	AverageBytes   int64
-	LargestBytes   int64
-	AverageLatency time.Duration // cut to commit
-	LargestLatency time.Duration
-	RPOMedian      time.Duration // age of the last cut just before the next commit
-	RPOMax         time.Duration
-	RawBytes       int64 // changed bytes committed, before compression
-	SentBytes      int64 // bytes handed to the transport
-	LastError      string
-}
-
-// Condition is one reason why a session is not (quite) well.
-type Condition struct {
-	Code   string // stable, see the constants
-	Text   string
-	Remedy string
-}
-
-// The codes of conditions. Stop conditions end shipping until the daemon or a
-// person changes something and calls Retry.
-const (
-	CondLink         = "link"          // the peer does not answer
-	CondSource       = "source"        // the data plane does not answer
-	CondDiverged     = "diverged"      // stop: forked histories
-	CondStale        = "stale"         // stop: the peer was promoted, this side is the old one
-	CondRefused      = "refused"       // stop: the handshake table refuses
-	CondWentBack     = "went-back"     // stop: this side's state is older than the replica's
-	CondReplicaBack  = "replica-back"  // the replica went back; everything is compared
-	CondMismatch     = "mismatch"      // a scrub found differing bytes (now marked)
-	CondNoSpace      = "no-space"      // the replica is full
-	CondOverload     = "overload"      // epochs are abandoned for want of capture memory
-	CondTrackingLost = "tracking-lost" // changes cannot be recorded
-)
-
 // Session ships one VM. Make it with New, then Run it once.
 type Session struct {
-	cfg Config
+	cfg  Config
+	log  *slog.Logger
+	kick chan struct{} // capacity 1: cmds is not empty
+
+	mu      sync.Mutex
+	cmds    []Event        // guarded by mu
+	status  Status         // guarded by mu
+	waiters []chan outcome // guarded by mu; SyncFinal callers
+	prog    Progress       // guarded by mu; valid while an operation transfers
+	began   time.Time      // guarded by mu; of prog
+	begun   int64          // guarded by mu; prog.Done at began
+
+	// Owned by Run's goroutine.
+	m       *Machine
+	results chan Event // capacity 1: one operation
+	cancel  context.CancelFunc
+}
+
+type outcome struct {
+	pos delta.Pos
+	err error
 }
 
 // New returns a session; nothing runs yet.
-func New(cfg Config) *Session { return &Session{cfg: cfg} }
+func New(cfg Config) *Session {
+	if cfg.ScrubRate <= 0 {
+		cfg.ScrubRate = DefaultScrubRate
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	if cfg.Rand == nil {
+		cfg.Rand = rand.New(rand.NewPCG(rand.Uint64(), rand.Uint64()))
+	}
+	return &Session{
+		cfg: cfg, log: cfg.Log.With("vm", cfg.Name), kick: make(chan struct{}, 1),
+		results: make(chan Event, 1), status: Status{Phase: Idle, Paused: cfg.Paused},
+	}
+}
 
-// Run ships until ctx ends; every failure is retried inside.
-func (s *Session) Run(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }
+// Run ships until ctx ends; every failure is retried inside. A frozen epoch
+// stays with the data plane, and the next session continues it.
+func (s *Session) Run(ctx context.Context) error {
+	s.m = NewMachine(MachineConfig{
+		Interval: s.cfg.Interval, ScrubRate: s.cfg.ScrubRate, Verified: s.cfg.Verified,
+		Scrub: s.cfg.Scrub, Holes: s.cfg.Holes, Rand: s.cfg.Rand.Float64,
+	}, time.Now())
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	defer s.finish(ctx)
+	if s.cfg.Paused {
+		s.step(ctx, EvPause{})
+	}
+	s.step(ctx, EvStart{})
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	for {
+		s.arm(timer)
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case ev := <-s.results:
+			s.cancel()
+			s.step(ctx, ev)
+		case <-s.kick:
+			for _, ev := range s.take() {
+				s.step(ctx, ev)
+			}
+		case <-timer.C:
+			s.step(ctx, EvWake{})
+		case <-tick.C:
+			if s.m.Busy() {
+				s.publish()
+			}
+		}
+	}
+}
+
+// arm sets the timer to the machine's next wake.
+func (s *Session) arm(t *time.Timer) {
+	at, ok := s.m.Wake()
+	if !ok {
+		t.Stop()
+		return
+	}
+	t.Reset(max(0, time.Until(at)))
+}
+
+// finish ends the outstanding operation and tells those who wait.
+func (s *Session) finish(ctx context.Context) {
+	if s.m.Busy() {
+		s.cancel()
+		<-s.results
+	}
+	s.settle(outcome{err: fmt.Errorf("the session of %s has ended: %w", s.cfg.Name, ctx.Err())})
+	s.mu.Lock()
+	s.status.Phase, s.status.Progress = Idle, nil
+	st := s.status
+	s.mu.Unlock()
+	if s.cfg.OnChange != nil {
+		s.cfg.OnChange(st)
+	}
+}
+
+// step runs the machine and starts what it asks for.
+func (s *Session) step(ctx context.Context, ev Event) {
+	if f, ok := ev.(EvFailed); ok && f.Class != ClassCancelled {
+		s.log.Debug("operation failed", "class", f.Class, "err", f.Text)
+	}
+	before := s.m.Status()
+	for _, a := range s.m.Step(time.Now(), ev) {
+		switch a := a.(type) {
+		case DoCancel:
+			s.cancel()
+		case FinalDone:
+			s.settle(outcome{pos: a.Pos})
+		case FinalFailed:
+			s.settle(outcome{err: stopError(a.Stop)})
+		case Committed:
+			if s.cfg.FirmwareCommitted != nil {
+				s.cfg.FirmwareCommitted()
+			}
+		default:
+			s.begin(ctx, a)
+		}
+	}
+	s.logChange(before, s.m.Status())
+	s.publish()
+}
+
+// stopError is a stop as an error for the caller of SyncFinal.
+func stopError(d lineage.Decision) error {
+	kind := wire.KindRefused
+	if d.Diverged {
+		kind = wire.KindDiverged
+	}
+	return &wire.Error{Kind: kind, Text: d.Reason, Hint: d.Hint}
+}
+
+// logChange writes one line per change that a person may look for, not per cycle.
+func (s *Session) logChange(a, b Status) {
+	if a.Failures == 0 && b.Failures > 0 {
+		s.log.Warn("replication interrupted", "err", b.LastError, "phase", a.Phase)
+	}
+	if a.Failures > 0 && b.Failures == 0 && b.Phase != Stopped {
+		s.log.Info("replication goes on", "failures", a.Failures)
+	}
+	if a.Stop == nil && b.Stop != nil {
+		s.log.Error("replication stops", "row", b.Stop.Row, "reason", b.Stop.Reason)
+	}
+	if a.Verifying == "" && b.Verifying != "" {
+		s.log.Info("comparing by digest", "reason", b.Verifying, "suspect", b.Suspect)
+	}
+	if !a.Protected && b.Protected {
+		s.log.Info("the replica is consistent", "position", b.Committed)
+	}
+	if !a.Verified && b.Verified {
+		s.log.Info("everything was compared with the replica", "mismatched", b.Mismatched)
+	}
+}
+
+// begin runs one operation in a goroutine of its own; its end arrives on results.
+func (s *Session) begin(ctx context.Context, a Action) {
+	ctx, s.cancel = context.WithCancel(ctx)
+	s.track("", "", 0, 0)
+	go func() {
+		defer func() {
+			if p := recover(); p != nil {
+				s.log.Error("bug: an operation panicked", "operation", fmt.Sprintf("%T", a), "panic", p)
+				s.results <- EvFailed{Class: ClassSource, Text: fmt.Sprintf("internal error: %v", p)}
+			}
+		}()
+		ev, err := s.operate(ctx, a)
+		if err != nil {
+			ev = s.failed(ctx, ev, err)
+		}
+		s.results <- ev
+	}()
+}
+
+func (s *Session) publish() {
+	st := s.m.Status()
+	s.mu.Lock()
+	if s.prog.Phase != "" {
+		p := s.prog
+		p.ETA = -1
+		if took := time.Since(s.began); took > 0 {
+			p.Rate = int64(float64(p.Done-s.begun) / took.Seconds())
+		}
+		if p.Rate > 0 && p.Total >= p.Done {
+			p.ETA = time.Duration(float64(p.Total-p.Done) / float64(p.Rate) * float64(time.Second))
+		}
+		st.Progress = &p
+	}
+	s.status = st
+	s.mu.Unlock()
+	if s.cfg.OnChange != nil {
+		s.cfg.OnChange(st)
+	}
+}
+
+// track starts a new progress display; an empty phase ends it.
+func (s *Session) track(phase string, disk wire.DiskName, done, total int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if phase == "" || s.prog.Phase != phase {
+		s.began, s.begun = time.Now(), done
+	}
+	s.prog = Progress{Phase: phase, Disk: disk, Done: done, Total: total}
+}
 
 // Status is the latest snapshot.
-func (s *Session) Status() Status { return Status{Phase: Idle} }
+func (s *Session) Status() Status {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.status
+}
 
-// Pause stops shipping after telling what is under way to end; tracking goes
-// on. It is remembered only in memory.
-func (s *Session) Pause() {}
+func (s *Session) send(ev Event) {
+	s.mu.Lock()
+	s.cmds = append(s.cmds, ev)
+	s.mu.Unlock()
+	select {
+	case s.kick <- struct{}{}:
+	default:
+	}
+}
 
-// Resume takes Pause back.
-func (s *Session) Resume() {}
+func (s *Session) take() []Event {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	evs := s.cmds
+	s.cmds = nil
+	return evs
+}
 
-// Retry ends a back-off or a stop and starts with a new handshake.
-func (s *Session) Retry() {}
+// Pause stops shipping; what is under way is interrupted, tracking goes on.
+func (s *Session) Pause() { s.send(EvPause{}) }
+
+// Resume takes Pause back; it also goes on after SyncFinal.
+func (s *Session) Resume() { s.send(EvResume{}) }
+
+// Retry ends a back-off or a stop with a new handshake.
+func (s *Session) Retry() { s.send(EvRetry{}) }
 
 // TriggerNow asks for a cut as soon as possible.
-func (s *Session) TriggerNow() {}
+func (s *Session) TriggerNow() { s.send(EvTrigger{}) }
 
-// SetInterval changes the interval from the next cut on.
-func (s *Session) SetInterval(d time.Duration) {}
+// SetInterval changes the interval, also of the cut that is waited for.
+func (s *Session) SetInterval(d time.Duration) { s.send(EvInterval{d}) }
 
 // SyncFinal ships until nothing is dirty and everything is acknowledged, and
 // returns that position. The guest must be stopped. Failures are retried until
-// ctx ends; a stop condition is returned as an error at once.
-func (s *Session) SyncFinal(ctx context.Context) (delta.Pos, error) { return delta.Pos{}, ctx.Err() }
+// ctx ends; a stop by the handshake table is returned at once. Afterwards the
+// session is quiet until Resume. It ends a pause.
+func (s *Session) SyncFinal(ctx context.Context) (delta.Pos, error) {
+	done := make(chan outcome, 1)
+	s.mu.Lock()
+	s.waiters = append(s.waiters, done)
+	s.mu.Unlock()
+	s.send(EvFinal{})
+	select {
+	case o := <-done:
+		return o.pos, o.err
+	case <-ctx.Done():
+	}
+	s.mu.Lock()
+	for i, w := range s.waiters {
+		if w == done {
+			s.waiters = append(s.waiters[:i], s.waiters[i+1:]...)
+			break
+		}
+	}
+	none, last := len(s.waiters) == 0, s.status.LastError
+	s.mu.Unlock()
+	if none {
+		s.send(EvFinalCancel{})
+	}
+	err := ctx.Err()
+	if last != "" {
+		err = errors.Join(err, errors.New(last))
+	}
+	return delta.Pos{}, fmt.Errorf("ship the last changes of %s: %w", s.cfg.Name, err)
+}
+
+func (s *Session) settle(o outcome) {
+	s.mu.Lock()
+	ws := s.waiters
+	s.waiters = nil
+	s.mu.Unlock()
+	for _, w := range ws {
+		w <- o
+	}
+}

@@ -1,0 +1,121 @@
+package session
+
+import "time"
+
+// onSeeded: one disk, or a part of it, is durable at the replica.
+func (m *Machine) onSeeded(now time.Time, e EvSeeded) []Action {
+	advanced := e.Cursor > m.seeds[e.Disk]
+	m.seeds[e.Disk] = e.Cursor
+	m.meter.stats.SentBytes += e.Sent
+	if !advanced {
+		return m.onFailed(now, EvFailed{Class: ClassLink, Text: "the initial copy does not get further"})
+	}
+	m.settled()
+	return m.next(now)
+}
+
+// onFrozen: an empty cut becomes a beat; the first epoch after a seed is what
+// makes the replica consistent and is shipped even when it is empty.
+func (m *Machine) onFrozen(now time.Time, e EvFrozen) []Action {
+	h := e.Epoch
+	m.held, m.resume = &h, false
+	m.source.Pending = 0
+	m.empty = h.Bytes == 0 && !e.Blobs && !m.parent.IsZero()
+	m.drop = m.empty
+	return m.next(now)
+}
+
+// onShipped: the replica committed; the data plane has to know before
+// anything else happens.
+func (m *Machine) onShipped(now time.Time, e EvShipped) []Action {
+	m.meter.stats.SentBytes += e.Sent
+	if e.From > 0 {
+		m.meter.stats.Resumed++
+	}
+	if m.held == nil {
+		return m.connect() // cannot happen; a handshake sorts it out
+	}
+	m.meter.committed(now, m.cutAt, m.lastCut, m.held.Bytes)
+	m.lastCut = m.cutAt
+	m.shipped = &e
+	m.settled()
+	return m.next(now)
+}
+
+// onAcked: the cycle is complete.
+func (m *Machine) onAcked(now time.Time, e EvAcked) []Action {
+	if m.lastCut.Before(m.cutAt) { // the answer of the replica had been lost
+		m.meter.committed(now, m.cutAt, m.lastCut, m.held.Bytes)
+		m.lastCut = m.cutAt
+	}
+	var acts []Action
+	if m.held != nil && m.held.Blobs {
+		acts = append(acts, Committed{})
+	}
+	m.parent, m.protected, m.seeding = m.shipped.Pos, true, false
+	m.source = e.Source
+	m.held, m.shipped, m.drop, m.resume = nil, nil, false, false
+	m.seeds, m.corrupt, m.overload = nil, 0, 0
+	delete(m.cond, CondOverload)
+	m.schedule(now, false)
+	return append(acts, m.next(now)...)
+}
+
+// onAbandoned: the frozen epoch is given back; if it was empty, the replica
+// gets to know that it is up to date.
+func (m *Machine) onAbandoned(now time.Time) []Action {
+	empty := m.empty
+	if !empty && !m.paused {
+		m.meter.stats.Abandoned++
+	}
+	m.held, m.drop, m.resume, m.empty = nil, false, false, false
+	switch {
+	case !empty || m.paused:
+		return m.next(now)
+	case m.final:
+		m.lastCut = m.cutAt
+		m.final = false
+		return append(m.sleep(Finished, time.Time{}), FinalDone{m.parent})
+	}
+	return m.do(Shipping, DoBeat{m.parent})
+}
+
+func (m *Machine) onBeaten(now time.Time) []Action {
+	m.meter.committed(now, m.cutAt, m.lastCut, 0)
+	m.lastCut = m.cutAt
+	m.settled()
+	m.schedule(now, true)
+	return m.next(now)
+}
+
+// schedule sets the next cut: one interval after this one, at once when that
+// is over already (the missed ones coalesce into it).
+func (m *Machine) schedule(now time.Time, empty bool) {
+	m.nextCut = m.cutAt.Add(m.cfg.Interval)
+	if m.cfg.Interval <= 0 {
+		if empty {
+			m.nextCut = now.Add(idleGap)
+		}
+		return
+	}
+	if late := now.Sub(m.nextCut); late > 0 {
+		m.meter.stats.CyclesMissed += 1 + int64(late/m.cfg.Interval)
+		m.nextCut = now
+	}
+}
+
+// onScrubbed: one window of the background pass is done.
+func (m *Machine) onScrubbed(now time.Time, e EvScrubbed) []Action {
+	m.scrub = e.Next
+	if e.Done {
+		m.verified, m.scrub = true, Cursor{}
+	}
+	if e.Mismatched > 0 {
+		m.mismatched += e.Mismatched
+		m.condition(CondMismatch, "look for writers past the tracker and for failing memory or disks",
+			"%d bytes differed from the replica although they were not marked; they are sent again", m.mismatched)
+	}
+	m.settled()
+	m.scrubAt = now.Add(time.Duration(float64(e.Bytes) / float64(m.cfg.ScrubRate) * float64(time.Second)))
+	return m.next(now)
+}
