@@ -219,8 +219,8 @@ func withFD(f *os.File, op string, call func(fd int) error) error {
 			}
 		}
 	})
-	if err != nil {
-		return err
+	if err != nil { // Control fails on closed files only, with an error of its own
+		cerr = fs.ErrClosed
 	}
 	if cerr != nil {
 		return &fs.PathError{Op: op, Path: f.Name(), Err: cerr}

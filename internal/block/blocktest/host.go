@@ -3,6 +3,7 @@ package blocktest
 import (
 	"fmt"
 	"slices"
+	"sync"
 
 	"kvmreplica/internal/fsx/fsxtest"
 )
@@ -15,8 +16,9 @@ type Host struct {
 	// FS is the machine's file system.
 	FS *fsxtest.Mem
 
-	disks map[string]*Crashable
 	torn  bool
+	mu    sync.Mutex
+	disks map[string]*Crashable // guarded by mu
 }
 
 // NewHost returns a new machine with an empty file system and no disks.
@@ -29,8 +31,8 @@ func NewHost() *Host {
 func (h *Host) SetTorn(torn bool) {
 	h.torn = torn
 	h.FS.SetTorn(torn)
-	for _, d := range h.disks {
-		d.SetTorn(torn)
+	for _, name := range h.Disks() {
+		h.disk(name).SetTorn(torn)
 	}
 }
 
@@ -38,6 +40,8 @@ func (h *Host) SetTorn(torn bool) {
 // machine makes it, all zeros; later ones, also after a restart, open the same
 // content. A different size is a panic: a mistake of the test.
 func (h *Host) Disk(name string, size int64) *Crashable {
+	h.mu.Lock()
+	defer h.mu.Unlock()
 	d := h.disks[name]
 	if d == nil {
 		d = NewCrashableOn(h.Power, name, size)
@@ -52,12 +56,20 @@ func (h *Host) Disk(name string, size int64) *Crashable {
 
 // Disks lists the names of the disks, sorted.
 func (h *Host) Disks() []string {
+	h.mu.Lock()
+	defer h.mu.Unlock()
 	names := make([]string, 0, len(h.disks))
 	for name := range h.disks {
 		names = append(names, name)
 	}
 	slices.Sort(names)
 	return names
+}
+
+func (h *Host) disk(name string) *Crashable {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.disks[name]
 }
 
 // Setup runs fn without crash points, hooks or counting.
@@ -68,7 +80,7 @@ func (h *Host) Cut(choose fsxtest.Chooser) *Host {
 	n := &Host{Power: fsxtest.NewPower(), disks: map[string]*Crashable{}, torn: h.torn}
 	n.FS = h.FS.CrashCloneOn(n.Power, choose)
 	for _, name := range h.Disks() {
-		n.disks[name] = h.disks[name].crashCloneOn(n.Power, choose)
+		n.disks[name] = h.disk(name).crashCloneOn(n.Power, choose)
 	}
 	return n
 }
@@ -79,7 +91,7 @@ func (h *Host) Kill(choose fsxtest.Chooser) *Host {
 	n := &Host{Power: fsxtest.NewPower(), disks: map[string]*Crashable{}, torn: h.torn}
 	n.FS = h.FS.KillCloneOn(n.Power, choose)
 	for _, name := range h.Disks() {
-		n.disks[name] = h.disks[name].killCloneOn(n.Power, choose)
+		n.disks[name] = h.disk(name).killCloneOn(n.Power, choose)
 	}
 	return n
 }

@@ -3,7 +3,6 @@ package fsxtest
 import (
 	"bytes"
 	"slices"
-	"sort"
 )
 
 // SectorSize is the unit that survives or vanishes as one.
@@ -142,9 +141,18 @@ func (s *Sectors) Zero(off, n int64, dying bool) {
 	}
 }
 
-// used lists the sectors in [from, to) that may read as something but zeros.
+// used lists the sectors in [from, to) that may read as something but zeros,
+// by walking the shorter of the range and what was ever written.
 func (s *Sectors) used(from, to int64) []int64 {
 	var out []int64
+	if to-from <= int64(len(s.pend)+len(s.chunks)*chunkSectors) {
+		for i := from; i < to; i++ {
+			if s.pend[i] != nil || s.clean(i) != nil {
+				out = append(out, i)
+			}
+		}
+		return out
+	}
 	for ci, c := range s.chunks {
 		for k, v := range c.sec {
 			i := ci*chunkSectors + int64(k)
@@ -158,7 +166,7 @@ func (s *Sectors) used(from, to int64) []int64 {
 			out = append(out, i)
 		}
 	}
-	sort.Slice(out, func(a, b int) bool { return out[a] < out[b] })
+	slices.Sort(out)
 	return out
 }
 
@@ -253,7 +261,7 @@ func (s *Sectors) pendingInOrder() []int64 {
 	for i := range s.pend {
 		out = append(out, i)
 	}
-	sort.Slice(out, func(a, b int) bool { return out[a] < out[b] })
+	slices.Sort(out)
 	return out
 }
 
