@@ -1,0 +1,150 @@
+package peer
+
+import (
+	"errors"
+	"net"
+	"sync"
+	"time"
+
+	"kvmreplica/replicad/wire"
+)
+
+// conns counts the connections of a Server and knows whose each one is, so
+// that strangers are bounded and a removed host's connections can be closed.
+type conns struct {
+	limits Limits
+
+	mu      sync.Mutex
+	all     map[*conn]bool      // guarded by mu
+	waiting []*conn             // not authenticated, oldest first; guarded by mu
+	source  map[string]int      // of waiting, by address; guarded by mu
+	peers   map[wire.HostID]int // authenticated, by host; guarded by mu
+}
+
+func newConns(l Limits) *conns {
+	return &conns{limits: l, all: map[*conn]bool{}, source: map[string]int{}, peers: map[wire.HostID]int{}}
+}
+
+// conn is an accepted connection below TLS.
+type conn struct {
+	net.Conn
+	set    *conns
+	source string
+	once   sync.Once
+
+	// host is empty until authenticated; guarded by set.mu.
+	host wire.HostID
+}
+
+var errTooMany = errors.New("too many connections")
+
+// admit takes c in, or closes it. A full waiting room drops its oldest member:
+// honest handshakes take milliseconds, so the oldest is the likeliest silent one.
+func (s *conns) admit(c net.Conn) (*conn, error) {
+	host, _, err := net.SplitHostPort(c.RemoteAddr().String())
+	if err != nil {
+		host = c.RemoteAddr().String()
+	}
+	n := &conn{Conn: c, set: s, source: host}
+	var victim *conn
+	s.mu.Lock()
+	if s.source[host] >= s.limits.PreAuthPerSource || len(s.all) >= s.limits.Conns {
+		s.mu.Unlock()
+		_ = c.Close()
+		return nil, errTooMany
+	}
+	if len(s.waiting) >= s.limits.PreAuth {
+		victim = s.waiting[0]
+	}
+	s.all[n] = true
+	s.waiting = append(s.waiting, n)
+	s.source[host]++
+	s.mu.Unlock()
+	if victim != nil {
+		_ = victim.Close()
+	}
+	return n, nil
+}
+
+// authenticated moves c from the waiting room to host's connections.
+func (s *conns) authenticated(c *conn, host wire.HostID) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.all[c] || c.host != "" {
+		return errors.New("connection is closed")
+	}
+	if s.peers[host] >= s.limits.PerPeer {
+		return errTooMany
+	}
+	s.leaveRoom(c)
+	c.host = host
+	s.peers[host]++
+	return nil
+}
+
+// leaveRoom takes c out of the waiting room. s.mu is held.
+func (s *conns) leaveRoom(c *conn) {
+	for i, w := range s.waiting {
+		if w == c {
+			s.waiting = append(s.waiting[:i], s.waiting[i+1:]...)
+			break
+		}
+	}
+	if s.source[c.source]--; s.source[c.source] <= 0 {
+		delete(s.source, c.source)
+	}
+}
+
+// closeOf closes every connection of host.
+func (s *conns) closeOf(host wire.HostID) {
+	s.mu.Lock()
+	var hit []*conn
+	for c := range s.all {
+		if c.host == host {
+			hit = append(hit, c)
+		}
+	}
+	s.mu.Unlock()
+	for _, c := range hit {
+		_ = c.Close()
+	}
+}
+
+// Close implements net.Conn and gives the place back.
+func (c *conn) Close() error {
+	c.once.Do(func() {
+		s := c.set
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		delete(s.all, c)
+		if c.host == "" {
+			s.leaveRoom(c)
+			return
+		}
+		if s.peers[c.host]--; s.peers[c.host] <= 0 {
+			delete(s.peers, c.host)
+		}
+	})
+	return c.Conn.Close()
+}
+
+// counts is for tests and metrics.
+func (s *conns) counts() (all, waiting int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.all), len(s.waiting)
+}
+
+// stallConn fails a Write that does not move for limit. Reads are bounded by
+// whoever waits for an answer.
+type stallConn struct {
+	net.Conn
+	limit time.Duration
+}
+
+func (c *stallConn) Write(p []byte) (int, error) {
+	if err := c.Conn.SetWriteDeadline(time.Now().Add(c.limit)); err != nil {
+		return 0, err
+	}
+	return c.Conn.Write(p)
+}

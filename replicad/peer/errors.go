@@ -1,0 +1,106 @@
+package peer
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"sync"
+
+	"kvmreplica/replicad/wire"
+)
+
+// callError is a *wire.Error that keeps its cause, so that a context's error
+// or an AuthError can be told apart with errors.Is and errors.As.
+type callError struct {
+	wire  wire.Error
+	cause error
+}
+
+func (e *callError) Error() string { return e.wire.Error() }
+
+func (e *callError) Unwrap() []error { return []error{&e.wire, e.cause} }
+
+func unavailable(cause error, hint, format string, args ...any) error {
+	return &callError{wire.Error{Kind: wire.KindUnavailable, Text: fmt.Sprintf(format, args...), Hint: hint}, cause}
+}
+
+// onceReader stops reading its source once ended, and remembers the source's
+// own error apart from the transport's.
+type onceReader struct {
+	mu    sync.Mutex
+	r     io.Reader // guarded by mu
+	err   error     // guarded by mu
+	ended bool      // guarded by mu
+}
+
+func (o *onceReader) Read(p []byte) (int, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.ended {
+		return 0, io.ErrClosedPipe
+	}
+	n, err := o.r.Read(p)
+	if err != nil && err != io.EOF {
+		o.err = err
+	}
+	return n, err
+}
+
+// end waits for a Read under way and allows no other.
+func (o *onceReader) end() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.ended = true
+}
+
+func (o *onceReader) failed() error {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.err
+}
+
+// dialed is a client's set of connections, so that they can be closed at once.
+type dialed struct {
+	mu     sync.Mutex
+	set    map[*dialedConn]bool // guarded by mu
+	closed bool                 // guarded by mu
+}
+
+type dialedConn struct {
+	net.Conn
+	owner *dialed
+}
+
+func (d *dialed) add(c net.Conn) (net.Conn, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.closed {
+		_ = c.Close()
+		return nil, errors.New("client is closed")
+	}
+	n := &dialedConn{Conn: c, owner: d}
+	d.set[n] = true
+	return n, nil
+}
+
+// closeAll closes every connection; with forever set no new one is added.
+func (d *dialed) closeAll(forever bool) {
+	d.mu.Lock()
+	d.closed = d.closed || forever
+	var all []*dialedConn
+	for c := range d.set {
+		all = append(all, c)
+	}
+	d.mu.Unlock()
+	for _, c := range all {
+		_ = c.Close()
+	}
+}
+
+func (c *dialedConn) Close() error {
+	c.owner.mu.Lock()
+	delete(c.owner.set, c)
+	c.owner.mu.Unlock()
+	return c.Conn.Close()
+}
