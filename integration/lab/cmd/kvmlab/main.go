@@ -1,13 +1,17 @@
 // Command kvmlab makes, uses and removes a lab of two pretend KVM hosts.
 //
-//	kvmlab up DIR [-nonroot B]      make a lab that outlives this command
-//	kvmlab exec DIR A CMD ARGS...   run a command inside host A
-//	kvmlab crash DIR A              cut the power of host A
-//	kvmlab start DIR A              boot it again
-//	kvmlab link DIR A up|down       plug or pull its network cable
-//	kvmlab status DIR               list the hosts
-//	kvmlab guest DIR                put the test guest's kernel into both hosts
-//	kvmlab down DIR                 remove everything
+//	kvmlab up DIR [-nonroot B]         make a lab that outlives this command
+//	kvmlab status DIR                  list the hosts
+//	kvmlab exec DIR A CMD ARGS...      run a command inside host A
+//	kvmlab crash DIR A                 cut the power of host A
+//	kvmlab start DIR A                 boot it again
+//	kvmlab link DIR A up|down          plug or pull its network cable
+//	kvmlab guest DIR A NAME [flags]    make disks and define the test guest
+//	kvmlab wait DIR A NAME WORD [-n N] wait for the guest to announce WORD
+//	kvmlab last DIR A NAME WORD        its latest announcement of WORD
+//	kvmlab down DIR                    remove everything
+//
+// Exit codes: 0 done, 1 failed, 2 wrong usage; exec passes the command's on.
 package main
 
 import (

@@ -3,18 +3,23 @@ package main
 import (
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"os"
 	"os/exec"
 	"os/signal"
 	"strconv"
+	"strings"
 
 	"kvmreplica/integration/lab"
+	"kvmreplica/integration/lab/guest"
 	"kvmreplica/integration/lab/inside"
 )
 
 // errUsage is answered with the list of verbs; exit code 2.
-var errUsage = errors.New("usage: kvmlab up|status|down DIR, kvmlab exec DIR A|B CMD..., kvmlab crash|start DIR A|B, kvmlab link DIR A|B up|down")
+var errUsage = errors.New("usage: kvmlab up|status|down DIR, " +
+	"kvmlab exec DIR A|B CMD..., kvmlab crash|start DIR A|B, kvmlab link DIR A|B up|down, " +
+	"kvmlab guest DIR A|B NAME [flags], kvmlab wait|last DIR A|B NAME WORD [flags]")
 
 func run(args []string) (int, error) {
 	if len(args) < 2 {
@@ -37,16 +42,20 @@ func run(args []string) (int, error) {
 	if err != nil {
 		return 1, err
 	}
-	if verb == "down" {
+	switch verb {
+	case "down":
 		return 0, l.Down()
-	}
-	if verb == "status" {
+	case "status":
 		return 0, status(l)
 	}
 	if len(args) < 2 || l.Host(args[1]) == nil {
 		return 2, errUsage
 	}
-	h, rest := l.Host(args[1]), args[2:]
+	return onHost(ctx, verb, l.Host(args[1]), args[2:])
+}
+
+// onHost runs the verbs that name a host.
+func onHost(ctx context.Context, verb string, h *lab.Host, rest []string) (int, error) {
 	switch {
 	case verb == "exec" && len(rest) > 0:
 		return execute(ctx, h, rest)
@@ -56,6 +65,12 @@ func run(args []string) (int, error) {
 		return 0, h.Start(ctx)
 	case verb == "link" && len(rest) == 1 && (rest[0] == "up" || rest[0] == "down"):
 		return 0, h.Link(rest[0] == "up")
+	case verb == "guest" && len(rest) > 0:
+		return 0, defineGuest(ctx, h, rest[0], rest[1:])
+	case verb == "wait" && len(rest) > 1:
+		return 0, waitFor(ctx, h, rest[0], rest[1], rest[2:])
+	case verb == "last" && len(rest) == 2:
+		return 0, last(h, rest[0], rest[1])
 	}
 	return 2, errUsage
 }
@@ -75,14 +90,19 @@ func enter(args []string) (int, error) {
 	return inside.Enter(pid, tell, args[2:])
 }
 
-func up(ctx context.Context, dir string, flags []string) error {
-	opts := lab.Options{Keep: true}
-	for len(flags) >= 2 && flags[0] == "-nonroot" {
-		opts.NonRootQEMU = append(opts.NonRootQEMU, flags[1])
-		flags = flags[2:]
+func up(ctx context.Context, dir string, args []string) error {
+	f := flag.NewFlagSet("up", flag.ContinueOnError)
+	nonRoot := f.String("nonroot", "", "hosts, e.g. B or AB, whose QEMU runs as libvirt-qemu")
+	if err := f.Parse(args); err != nil {
+		return err
 	}
-	if len(flags) > 0 {
-		return errUsage
+	files, err := guest.Build(ctx)
+	if err != nil {
+		return err
+	}
+	opts := lab.Options{Keep: true, Boot: files.List()}
+	for _, n := range strings.Split(*nonRoot, "") {
+		opts.NonRootQEMU = append(opts.NonRootQEMU, n)
 	}
 	l, err := lab.Up(ctx, dir, opts)
 	if err != nil {

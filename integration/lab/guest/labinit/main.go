@@ -52,7 +52,7 @@ func main() {
 func (g *guest) run() {
 	g.watchPowerKey()
 	if g.knobs.net {
-		g.dhcp()
+		go g.dhcp() // takes seconds; the disks do not wait for it
 	}
 	if g.knobs.agent {
 		g.startAgent()
