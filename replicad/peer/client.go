@@ -313,8 +313,11 @@ func remoteError(body io.Reader, code int) error {
 // transportError makes a *wire.Error of whatever kept a call from its answer.
 func transportError(ctx context.Context, err error) error {
 	var auth *AuthError
+	var ce *callError
 	var we *wire.Error
 	switch {
+	case errors.As(err, &ce):
+		return ce
 	case errors.As(err, &we):
 		return we
 	case errors.As(err, &auth):
