@@ -99,7 +99,8 @@ func Dial(ctx context.Context, opt Options) (*Host, error) {
 // Socket is the path this host was reached by.
 func (h *Host) Socket() string { return h.socket }
 
-// Close ends all connections; calls in flight fail. Watchers end as well.
+// Close ends all connections; calls in flight fail. A Watch ends with its own
+// context.
 func (h *Host) Close() error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
