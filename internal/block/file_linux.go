@@ -42,11 +42,11 @@ type File struct {
 	fd       int
 	path     string // resolved once, at open
 	size     int64  // rounded up to SectorSize
-	real     int64  // bytes that exist
 	readOnly bool
 	blockDev bool
 
-	noWait atomic.Bool // preadv2(RWF_NOWAIT) works here
+	real   atomic.Int64 // bytes that exist; grows up to size when the tail is written
+	noWait atomic.Bool  // preadv2(RWF_NOWAIT) works here
 	zero   zeroState
 	dirty  dirtyState
 
@@ -105,18 +105,18 @@ func (f *File) setup(opts FileOptions) error {
 	}
 	switch st.Mode & unix.S_IFMT {
 	case unix.S_IFREG:
-		f.real = st.Size
+		f.real.Store(st.Size)
 	case unix.S_IFBLK:
 		f.blockDev = true
 		n, err := blockDeviceSize(f.fd)
 		if err != nil {
 			return &os.PathError{Op: "read size of block device", Path: f.path, Err: err}
 		}
-		f.real = n
+		f.real.Store(n)
 	default:
 		return fmt.Errorf("open image %s: neither a regular file nor a block device", f.path)
 	}
-	f.size = (f.real + SectorSize - 1) / SectorSize * SectorSize
+	f.size = roundUp(f.real.Load())
 	if err := unix.SetNonblock(f.fd, false); err != nil {
 		return &os.PathError{Op: "open image", Path: f.path, Err: err}
 	}
@@ -133,8 +133,10 @@ func (f *File) Path() string { return f.path }
 func (f *File) ReadOnly() bool { return f.readOnly }
 
 // Size is the length rounded up to whole sectors; the bytes behind the real
-// end read as zeros.
+// end read as zeros, and come into being when a guest writes to them.
 func (f *File) Size() int64 { return f.size }
+
+func roundUp(n int64) int64 { return (n + SectorSize - 1) / SectorSize * SectorSize }
 
 // enter keeps the descriptor open until leave; it fails after Close.
 func (f *File) enter() error {
@@ -184,13 +186,13 @@ func (f *File) readFull(p []byte, off int64) (int, error) {
 func (f *File) errShrunk(op string, off int64) error {
 	return &os.PathError{
 		Op: op, Path: f.path,
-		Err: fmt.Errorf("image ends at byte %d, it had %d when opened: %w", off, f.real, io.ErrUnexpectedEOF),
+		Err: fmt.Errorf("image ends at byte %d, it had %d when opened: %w", off, f.real.Load(), io.ErrUnexpectedEOF),
 	}
 }
 
 // storedLen says how many of n bytes at off exist in the file.
 func (f *File) storedLen(off int64, n int) int {
-	return int(max(0, min(int64(n), f.real-off)))
+	return int(max(0, min(int64(n), f.real.Load()-off)))
 }
 
 // TryReadAt reads from the page cache only. Where the file system cannot tell
@@ -257,15 +259,8 @@ func (f *File) checkWrite(off, n int64) error {
 }
 
 func (f *File) write(p []byte, off int64) (int, error) {
-	stored := f.storedLen(off, len(p))
-	if tail := p[stored:]; len(tail) > 0 && !allZero(tail) {
-		return 0, &os.PathError{
-			Op: "write", Path: f.path,
-			Err: fmt.Errorf("non-zero data behind the image's last byte %d cannot be stored: %w", f.real, unix.ENOSPC),
-		}
-	}
-	for done := 0; done < stored; {
-		n, err := unix.Pwrite(f.fd, p[done:stored], off+int64(done))
+	for done := 0; done < len(p); {
+		n, err := unix.Pwrite(f.fd, p[done:], off+int64(done))
 		switch {
 		case errors.Is(err, unix.EINTR):
 		case err != nil:
@@ -274,8 +269,19 @@ func (f *File) write(p []byte, off int64) (int, error) {
 			done += n
 		}
 	}
-	f.dirty.add(int64(stored))
+	f.grown(off + int64(len(p)))
+	f.dirty.add(int64(len(p)))
 	return len(p), nil
+}
+
+// grown notes that the image exists up to end.
+func (f *File) grown(end int64) {
+	for {
+		have := f.real.Load()
+		if end <= have || f.real.CompareAndSwap(have, end) {
+			return
+		}
+	}
 }
 
 // Sync makes everything written so far durable. An error is sticky: see
@@ -318,7 +324,7 @@ func (f *File) syncFailure() error {
 }
 
 // ReadFD implements FileBacked. It declines when the file has a virtual tail.
-func (f *File) ReadFD() (int, bool) { return f.fd, f.real == f.size }
+func (f *File) ReadFD() (int, bool) { return f.fd, f.real.Load() == f.size }
 
 // Close waits for running operations, releases the locks and the descriptor.
 func (f *File) Close() error {
@@ -333,15 +339,6 @@ func (f *File) Close() error {
 		return &os.PathError{Op: "close", Path: f.path, Err: err}
 	}
 	return nil
-}
-
-func allZero(p []byte) bool {
-	for _, b := range p {
-		if b != 0 {
-			return false
-		}
-	}
-	return true
 }
 
 func retryEINTR[T any](call func() (T, error)) (T, error) {

@@ -30,7 +30,7 @@ func (f *File) ZeroAt(off, n int64, punch bool) error {
 	if err := f.checkWrite(off, n); err != nil {
 		return err
 	}
-	n = max(0, min(n, f.real-off))
+	n = max(0, min(n, f.real.Load()-off))
 	if n == 0 {
 		return nil
 	}
@@ -170,7 +170,7 @@ func (f *File) Map(off, n int64, fn func(Extent) bool) error {
 
 // extentAt describes the storage at off, up to end at most.
 func (f *File) extentAt(off, end int64) (Extent, error) {
-	if off >= f.real {
+	if off >= f.real.Load() {
 		return Extent{Range: Range{Off: off, Len: end - off}, Hole: true, Zero: true}, nil
 	}
 	if f.blockDev {

@@ -21,7 +21,7 @@ const (
 // and Inode and the times are zero: the node in /dev is made anew at each boot.
 type Identity struct {
 	Kind      Kind   `json:"kind"`
-	Size      int64  `json:"size"` // real bytes, not rounded
+	Size      int64  `json:"size"` // in whole sectors, as File.Size
 	Device    uint64 `json:"device"`
 	Inode     uint64 `json:"inode"`
 	BirthTime int64  `json:"birth_time"` // ns since 1970, 0 when unknown
@@ -56,7 +56,7 @@ func (f *File) Identity() (Identity, error) {
 	}
 	id := Identity{
 		Kind:    KindFile,
-		Size:    int64(st.Size),
+		Size:    roundUp(int64(st.Size)),
 		Device:  unix.Mkdev(st.Dev_major, st.Dev_minor),
 		Inode:   st.Ino,
 		MtimeNS: nanos(st.Mtime),
