@@ -89,7 +89,7 @@ func (c *Client) Freeze(ctx context.Context, r FreezeRequest) (e Epoch, err erro
 
 // Attach adds firmware state to the frozen epoch. It must precede the first
 // Frames call of the epoch.
-func (c *Client) Attach(ctx context.Context, epoch uint64, blobs []Blob) error {
+func (c *Client) Attach(ctx context.Context, epoch uint64, blobs []delta.Blob) error {
 	return c.post(ctx, "epoch/"+strconv.FormatUint(epoch, 10)+"/attach", callTimeout, blobs, nil)
 }
 

@@ -89,10 +89,11 @@ type Epoch struct {
 	Parent     delta.Pos
 	// Cut is when it was frozen (monotone within the process).
 	Cut time.Time
-	// Bytes in frozen granules, before compression; 0 = nothing changed.
+	// Bytes in frozen granules, before compression.
 	Bytes int64
-	// Chunks the stream consists of, header and trailer excluded.
-	Chunks uint32
+	// Empty: nothing had changed since the last acknowledged position. No
+	// number was used and nothing is held; there is nothing to end.
+	Empty bool `json:",omitempty"`
 	// Blobs says that firmware state was attached.
 	Blobs bool `json:",omitempty"`
 	// Digest is known once every frame was produced.
@@ -111,12 +112,11 @@ type FreezeRequest struct {
 	// Parent is the replica's committed position; zero for the first epoch
 	// after seeding.
 	Parent delta.Pos
-}
-
-// Blob is one piece of firmware state shipped in the manifest.
-type Blob struct {
-	Name string // "nvram", "tpm"
-	Data []byte
+	// Force makes an epoch of a cut in which nothing changed, e.g. to carry
+	// firmware state. A zero Parent implies it.
+	Force bool
+	// Config is the digest of the VM's description, bound into the position.
+	Config delta.Digest
 }
 
 // SeedRequest positions a seed stream.

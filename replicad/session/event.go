@@ -31,11 +31,8 @@ type (
 	}
 	// EvVerified ends DoVerify.
 	EvVerified struct{ Equal, Differ int64 }
-	// EvFrozen ends DoFreeze. Blobs says that firmware state was attached.
-	EvFrozen struct {
-		Epoch dataplane.Epoch
-		Blobs bool
-	}
+	// EvFrozen ends DoFreeze.
+	EvFrozen struct{ Epoch dataplane.Epoch }
 	// EvShipped ends DoShip: the position the replica committed, the bytes
 	// handed to the transport, and the chunk the transfer began at.
 	EvShipped struct {
@@ -144,10 +141,12 @@ type (
 		Holes       bool
 		Done, Total int64
 	}
-	// DoVerify compares marked ranges with the replica's content at Pos.
+	// DoVerify compares ranges with the replica's content at Pos: those marked
+	// without proof, or with All every marked one.
 	DoVerify struct {
 		Pos    delta.Pos
 		Reason string
+		All    bool
 	}
 	// DoFreeze makes a cut on top of Parent.
 	DoFreeze struct{ Parent delta.Pos }

@@ -63,21 +63,22 @@ type Machine struct {
 	held      *dataplane.Epoch // frozen and not ended
 	drop      bool             // held must be abandoned
 	dropNonce uint64           // ... also after a new handshake
-	empty     bool             // held holds no change
 	resume    bool             // held was being shipped before
 	shipped   *EvShipped       // committed, not yet acknowledged to the data plane
 	cutAt     time.Time
 	lastCut   time.Time
 	nextCut   time.Time
 
-	seeds    map[wire.DiskName]int64 // cursors of an unfinished seed
-	sizes    map[wire.DiskName]int64
-	holes    bool
-	seeding  bool
-	verify   string    // reason of the outstanding digest pass
-	markedAt delta.Pos // everything was marked for a comparison with this position ...
-	markedBy string    // ... in this instance of the data plane
-	compared bool      // ... and the comparison came to its end
+	seeds   map[wire.DiskName]int64 // cursors of an unfinished seed
+	sizes   map[wire.DiskName]int64
+	holes   bool
+	seeding bool
+	verify  string // reason of the outstanding digest pass
+	// verifyAll: everything was marked for that pass, so every mark is compared.
+	verifyAll bool
+	markedAt  delta.Pos // everything was marked for a comparison with this position ...
+	markedBy  string    // ... in this instance of the data plane
+	compared  bool      // ... and the comparison came to its end
 
 	verified   bool
 	scrub      Cursor
@@ -276,7 +277,7 @@ func (m *Machine) next(now time.Time) []Action {
 	case seed != "":
 		return m.do(Seeding, m.seedPiece(seed))
 	case m.verify != "":
-		return m.do(Verifying, DoVerify{m.parent, m.verify})
+		return m.do(Verifying, DoVerify{m.parent, m.verify, m.verifyAll})
 	case m.held != nil:
 		return m.do(Shipping, DoShip{*m.held, m.resume})
 	case m.scrubDue(now):

@@ -17,12 +17,21 @@ func (m *Machine) onSeeded(now time.Time, e EvSeeded) []Action {
 // onFrozen: an empty cut becomes a beat; the first epoch after a seed is what
 // makes the replica consistent and is shipped even when it is empty.
 func (m *Machine) onFrozen(now time.Time, e EvFrozen) []Action {
-	h := e.Epoch
-	m.held, m.resume = &h, false
 	m.source.Pending = 0
-	m.empty = h.Bytes == 0 && !e.Blobs && !m.parent.IsZero()
-	m.drop = m.empty
-	return m.next(now)
+	if !e.Epoch.Empty {
+		h := e.Epoch
+		m.held, m.resume, m.drop = &h, false, false
+		return m.next(now)
+	}
+	switch {
+	case m.paused:
+		return m.park()
+	case m.final:
+		m.lastCut = m.cutAt
+		m.final = false
+		return append(m.sleep(Finished, time.Time{}), FinalDone{m.parent})
+	}
+	return m.do(Shipping, DoBeat{m.parent})
 }
 
 // onShipped: the replica committed; the data plane has to know before
@@ -61,23 +70,13 @@ func (m *Machine) onAcked(now time.Time, e EvAcked) []Action {
 	return append(acts, m.next(now)...)
 }
 
-// onAbandoned: the frozen epoch is given back; if it was empty, the replica
-// gets to know that it is up to date.
+// onAbandoned: the frozen epoch was given back.
 func (m *Machine) onAbandoned(now time.Time) []Action {
-	empty := m.empty
-	if !empty && !m.paused {
+	if !m.paused {
 		m.meter.stats.Abandoned++
 	}
-	m.held, m.drop, m.resume, m.empty = nil, false, false, false
-	switch {
-	case !empty || m.paused:
-		return m.next(now)
-	case m.final:
-		m.lastCut = m.cutAt
-		m.final = false
-		return append(m.sleep(Finished, time.Time{}), FinalDone{m.parent})
-	}
-	return m.do(Shipping, DoBeat{m.parent})
+	m.held, m.drop, m.resume = nil, false, false
+	return m.next(now)
 }
 
 func (m *Machine) onBeaten(now time.Time) []Action {

@@ -44,6 +44,7 @@ func (m *Machine) onHandshake(now time.Time, e EvHandshake) []Action {
 	if d.Outcome == lineage.VerifyAll || d.Outcome == lineage.VerifyUnion {
 		return m.startVerify(now, d)
 	}
+	m.verifyAll = false
 	if m.verify = ""; m.source.Suspect > 0 && m.shipped == nil {
 		m.verify = "changes since an unclean stop are not known exactly"
 		if m.source.Recovered != "" {
@@ -56,7 +57,6 @@ func (m *Machine) onHandshake(now time.Time, e EvHandshake) []Action {
 // adopt takes over what the data plane holds: our own epoch, or one frozen by
 // a session before us.
 func (m *Machine) adopt(frozen *dataplane.Epoch) {
-	m.empty = false
 	if frozen == nil {
 		m.held, m.drop, m.resume = nil, false, false
 		return
@@ -105,7 +105,7 @@ func (m *Machine) startSeed(now time.Time, d lineage.Decision) []Action {
 // startVerify marks what has to be compared, once per position and process:
 // after that the marks themselves know what is left.
 func (m *Machine) startVerify(now time.Time, d lineage.Decision) []Action {
-	m.shipped = nil
+	m.shipped, m.verifyAll = nil, true
 	fresh := m.markedBy == "" || m.markedBy != m.source.Instance || m.markedAt != m.parent
 	if fresh || !m.compared {
 		m.verify = d.Reason

@@ -59,7 +59,7 @@ func (s *Session) operate(ctx context.Context, a Action) (Event, error) {
 	case DoSeed:
 		return s.seed(ctx, a)
 	case DoVerify:
-		return s.verify(ctx, a.Pos)
+		return s.verify(ctx, a)
 	case DoFreeze:
 		return s.freeze(ctx, a)
 	case DoShip:
@@ -159,28 +159,46 @@ func (s *Session) mark(ctx context.Context, d lineage.Decision) (Event, error) {
 }
 
 func (s *Session) freeze(ctx context.Context, a DoFreeze) (Event, error) {
-	e, err := s.cfg.Source.Freeze(ctx, dataplane.FreezeRequest{Parent: a.Parent})
+	req := dataplane.FreezeRequest{Parent: a.Parent}
+	if s.cfg.Describe != nil {
+		req.Config = s.cfg.Describe()
+	}
+	e, err := s.cfg.Source.Freeze(ctx, req)
 	if err != nil {
 		return nil, fromSource(err)
 	}
-	if s.cfg.Firmware == nil {
-		return EvFrozen{Epoch: e}, nil
-	}
-	blobs, err := s.cfg.Firmware(ctx)
-	if err != nil {
-		// The disks are worth more than the boot order; it is tried again with
-		// the next epoch.
-		s.log.Warn("firmware state cannot be read", "err", err)
-		return EvFrozen{Epoch: e}, nil
+	blobs := s.firmware(ctx)
+	if len(blobs) > 0 && e.Empty {
+		// Nothing but the firmware changed. It is read again after the cut
+		// that carries it.
+		req.Force = true
+		if e, err = s.cfg.Source.Freeze(ctx, req); err != nil {
+			return nil, fromSource(err)
+		}
+		blobs = s.firmware(ctx)
 	}
 	if len(blobs) == 0 {
-		return EvFrozen{Epoch: e}, nil
+		return EvFrozen{e}, nil
 	}
 	if err := s.cfg.Source.Attach(ctx, e.Epoch, blobs); err != nil {
 		return nil, fromSource(err)
 	}
 	e.Blobs = true
-	return EvFrozen{Epoch: e, Blobs: true}, nil
+	return EvFrozen{e}, nil
+}
+
+// firmware is the changed firmware state. The disks are worth more than the
+// boot order: when it cannot be read it is tried again with the next epoch.
+func (s *Session) firmware(ctx context.Context) []delta.Blob {
+	if s.cfg.Firmware == nil {
+		return nil
+	}
+	blobs, err := s.cfg.Firmware(ctx)
+	if err != nil {
+		s.log.Warn("firmware state cannot be read", "err", err)
+		return nil
+	}
+	return blobs
 }
 
 func (s *Session) ship(ctx context.Context, a DoShip) (Event, error) {

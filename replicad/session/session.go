@@ -20,7 +20,7 @@ import (
 type Source interface {
 	Status(ctx context.Context) (dataplane.Status, error)
 	Freeze(ctx context.Context, r dataplane.FreezeRequest) (dataplane.Epoch, error)
-	Attach(ctx context.Context, epoch uint64, blobs []dataplane.Blob) error
+	Attach(ctx context.Context, epoch uint64, blobs []delta.Blob) error
 	Frames(ctx context.Context, epoch uint64, from uint32) (io.ReadCloser, error)
 	Ack(ctx context.Context, pos delta.Pos) error
 	Abandon(ctx context.Context, epoch uint64) error
@@ -61,9 +61,12 @@ type Config struct {
 	// Between, Diverged, Running); nil leaves a first generation whose guest
 	// runs. It is called before every handshake.
 	Complete func(r *wire.HandshakeRequest)
+	// Describe returns the digest of the VM's description, which is bound into
+	// every position; nil = none.
+	Describe func() delta.Digest
 	// Firmware returns the firmware state when it differs from what the replica
 	// committed last, else nil; it is called after each freeze.
-	Firmware func(ctx context.Context) ([]dataplane.Blob, error)
+	Firmware func(ctx context.Context) ([]delta.Blob, error)
 	// FirmwareCommitted is told that the replica committed what Firmware
 	// returned last.
 	FirmwareCommitted func()

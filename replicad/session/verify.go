@@ -20,26 +20,30 @@ const (
 	maxWindow     = wire.MaxDigestRanges
 )
 
-// verify compares every suspect range with the replica's content at pos and
-// drops the marks of what is equal. The marks that stay are shipped next.
-func (s *Session) verify(ctx context.Context, pos delta.Pos) (Event, error) {
+// verify compares marked ranges with the replica's content and drops the marks
+// of what is equal. The marks that stay are shipped next.
+func (s *Session) verify(ctx context.Context, a DoVerify) (Event, error) {
 	st, err := s.cfg.Source.Status(ctx)
 	if err != nil {
 		return nil, fromSource(err)
 	}
 	var ev EvVerified
 	var done int64
+	all := st.Suspect
+	if a.All {
+		all = st.Pending
+	}
 	for _, d := range st.Disks {
 		for off, end := int64(0), false; !end; {
-			s.track("verify", d.Name, done, max(st.Suspect, done))
+			s.track("verify", d.Name, done, max(all, done))
 			r, err := s.cfg.Source.Ranges(ctx, dataplane.RangesRequest{
-				Disk: d.Name, Offset: off, Bytes: compareWindow, Max: maxWindow, Suspect: true,
+				Disk: d.Name, Offset: off, Bytes: compareWindow, Max: maxWindow, Suspect: !a.All,
 			})
 			if err != nil {
 				return nil, fromSource(err)
 			}
 			off, end = r.Next, r.Done
-			res, err := s.window(ctx, pos, d.Name, r.Ranges, true)
+			res, err := s.window(ctx, a.Pos, d.Name, r.Ranges, true)
 			if err != nil {
 				return nil, err
 			}
