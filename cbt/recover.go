@@ -1,0 +1,408 @@
+package cbt
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"kvmreplica/internal/block"
+	"kvmreplica/internal/fsx"
+)
+
+// recovery is Open at work: it looks at everything, decides, and only then
+// writes. Doing it again after a crash at any point gives the same set.
+type recovery struct {
+	g      *Group
+	sb     *super // as found; becomes what is written
+	rep    *OpenReport
+	doubts []string       // any of them: verify everything
+	mended map[*Disk]bool // maps to be written anew
+}
+
+// Open continues a tracker. On success writes may begin at once: everything
+// that a crash from now on needs is durable.
+func Open(cfg Config) (*Group, *OpenReport, error) {
+	if err := cfg.validate(); err != nil {
+		return nil, nil, err
+	}
+	cfg = cfg.withDefaults()
+	sb, alarms, err := readSuper(cfg.FS)
+	if err != nil {
+		return nil, nil, fmt.Errorf("open tracker: %w", err)
+	}
+	r := &recovery{sb: sb.clone(), mended: map[*Disk]bool{}, rep: &OpenReport{
+		Alarms: alarms, SuspectBytes: map[string]int64{}, DirtyBytes: map[string]int64{},
+	}}
+	g, err := build(cfg, sb, func(g *Group) error {
+		r.g = g
+		return r.run()
+	})
+	if err != nil {
+		return nil, nil, fmt.Errorf("open tracker: %w", err)
+	}
+	for _, d := range g.disks {
+		st := d.st.Load()
+		r.rep.SuspectBytes[d.name] = st.suspect.bytes(st.size)
+		r.rep.DirtyBytes[d.name] = st.fine[g.slot].bytes(st.size)
+	}
+	if r.rep.Source != SourceExact && r.rep.Source != SourceSealed {
+		cfg.Log.Warn("tracker opened after an unclean stop", "source", r.rep.Source, "reason", r.rep.Reason)
+	}
+	return g, r.rep, nil
+}
+
+func (r *recovery) run() error {
+	if r.sb.vm != r.g.cfg.VMID {
+		return fmt.Errorf("%w: it was made for VM %s", ErrMismatch, r.sb.vm)
+	}
+	if err := r.attach(); err != nil {
+		return err
+	}
+	if r.sb.state == stateVerifyAll {
+		r.doubts = append(r.doubts, r.sb.reason)
+	}
+	if m := readDistrust(r.g.cfg.SecondFS, r.g.cfg.VMID); m != "" {
+		r.doubts = append(r.doubts, m)
+	}
+	switch {
+	case r.sb.state == stateSealed:
+		return r.sealed() // no doubt makes a handed-over VM writable
+	case len(r.doubts) > 0:
+		return r.all()
+	case r.sb.state == stateClean:
+		return r.exact()
+	default:
+		return r.unclean()
+	}
+}
+
+// attach matches the configured disks with the recorded ones and reads their
+// maps.
+func (r *recovery) attach() error {
+	cfg := r.g.cfg
+	if len(cfg.Disks) != len(r.sb.disks) {
+		return fmt.Errorf("%w: it has %d disks, the VM %d; use AddDisk and RemoveDisk", ErrMismatch, len(r.sb.disks), len(cfg.Disks))
+	}
+	for i := range r.sb.disks {
+		e := &r.sb.disks[i]
+		at := slices.IndexFunc(cfg.Disks, func(dc DiskConfig) bool { return dc.Name == e.name })
+		if at < 0 {
+			return fmt.Errorf("%w: disk %s is not configured", ErrMismatch, e.name)
+		}
+		r.judge(e, cfg.Disks[at])
+		r.readMap(e, cfg.Disks[at])
+	}
+	return nil
+}
+
+// judge compares a disk with what is known of it.
+func (r *recovery) judge(e *superDisk, dc DiskConfig) {
+	doubt := func(format string, a ...any) {
+		r.doubts = append(r.doubts, "disk "+e.name+": "+fmt.Sprintf(format, a...))
+	}
+	if n := dc.Device.Size(); n != e.size {
+		doubt("size changed from %d to %d bytes while nobody tracked it", e.size, n)
+		e.size = n
+	}
+	if dc.Identity == nil {
+		return
+	}
+	id, err := dc.Identity()
+	if err != nil {
+		doubt("identity cannot be read: %v", err)
+		e.hasID = false
+		return
+	}
+	old, had := e.ident, e.hasID
+	e.ident, e.hasID = id, true
+	quiet := r.sb.state == stateClean || r.sb.state == stateSealed
+	switch {
+	case !had:
+		doubt("no identity was recorded")
+	case !old.SameImage(id):
+		doubt("another image: was device %d inode %d, %d bytes; is device %d inode %d, %d bytes", old.Device, old.Inode, old.Size, id.Device, id.Inode, id.Size)
+	case quiet && old.MtimeNS != id.MtimeNS:
+		doubt("image was written to while nobody tracked it")
+	case quiet && (old.CtimeNS != id.CtimeNS || id.Kind == block.KindBlockDevice && r.sb.boot != r.g.cfg.BootID):
+		r.rep.Soft = append(r.rep.Soft, e.name)
+	}
+}
+
+// readMap loads a disk's map; what cannot be read is taken as marked, and the
+// map is written anew.
+func (r *recovery) readMap(e *superDisk, dc DiskConfig) {
+	geo := geometry(e.size)
+	mr := mapRead{words: make([]uint64, geo.words()), seqs: make([]uint64, geo.pages)}
+	f, err := openMapFile(r.g.cfg.FS, e.mapID)
+	if err != nil {
+		setAll(mr.words, geo.regions)
+		mr.alarms = []string{err.Error()}
+	} else {
+		mr = loadMap(f, e.mapID, geo)
+	}
+	d := newDisk(r.g, *e, dc, newIntentMap(geo, e.mapID, f, mr.words, mr.seqs))
+	r.g.append(d)
+	for _, a := range mr.alarms {
+		r.rep.Alarms = append(r.rep.Alarms, "intent map of "+e.name+": "+a)
+		r.mended[d] = true
+	}
+}
+
+// all takes everything as dirty. The maps are written anew with every region
+// marked before the state becomes in-use, so that nothing is forgotten by a
+// crash in between.
+func (r *recovery) all() error {
+	r.rep.Source, r.rep.Reason = SourceAll, strings.Join(r.doubts, "; ")
+	for _, d := range r.g.disks {
+		m := d.st.Load().intent
+		setAll(m.next, m.geo.regions)
+		r.mended[d] = true
+	}
+	if err := r.live(r.sb.base); err != nil {
+		return err
+	}
+	if err := removeDistrust(r.g.cfg.SecondFS, r.g.cfg.VMID); err != nil {
+		return fmt.Errorf("remove distrust marker: %w", err)
+	}
+	return nil
+}
+
+// sealed opens a handed-over tracker: readable, writes refused, nothing
+// durable changes.
+func (r *recovery) sealed() error {
+	r.rep.Source, r.rep.Reason = SourceSealed, strings.Join(r.doubts, "; ")
+	r.g.openedSealed, r.g.sealDoubts = true, r.doubts
+	r.g.acked = r.sb.base
+	r.g.refuse = ErrSealed
+	for _, d := range r.g.disks {
+		if err := d.st.Load().makeBitmaps(nil); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// exact continues after a clean stop.
+func (r *recovery) exact() error {
+	if err := r.g.newSession(r.sb, r.sb.base); err != nil {
+		return err
+	}
+	g := r.g
+	err := readExact(g.cfg.FS, r.sb, func(i int, s span) { r.addExact(g.disks[i], s) })
+	if err != nil {
+		r.rep.Source, r.rep.Reason = SourceRegions, "clean stop, but its record cannot be used: "+err.Error()
+		return r.finish(true, r.sb.base)
+	}
+	r.rep.Source = SourceExact
+	return r.finish(false, r.sb.base)
+}
+
+// addExact adds a run of dirty granules; a region that is not marked although
+// it must be is an alarm, and is marked.
+func (r *recovery) addExact(d *Disk, s span) {
+	st := d.st.Load()
+	lo, hi := regionSpan(s.lo, s.hi)
+	if !st.intent.has(lo, hi) {
+		r.rep.Alarms = append(r.rep.Alarms, fmt.Sprintf("intent map of %s: dirty but not marked at region %d", d.name, lo))
+		st.intent.include([]span{{lo, hi}})
+		r.mended[d] = true
+		if st.shm != nil {
+			_ = st.shm.back(r.g.share, s.lo, s.hi) // void or backed; both are safe to touch
+		}
+	}
+	st.fine[0].set(s.lo, s.hi)
+}
+
+// unclean continues after a kill or a power loss.
+func (r *recovery) unclean() error {
+	acked, err := r.shared()
+	if err == nil {
+		r.rep.Source, r.rep.Reason = SourceShared, "the process was killed"
+		return r.finish(false, acked)
+	}
+	r.g.dropShareFiles()
+	r.rep.Source, r.rep.Reason = SourceRegions, "no clean stop; no exact copy in memory: "+err.Error()
+	return r.live(r.sb.base)
+}
+
+// live begins a new session with what the maps say.
+func (r *recovery) live(acked Position) error {
+	if err := r.g.newSession(r.sb, acked); err != nil {
+		return err
+	}
+	return r.finish(true, acked)
+}
+
+// finish writes what has to be written, and starts. fill takes the bitmaps
+// from the maps.
+func (r *recovery) finish(fill bool, acked Position) error {
+	g := r.g
+	for _, d := range g.disks {
+		if fill {
+			d.fillFromMap()
+		}
+		if r.mended[d] {
+			if err := r.mend(d); err != nil {
+				return fmt.Errorf("disk %s: %w", d.name, err)
+			}
+		}
+	}
+	g.acked = acked
+	r.sb.state, r.sb.reason, r.sb.exact = stateInUse, "", exactRef{}
+	r.sb.writer, r.sb.peer = g.cfg.Writer, g.cfg.PeerID
+	if err := g.meta.commit(true, func(s *super) { *s = *r.sb }); err != nil {
+		return err
+	}
+	sweep(g.cfg.FS, g.meta.current())
+	return nil
+}
+
+// mend writes a disk's map to a new file; the superblock will name it.
+func (r *recovery) mend(d *Disk) error {
+	m := d.st.Load().intent
+	id, err := newID()
+	if err != nil {
+		return err
+	}
+	f, err := createMap(r.g.cfg.FS, id, m.geo, m.next)
+	if err != nil {
+		return err
+	}
+	if m.file != nil {
+		_ = m.file.Close() // read only so far
+	}
+	m.file, m.id = f, id
+	for p := range m.seqs {
+		m.seqs[p] = 1
+	}
+	m.publish()
+	r.sb.disk(d.id).mapID = id
+	return nil
+}
+
+// shared takes the exact set from this boot's memory: what was active and what
+// was frozen. It fails when the least thing does not fit.
+func (r *recovery) shared() (acked Position, err error) {
+	g := r.g
+	if g.cfg.SharedDir == "" || r.sb.boot != g.cfg.BootID {
+		return acked, errors.New("another boot of the host, or no shared directory")
+	}
+	h := g.header(r.sb)
+	if g.share, acked, err = openSharedVM(g.cfg.SharedDir, h); err != nil {
+		return acked, err
+	}
+	for _, d := range g.disks {
+		if err := r.sharedDisk(d, h); err != nil {
+			return acked, fmt.Errorf("disk %s: %w", d.name, err)
+		}
+	}
+	return acked, nil
+}
+
+func (r *recovery) sharedDisk(d *Disk, h sharedHeader) error {
+	st := d.st.Load()
+	h.disk, h.size = d.id, st.size
+	shm, err := openSharedDisk(r.g.cfg.SharedDir, h, st.granules, false)
+	if err != nil {
+		return err
+	}
+	st.shm = shm
+	for slot := range slots {
+		if err := shm.scan(slot, func(w, v uint64) {}); err != nil {
+			return err
+		}
+	}
+	if err := st.makeBitmaps(r.g.share); err != nil {
+		return err
+	}
+	// The words are there already; the summaries and counts are not.
+	for slot, b := range []*bitmap{st.fine[0], st.fine[1], st.suspect} {
+		err := shm.scan(slot, func(w, v uint64) {
+			if w < uint64(len(b.words)) {
+				b.adopt(w, v)
+			}
+		})
+		if err != nil {
+			return err
+		}
+	}
+	if r.g.share.isVoid() {
+		return errSharedVoid
+	}
+	st.fine[0].merge(st.fine[1], true)
+	for s := range st.fine[0].runs() {
+		if lo, hi := regionSpan(s.lo, s.hi); !st.intent.has(lo, hi) {
+			return fmt.Errorf("%w: dirty but not marked at region %d", errDamaged, lo)
+		}
+	}
+	return nil
+}
+
+// dropShareFiles forgets shared files that proved useless; their bitmaps are
+// replaced with the next session.
+func (g *Group) dropShareFiles() { g.dropShare() }
+
+// Inspect reads a tracker without changing anything, for status and
+// replicafsck.
+func Inspect(fsys fsx.FS) (Info, error) {
+	sb, alarms, err := readSuper(fsys)
+	if err != nil {
+		return Info{Alarms: alarms}, err
+	}
+	in := Info{
+		VMID: sb.vm, PeerID: sb.peer, Writer: sb.writer, BootID: sb.boot, State: sb.state.String(), Reason: sb.reason,
+		Generation: sb.generation, Base: sb.base, Parent: sb.parent, Highest: sb.highest, Alarms: alarms,
+	}
+	for i := range sb.disks {
+		e := &sb.disks[i]
+		di := DiskInfo{Name: e.name, Size: e.size, Identity: e.ident}
+		geo := geometry(e.size)
+		di.Regions = int64(geo.regions)
+		mr := mapRead{words: make([]uint64, geo.words())}
+		if f, err := fsys.Open(mapName(e.mapID), 0); err != nil {
+			setAll(mr.words, geo.regions)
+			mr.alarms = []string{err.Error()}
+		} else {
+			mr = loadMap(f, e.mapID, geo)
+			if err := f.Close(); err != nil {
+				mr.alarms = append(mr.alarms, err.Error())
+			}
+		}
+		di.MarkedRegions = popcount(mr.words)
+		for _, a := range mr.alarms {
+			in.Alarms = append(in.Alarms, "intent map of "+e.name+": "+a)
+		}
+		if sb.state == stateClean || sb.state == stateSealed {
+			di.DirtyBytes = 0
+		}
+		in.Disks = append(in.Disks, di)
+	}
+	if sb.state == stateClean {
+		err := readExact(fsys, sb, func(i int, s span) { in.Disks[i].DirtyBytes += int64(s.hi-s.lo) << granuleShift })
+		if err != nil {
+			in.Alarms = append(in.Alarms, "exact file: "+err.Error())
+		}
+	}
+	return in, nil
+}
+
+// Info is what Inspect found.
+type Info struct {
+	VMID, PeerID, Writer, BootID string
+	State, Reason                string
+	Generation                   [16]byte
+	Base, Parent                 Position
+	Highest                      uint64
+	Disks                        []DiskInfo
+	Alarms                       []string
+}
+
+// DiskInfo is one disk of an Info. DirtyBytes is known after a clean stop only.
+type DiskInfo struct {
+	Name                   string
+	Size                   int64
+	Regions, MarkedRegions int64
+	DirtyBytes             int64
+	Identity               block.Identity
+}
