@@ -3,6 +3,7 @@ package inside
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -30,7 +31,7 @@ func Enter(pid int, tellPID bool, argv []string) (int, error) {
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	signals := make(chan os.Signal, 16)
 	signal.Notify(signals, unix.SIGTERM, unix.SIGINT, unix.SIGHUP, unix.SIGQUIT, unix.SIGUSR1, unix.SIGUSR2)
-	if err := cmd.Start(); err != nil {
+	if err := startAndSee(cmd); err != nil {
 		return 0, err
 	}
 	if tellPID {
@@ -59,10 +60,47 @@ func Enter(pid int, tellPID bool, argv []string) (int, error) {
 	return cmd.ProcessState.ExitCode(), nil
 }
 
+// startAndSee starts a command that goes through Become and returns when its
+// program runs, or why it does not.
+func startAndSee(cmd *exec.Cmd) error {
+	r, w, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	cmd.ExtraFiles = []*os.File{w} // FDFailure
+	err = cmd.Start()
+	_ = w.Close()
+	if err != nil {
+		return err
+	}
+	text, err := io.ReadAll(r) // ends when the program replaces Become
+	if len(text) > 0 {
+		return errors.Join(errors.New(string(text)), ignoreExit(cmd.Wait()))
+	}
+	return err
+}
+
+// ignoreExit drops the bad exit code of a command that has said why already.
+func ignoreExit(err error) error {
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		return nil
+	}
+	return err
+}
+
 // Become replaces the calling process, which Enter started, by a command that
 // dies with Enter. (SysProcAttr.Pdeathsig would kill it at once: its check
 // compares process numbers of two namespaces.)
 func Become(argv []string) error {
+	err := become(argv)
+	_, _ = os.NewFile(FDFailure, "failure").WriteString(err.Error())
+	return nil // Enter reports it
+}
+
+func become(argv []string) error {
+	syscall.CloseOnExec(FDFailure)
 	runtime.LockOSThread()
 	if err := unix.Prctl(unix.PR_SET_PDEATHSIG, uintptr(unix.SIGKILL), 0, 0, 0); err != nil {
 		return fmt.Errorf("bind to the parent's life: %w", err)

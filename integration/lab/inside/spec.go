@@ -11,6 +11,8 @@ const (
 	FDLifeline = 5
 	// FDPid takes the process number of a command started by Enter.
 	FDPid = 3
+	// FDFailure takes the reason why Become could not start a program.
+	FDFailure = 3
 )
 
 // Spec is what process 1 of a host is told, as JSON in its only argument.

@@ -101,9 +101,7 @@ func up(ctx context.Context, dir string, args []string) error {
 		return err
 	}
 	opts := lab.Options{Keep: true, Boot: files.List()}
-	for _, n := range strings.Split(*nonRoot, "") {
-		opts.NonRootQEMU = append(opts.NonRootQEMU, n)
-	}
+	opts.NonRootQEMU = strings.Split(*nonRoot, "")
 	l, err := lab.Up(ctx, dir, opts)
 	if err != nil {
 		return err
