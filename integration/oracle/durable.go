@@ -39,7 +39,7 @@ func CheckVisible(h *History, images Images) error {
 // from sector lba on: never something overwritten before w began, never
 // something issued after w ended.
 func CheckRead(h *History, disk int, lba uint64, data []byte, w Window) error {
-	t := h.table()
+	t := h.part(disk, lba, uint64(len(data)/SectorSize))
 	answered := func(o *Op) bool { return o.Done < w.Begin && !o.Failed }
 	for i := range uint64(len(data) / SectorSize) {
 		p := place{disk, lba + i}
@@ -75,17 +75,7 @@ func (t *table) covering(o *Op, p place, counts func(*Op) bool) *Op {
 }
 
 // flushed reports whether an answered flush covers o.
-func (t *table) flushed(o *Op) bool {
-	if o.Failed || o.Done == Never {
-		return false
-	}
-	for _, f := range t.ops {
-		if f.Kind == OpFlush && !f.Failed && f.Done != Never && o.Done < f.Issued {
-			return true
-		}
-	}
-	return false
-}
+func (t *table) flushed(o *Op) bool { return !o.Failed && o.Done < t.synced }
 
 // each decodes all sectors and passes what can explain them.
 func (t *table) each(images Images, fn func(p place, s Sector, could []*Op) error) error {

@@ -54,10 +54,11 @@ type History struct {
 	VM   uint64
 	Base Images // content before the first operation
 
-	mu     sync.Mutex
-	now    Time
-	ops    []*Op // by Seq-1
-	events []Event
+	mu      sync.Mutex
+	now     Time
+	ops     []*Op           // by Seq-1
+	covered map[place][]*Op // by sector, in order of issue
+	events  []Event
 }
 
 // Event is a noted moment, for people and for saving.
@@ -69,7 +70,7 @@ type Event struct {
 
 // NewHistory starts a log over disks that hold base, which is copied.
 func NewHistory(vm uint64, base Images) *History {
-	h := &History{VM: vm}
+	h := &History{VM: vm, covered: map[place][]*Op{}}
 	for _, b := range base {
 		h.Base = append(h.Base, append([]byte(nil), b...))
 	}
@@ -97,6 +98,12 @@ func (h *History) Issue(kind OpKind, writer uint32, disk int, lba, sectors uint6
 	h.now++
 	o := &Op{Seq: uint64(len(h.ops)) + 1, Kind: kind, Disk: disk, LBA: lba, Sectors: sectors, Writer: writer, Issued: h.now, Done: Never}
 	h.ops = append(h.ops, o)
+	if kind != OpFlush {
+		for i := range sectors {
+			p := place{disk, lba + i}
+			h.covered[p] = append(h.covered[p], o)
+		}
+	}
 	return *o
 }
 
@@ -186,11 +193,20 @@ func (h *History) Save(w io.Writer) error {
 	return nil
 }
 
-// table indexes the operations by sector for one check.
+// clock returns the time after now.
+func (h *History) clock() Time {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.now++
+	return h.now
+}
+
+// table is a copy of the operations for one check, indexed by sector.
 type table struct {
 	h       *History
 	ops     []*Op
 	covered map[place][]*Op
+	synced  Time // what was answered before it is covered by an answered flush
 }
 
 type place struct {
@@ -199,15 +215,39 @@ type place struct {
 }
 
 func (h *History) table() *table {
-	t := &table{h: h, covered: map[place][]*Op{}}
-	for _, o := range h.Ops() {
-		t.ops = append(t.ops, &o)
-		if o.Kind == OpFlush {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	t := &table{h: h, covered: make(map[place][]*Op, len(h.covered))}
+	copies := make(map[*Op]*Op, len(h.ops))
+	for _, o := range h.ops {
+		if o == nil {
 			continue
 		}
-		for i := range o.Sectors {
-			p := place{o.Disk, o.LBA + i}
-			t.covered[p] = append(t.covered[p], &o)
+		c := *o
+		copies[o] = &c
+		t.ops = append(t.ops, &c)
+		if o.Kind == OpFlush && !o.Failed && o.Done != Never {
+			t.synced = max(t.synced, o.Issued)
+		}
+	}
+	for p, ops := range h.covered {
+		for _, o := range ops {
+			t.covered[p] = append(t.covered[p], copies[o])
+		}
+	}
+	return t
+}
+
+// part is table for some sectors only, without ops and synced.
+func (h *History) part(disk int, lba, n uint64) *table {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	t := &table{h: h, covered: map[place][]*Op{}}
+	for i := range n {
+		p := place{disk, lba + i}
+		for _, o := range h.covered[p] {
+			c := *o
+			t.covered[p] = append(t.covered[p], &c)
 		}
 	}
 	return t
