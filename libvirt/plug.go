@@ -55,6 +55,9 @@ type InsertRequest struct {
 	Disk   Disk
 	Source NBDSource // Reconnect is ignored: live nodes get ReconnectDelay
 
+	// The callbacks may run more than once and must bear it; AfterReopen also
+	// runs when an insertion is given up before anything was swapped.
+
 	// AfterRelease runs when QEMU has just closed the image: take QEMU's lock
 	// bytes now. An error takes everything back.
 	AfterRelease func(ctx context.Context) error
@@ -203,6 +206,10 @@ func (p *plug) forward(ctx context.Context) error {
 		}
 		return runHook(ctx, "after the image was closed", p.req.AfterRelease)
 	case InsertBare:
+		// Again, for a run that was cut off just before the callback.
+		if err := runHook(ctx, "after the image was closed", p.req.AfterRelease); err != nil {
+			return err
+		}
 		return p.addOwn(ctx, p.nbdNode(n.storage(), !n.layered))
 	case InsertNamed:
 		if err := p.completeOwn(ctx); err != nil {
@@ -239,6 +246,10 @@ func (p *plug) backward(ctx context.Context) error {
 		}
 		return runHook(ctx, "after the guest is on its image again", p.req.AfterReopen)
 	case InsertAdded:
+		// Again, for a run that was cut off just before the callback.
+		if err := runHook(ctx, "after the guest is on its image again", p.req.AfterReopen); err != nil {
+			return err
+		}
 		return p.del(ctx, n.temp)
 	}
 	return nil
