@@ -27,8 +27,10 @@ func Decide(p wire.HandshakeRequest, r wire.HandshakeReply) Decision {
 		d.Row = row.name
 		return distrust(f, d)
 	}
-	return Decision{Outcome: Refused, Row: "not-listed", Alarm: true, Diverged: true,
-		Reason: "these two histories fit no known case"}
+	return Decision{
+		Outcome: Refused, Row: "not-listed", Alarm: true, Diverged: true,
+		Reason: "these two histories fit no known case",
+	}
 }
 
 // distrust turns every outcome that trusts a set of changes into a full
@@ -93,6 +95,14 @@ func rowsUnusable() []row {
 				return !f.r.Committed.IsZero() && f.r.Committed.Generation != f.r.Generation
 			},
 			says(Decision{Outcome: Refused, Alarm: true, Reason: "the other host's position and generation contradict each other"}),
+		},
+		{
+			"discards-our-generation",
+			func(f facts) bool { return f.r.Discard == f.p.Generation },
+			says(Decision{
+				Outcome: Refused, Alarm: true, Diverged: true,
+				Reason: "the other host gave up writes of this host's own generation: two hosts have owned it",
+			}),
 		},
 		{
 			"one-name-two-contents",
@@ -179,6 +189,14 @@ func rowsSeeding() []row {
 		return says(Decision{Outcome: SeedContinue, Restart: true, Alarm: alarm, Reason: reason})
 	}
 	return []row{
+		{"promotion-discarded", func(f facts) bool {
+			return f.follows() && f.kin == kinRNewer && f.consent()
+		}, func(f facts) Decision {
+			return Decision{
+				Outcome: VerifyAll, Parent: f.r.Committed, SaveLosing: true,
+				Reason: "an operator gave up what the promoted replica wrote; everything is compared",
+			}
+		}},
 		{"seed-from-the-future", func(f facts) bool {
 			return f.seeding() && f.kin == kinRNewer
 		}, wentBack("the replica is being seeded from a newer generation than this host knows")},

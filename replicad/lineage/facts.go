@@ -109,5 +109,5 @@ func (f facts) seeding() bool { return f.follows() && f.r.Committed.IsZero() }
 
 // consent reports whether an operator agreed that R gives up its own writes.
 func (f facts) consent() bool {
-	return !f.r.Discard.IsZero() && (f.r.Discard == f.r.Generation || f.r.Discard == f.r.Base.Generation)
+	return !f.r.Discard.IsZero() && f.r.Discard == f.r.Generation
 }
