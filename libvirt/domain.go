@@ -237,7 +237,9 @@ func diskOf(x *libvirtxml.DomainDisk, ctl []libvirtxml.DomainController) Disk {
 		d.readDriver(r)
 	}
 	d.readSource(x.Source)
-	for b := x.BackingStore; b != nil && b.Source != nil; b = b.BackingStore {
+	// An empty <backingStore/> says that the chain ends; a real one always has
+	// a format.
+	for b := x.BackingStore; b != nil && b.Format != nil; b = b.BackingStore {
 		d.Backing++
 	}
 	if a := x.Address; a != nil && a.Drive != nil && a.Drive.Controller != nil {
