@@ -8,6 +8,7 @@ import (
 	"io"
 	"net/http"
 	"runtime/debug"
+	"strconv"
 	"time"
 
 	"kvmreplica/replicad/delta"
@@ -33,17 +34,19 @@ type validator interface{ Validate() error }
 // serveOne answers one request. A panic costs its caller the connection, and
 // nobody else anything.
 func (s *Server) serveOne(w http.ResponseWriter, r *http.Request) {
+	rc := http.NewResponseController(w)
 	defer func() {
 		p := recover()
 		if p == nil {
 			return
 		}
+		// net/http reads on in the body before it closes: not from this caller.
+		_ = rc.SetReadDeadline(time.Unix(1, 0))
 		if p != http.ErrAbortHandler {
 			s.cfg.Log.Error("peer request crashed", "path", wire.CleanText(r.URL.Path, 64), "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
 		}
 		panic(http.ErrAbortHandler) // net/http closes the connection
 	}()
-	rc := http.NewResponseController(w)
 	_ = rc.SetReadDeadline(time.Now().Add(controlTimeout))
 	if r.TLS == nil || len(r.TLS.PeerCertificates) == 0 {
 		panic(http.ErrAbortHandler)
@@ -57,14 +60,48 @@ func (s *Server) serveOne(w http.ResponseWriter, r *http.Request) {
 		panic(http.ErrAbortHandler)
 	}
 	ctx := wire.WithPeer(r.Context(), wire.Peer{Host: rec.Host, Name: rec.Name})
+	body := &noticing{ReadCloser: r.Body}
+	r.Body = body
 	reply, err := s.dispatch(ctx, rec, rc, r)
 	if err != nil {
 		s.cfg.Log.Debug("peer request refused", "peer", rec.Name, "path", wire.CleanText(r.URL.Path, 64), "error", wire.CleanText(err.Error(), wire.MaxText))
 	}
 	_ = rc.SetWriteDeadline(time.Now().Add(controlTimeout))
-	if r.Context().Err() == nil {
-		writeReply(w, reply, err)
+	if r.Context().Err() != nil {
+		return
 	}
+	writeReply(w, reply, err)
+	if r.Method == http.MethodPut && err != nil && body.begun {
+		drain(rc, r)
+	}
+}
+
+// noticing remembers whether a body was asked for: until then a caller that
+// waits for "continue" has sent nothing.
+type noticing struct {
+	io.ReadCloser
+	begun bool
+}
+
+func (n *noticing) Read(p []byte) (int, error) {
+	n.begun = true
+	return n.ReadCloser.Read(p)
+}
+
+// Bounds of what is read on after a refusal in the middle of a body.
+const (
+	drainTime  = 5 * time.Second
+	drainBytes = 256 << 20
+)
+
+// drain sends the answer now and reads on until the caller has noticed. Closing
+// with unread data would reset the connection, and the reason with it.
+func drain(rc *http.ResponseController, r *http.Request) {
+	if rc.Flush() != nil {
+		return
+	}
+	_ = rc.SetReadDeadline(time.Now().Add(drainTime))
+	_, _ = io.CopyN(io.Discard, r.Body, drainBytes)
 }
 
 // caller looks the connection's host up again for every request: a connection
@@ -89,6 +126,7 @@ func writeReply(w http.ResponseWriter, reply any, err error) {
 		data = []byte(`{"Kind":0,"Text":"the answer could not be encoded"}`)
 	}
 	w.Header().Set("Content-Type", jsonType)
+	w.Header().Set("Content-Length", strconv.Itoa(len(data)))
 	w.WriteHeader(code)
 	_, _ = w.Write(data)
 }
@@ -230,6 +268,10 @@ func (s *Server) serveBulk(ctx context.Context, rec Record, rt route, rc *http.R
 		return nil, err
 	}
 	defer end()
+	// The answer may go out while the caller still sends.
+	if err := rc.EnableFullDuplex(); err != nil {
+		return nil, err
+	}
 	moving := &movingReader{r: r.Body, rc: rc, limit: s.cfg.Limits.Stall}
 	body := s.band(rec).Reader(ctx, moving)
 	if rt.call == callSeed {
