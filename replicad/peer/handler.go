@@ -60,7 +60,9 @@ func (s *Server) serveOne(w http.ResponseWriter, r *http.Request) {
 		panic(http.ErrAbortHandler)
 	}
 	ctx := wire.WithPeer(r.Context(), wire.Peer{Host: rec.Host, Name: rec.Name})
+	// A copy: net/http looks at the type of the original's body.
 	body := &noticing{ReadCloser: r.Body}
+	r = r.WithContext(ctx)
 	r.Body = body
 	reply, err := s.dispatch(ctx, rec, rc, r)
 	if err != nil {
