@@ -11,7 +11,7 @@ import (
 
 func main() {
 	root := &cobra.Command{Use: "replicad", Short: "Replicate virtual machines", SilenceUsage: true, SilenceErrors: true}
-	root.AddCommand(newNBDCommand())
+	root.AddCommand(newNBDCommand(), newKeeperCommand(), newDataplaneCommand())
 	if err := root.ExecuteContext(context.Background()); err != nil {
 		fmt.Fprintln(os.Stderr, "replicad:", err)
 		os.Exit(1)

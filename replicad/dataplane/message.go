@@ -53,14 +53,13 @@ type DiskStatus struct {
 	QemuLock bool
 	// Clients is the number of open NBD connections, ClientPID the process
 	// behind them (0 = none or unknown).
-	Clients   int
-	ClientPID int
-	Reads     int64
-	Writes    int64
-	ReadBytes int64
-	Written   int64
-	Flushes   int64
-	Errors    int64
+	Clients      int
+	ClientPID    int
+	Requests     uint64
+	Errors       uint64
+	ReadBytes    uint64
+	WrittenBytes uint64
+	LastActivity time.Time
 }
 
 // CreateRequest makes the tracker. It is refused when one exists with another
@@ -153,9 +152,13 @@ type RangesReply struct {
 // write into them is noticed. One window may be open at a time; opening one
 // closes the other without effect.
 type CompareRequest struct {
-	Disk   wire.DiskName
-	Key    [32]byte
-	Ranges []wire.Range // at most wire.MaxDigestRanges, at most 1 MiB each
+	// Pos is the replica's position that is compared with.
+	Pos  delta.Pos
+	Disk wire.DiskName
+	Key  [32]byte
+	// Ranges ascend: at most wire.MaxDigestRanges, at most 1 MiB each, from the
+	// first to the last byte at most 64 MiB.
+	Ranges []wire.Range
 }
 
 // CompareReply is what the live image holds.
@@ -172,16 +175,12 @@ type CompareEnd struct {
 	Window uint64
 	Equal  []wire.Range
 	Differ []wire.Range
-	// Clear permits clearing of Equal (the dirty refinement); without it Equal
-	// is counted only (a scrub).
-	Clear bool
 }
 
 // CompareResult says what became of the window.
 type CompareResult struct {
 	Cleared    int64 // bytes whose mark was dropped
 	Mismatched int64 // bytes newly marked: must be 0 in a healthy pair
-	Touched    int64 // bytes written meanwhile: nothing is said of them
 }
 
 // ExportRequest switches one disk's export, or all with an empty name. The
@@ -199,6 +198,9 @@ type SealRequest struct{ Pos delta.Pos }
 
 // MarkRequest marks ranges of a disk, or everything when Disk is empty.
 type MarkRequest struct {
+	// Pos, with an empty Disk, is the replica's position everything is relative
+	// to from now on (the tracker did not cover it).
+	Pos    delta.Pos
 	Disk   wire.DiskName
 	Ranges []wire.Range
 	Reason string

@@ -3,8 +3,247 @@ package dataplane
 import (
 	"context"
 	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"kvmreplica/cbt"
+	"kvmreplica/internal/fsx"
+	"kvmreplica/nbd"
+	"kvmreplica/replicad/delta"
+	"kvmreplica/replicad/wire"
 )
 
-// RunPlane is the verb "dataplane": it needs the two listening sockets as file
-// descriptors 3 (NBD) and 4 (control).
-func RunPlane(_ context.Context, _ string) error { return errors.New("not built yet") }
+// cleanEvery is how often regions are cleared.
+const cleanEvery = 30 * time.Second
+
+// Plane is one data plane: images, tracker, exports and the held epoch.
+//
+// Lock order: exportMu, epochMu; neither is held while a guest's request runs.
+type Plane struct {
+	cfg      Config
+	vm       delta.VM
+	log      *slog.Logger
+	instance string
+	started  time.Time
+	images   []*image
+	choices  *choiceStore
+	server   *nbd.Server
+
+	group  atomic.Pointer[cbt.Group]
+	report atomic.Pointer[cbt.OpenReport]
+	held   atomic.Pointer[frozen]
+
+	// exportMu serialises what opens and closes exports and the tracker.
+	exportMu sync.Mutex
+	exported map[wire.DiskName]bool // guarded by exportMu
+
+	// epochMu serialises freeze, ack and abandon.
+	epochMu sync.Mutex
+
+	window windows
+
+	stopOnce sync.Once
+	stopped  chan struct{} // closed by stop
+}
+
+// Open locks the images, opens the tracker if there is one and prepares the
+// exports that were open before. Nothing is served yet.
+func Open(ctx context.Context, cfg Config, log *slog.Logger) (_ *Plane, err error) {
+	if err := cfg.Validate(); err != nil {
+		return nil, &wire.Error{Kind: wire.KindInvalid, Text: err.Error()}
+	}
+	vm, err := delta.ParseVM(string(cfg.VM))
+	if err != nil {
+		return nil, &wire.Error{Kind: wire.KindInvalid, Text: err.Error()}
+	}
+	state, err := fsx.OS(cfg.StateDir)
+	if err != nil {
+		return nil, err
+	}
+	if err := state.MkdirAll("tracker"); err != nil {
+		return nil, fmt.Errorf("make the tracker's directory: %w", err)
+	}
+	p := &Plane{
+		cfg: cfg, vm: vm, log: log, started: time.Now(), instance: fmt.Sprintf("%d-%x", os.Getpid(), nonce()),
+		exported: map[wire.DiskName]bool{}, stopped: make(chan struct{}),
+		server: nbd.NewServer(nbd.Options{Log: log.With("part", "nbd")}),
+	}
+	if p.choices, err = openChoices(state); err != nil {
+		return nil, err
+	}
+	if p.images, err = openImages(ctx, cfg, p.choices.get().QemuLock); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, closeImages(p.images))
+		}
+	}()
+	if err := p.openTracker(); err != nil {
+		return nil, err
+	}
+	return p, p.restoreExports()
+}
+
+// Serve accepts guests and control calls until ctx ends or stop is called,
+// drains and closes everything. The listeners are closed; descriptors they were
+// made from stay open.
+func (p *Plane) Serve(ctx context.Context, guests, control net.Listener) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var wg sync.WaitGroup
+	fail := make(chan error, 3)
+	wg.Go(func() {
+		if err := p.server.Serve(ctx, guests); err != nil && !errors.Is(err, nbd.ErrServerClosed) && ctx.Err() == nil {
+			fail <- fmt.Errorf("serve guests: %w", err)
+		}
+	})
+	h := &http.Server{
+		Handler: p.routes(), ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute,
+		MaxHeaderBytes: 16 << 10, ErrorLog: slog.NewLogLogger(p.log.Handler(), slog.LevelWarn),
+		BaseContext: func(net.Listener) context.Context { return ctx },
+	}
+	wg.Go(func() {
+		if err := h.Serve(control); !errors.Is(err, http.ErrServerClosed) {
+			fail <- fmt.Errorf("serve control: %w", err)
+		}
+	})
+	wg.Go(func() { p.cleaner(ctx) })
+	p.log.Info("serving", "instance", p.instance, "tracker", p.group.Load() != nil)
+	var err error
+	select {
+	case <-ctx.Done():
+	case <-p.stopped:
+	case err = <-fail:
+	}
+	err = errors.Join(err, p.drain())
+	// The call that asked for the end gets its answer before the socket goes.
+	bye, done := context.WithTimeout(context.Background(), lastReply)
+	defer done()
+	if herr := h.Shutdown(bye); herr != nil {
+		_ = h.Close()
+	}
+	cancel()
+	wg.Wait()
+	return err
+}
+
+// lastReply is how long control calls under way may take at the end.
+const lastReply = 2 * time.Second
+
+func (p *Plane) stop() { p.stopOnce.Do(func() { close(p.stopped) }) }
+
+// drain answers what the guest has asked, then closes tracker and images in
+// the order that leaves a clean state.
+func (p *Plane) drain() error {
+	ctx, cancel := context.WithTimeout(context.Background(), drainTimeout)
+	defer cancel()
+	if err := p.server.Shutdown(ctx); err != nil {
+		return err // requests still run: the tracker must not look clean
+	}
+	if f := p.held.Load(); f != nil {
+		if err := p.abandon(f.info.Epoch); err != nil {
+			p.log.Warn("the frozen epoch could not be given back", "err", err)
+		}
+	}
+	var errs []error
+	if g := p.group.Load(); g != nil {
+		errs = append(errs, g.Close(ctx))
+	}
+	return errors.Join(append(errs, closeImages(p.images))...)
+}
+
+// cleaner runs the clean step.
+func (p *Plane) cleaner(ctx context.Context) {
+	t := time.NewTicker(cleanEvery)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+		}
+		if p.group.Load() == nil {
+			continue
+		}
+		if _, err := p.clean(ctx); err != nil && ctx.Err() == nil {
+			p.log.Warn("clean step failed, regions stay marked", "err", err)
+		}
+	}
+}
+
+// tracker returns the open tracker.
+func (p *Plane) tracker() (*cbt.Group, error) {
+	g := p.group.Load()
+	if g == nil {
+		return nil, &wire.Error{Kind: wire.KindUnavailable, Text: "there is no tracker yet", Hint: "replicactl vm enable " + p.cfg.Name}
+	}
+	return g, nil
+}
+
+// image finds a disk.
+func (p *Plane) image(name wire.DiskName) (int, *image, error) {
+	for i, img := range p.images {
+		if img.cfg.Name == name {
+			return i, img, nil
+		}
+	}
+	return 0, nil, &wire.Error{Kind: wire.KindNotFound, Text: fmt.Sprintf("%s has no disk %q", p.cfg.Name, name)}
+}
+
+// bootID is the configured or the kernel's.
+func (c Config) bootID() (string, error) {
+	if c.BootID != "" {
+		return c.BootID, nil
+	}
+	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	return strings.TrimSpace(string(b)), err
+}
+
+// RunPlane is the verb "dataplane": it serves until ctx ends or it is told to
+// shut down, and needs the two listening sockets as file descriptors 3 (NBD)
+// and 4 (control), which it leaves open.
+func RunPlane(ctx context.Context, configFile string) error {
+	cfg, err := LoadConfig(configFile)
+	if err != nil {
+		return err
+	}
+	lock, err := lockPID(cfg.planePID())
+	if err != nil {
+		return fmt.Errorf("data plane of %s: %w", cfg.Name, err)
+	}
+	defer lock.release()
+	guests, err := inherited(fdNBD, "NBD")
+	if err != nil {
+		return err
+	}
+	control, err := inherited(fdControl, "control")
+	if err != nil {
+		return err
+	}
+	p, err := Open(ctx, cfg, newLogger(cfg).With("part", "dataplane"))
+	if err != nil {
+		writeFailure(cfg, mapError(err))
+		return fmt.Errorf("data plane of %s: %w", cfg.Name, err)
+	}
+	if err := os.Remove(cfg.failureFile()); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if err := p.Serve(ctx, guests, control); err != nil {
+		return fmt.Errorf("data plane of %s: %w", cfg.Name, err)
+	}
+	return replaceFile(filepath.Clean(cfg.drainedFile()), []byte("drained\n"), 0o600)
+}
+
+func invalid(format string, a ...any) error {
+	return &wire.Error{Kind: wire.KindInvalid, Text: fmt.Sprintf(format, a...)}
+}

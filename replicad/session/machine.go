@@ -76,9 +76,10 @@ type Machine struct {
 	verify  string // reason of the outstanding digest pass
 	// verifyAll: everything was marked for that pass, so every mark is compared.
 	verifyAll bool
-	markedAt  delta.Pos // everything was marked for a comparison with this position ...
-	markedBy  string    // ... in this instance of the data plane
-	compared  bool      // ... and the comparison came to its end
+	mark      *lineage.Decision // what has to be marked before the pass
+	markedAt  delta.Pos         // everything was marked for a comparison with this position ...
+	markedBy  string            // ... in this instance of the data plane
+	compared  bool              // ... and the comparison came to its end
 
 	verified   bool
 	scrub      Cursor
@@ -164,6 +165,7 @@ func (m *Machine) Step(now time.Time, ev Event) []Action {
 	case EvHandshake:
 		return m.onHandshake(now, e)
 	case EvMarked:
+		m.mark = nil
 		m.markedAt, m.markedBy, m.compared = m.parent, m.source.Instance, false
 		return m.next(now)
 	case EvSeeded:
@@ -272,8 +274,10 @@ func (m *Machine) next(now time.Time) []Action {
 		return m.do(Shipping, DoAck{m.shipped.Pos})
 	case m.paused:
 		return m.park()
-	case m.held != nil && (m.drop || m.verify != "" || seed != ""):
+	case m.held != nil && (m.drop || m.verify != "" || seed != "" || m.mark != nil):
 		return m.do(m.phase, DoAbandon{m.held.Epoch})
+	case m.mark != nil:
+		return m.do(Verifying, DoMark{*m.mark})
 	case seed != "":
 		return m.do(Seeding, m.seedPiece(seed))
 	case m.verify != "":

@@ -24,7 +24,7 @@ func (m *Machine) onHandshake(now time.Time, e EvHandshake) []Action {
 	if !d.MayShip() {
 		return m.halt(now, d)
 	}
-	m.stop = nil
+	m.stop, m.mark = nil, nil
 	delete(m.cond, CondStop)
 	if d.Alarm {
 		m.condition(CondAlarm, d.Hint, "%s", d.Reason)
@@ -116,8 +116,8 @@ func (m *Machine) startVerify(now time.Time, d lineage.Decision) []Action {
 	if !fresh {
 		return m.next(now)
 	}
-	m.drop = m.held != nil
-	return m.do(Verifying, DoMark{d})
+	m.mark, m.drop = &d, m.held != nil
+	return m.next(now)
 }
 
 // halt is the end of shipping until a new handshake says otherwise.

@@ -155,7 +155,7 @@ func (s *Session) mark(ctx context.Context, d lineage.Decision) (Event, error) {
 	if d.Outcome == lineage.VerifyUnion && s.cfg.Union != nil {
 		return EvMarked{}, s.cfg.Union(ctx, d)
 	}
-	return EvMarked{}, fromSource(s.cfg.Source.Mark(ctx, dataplane.MarkRequest{Reason: d.Reason}))
+	return EvMarked{}, fromSource(s.cfg.Source.Mark(ctx, dataplane.MarkRequest{Pos: d.Parent, Reason: d.Reason}))
 }
 
 func (s *Session) freeze(ctx context.Context, a DoFreeze) (Event, error) {

@@ -43,7 +43,7 @@ func (s *Session) verify(ctx context.Context, a DoVerify) (Event, error) {
 				return nil, fromSource(err)
 			}
 			off, end = r.Next, r.Done
-			res, err := s.window(ctx, a.Pos, d.Name, r.Ranges, true)
+			res, err := s.window(ctx, a.Pos, d.Name, r.Ranges)
 			if err != nil {
 				return nil, err
 			}
@@ -69,7 +69,7 @@ func (s *Session) scrub(ctx context.Context, a DoScrub) (Event, error) {
 		off = 0
 	}
 	r := wire.Range{Off: off, Len: min(scrubWindow, d.Size-off)}
-	res, err := s.window(ctx, a.Pos, d.Name, []wire.Range{r}, false)
+	res, err := s.window(ctx, a.Pos, d.Name, []wire.Range{r})
 	if err != nil {
 		return nil, err
 	}
@@ -83,13 +83,13 @@ func (s *Session) scrub(ctx context.Context, a DoScrub) (Event, error) {
 }
 
 // window compares ranges coarsely, then granule by granule where they differ.
-func (s *Session) window(ctx context.Context, pos delta.Pos, disk wire.DiskName, ranges []wire.Range, clear bool) (sum dataplane.CompareResult, err error) {
+func (s *Session) window(ctx context.Context, pos delta.Pos, disk wire.DiskName, ranges []wire.Range) (sum dataplane.CompareResult, err error) {
 	for part := range slices.Chunk(split(ranges, compareBlock), maxWindow) {
 		equal, differ, id, err := s.compare(ctx, pos, disk, part)
 		if err != nil {
 			return sum, err
 		}
-		if err := s.end(ctx, dataplane.CompareEnd{Window: id, Equal: equal, Clear: clear}, &sum); err != nil {
+		if err := s.end(ctx, dataplane.CompareEnd{Window: id, Equal: equal}, &sum); err != nil {
 			return sum, err
 		}
 		for fine := range slices.Chunk(split(differ, delta.Granule), maxWindow) {
@@ -97,7 +97,7 @@ func (s *Session) window(ctx context.Context, pos delta.Pos, disk wire.DiskName,
 			if err != nil {
 				return sum, err
 			}
-			if err := s.end(ctx, dataplane.CompareEnd{Window: id, Equal: equal, Differ: differ, Clear: clear}, &sum); err != nil {
+			if err := s.end(ctx, dataplane.CompareEnd{Window: id, Equal: equal, Differ: differ}, &sum); err != nil {
 				return sum, err
 			}
 		}
@@ -112,7 +112,6 @@ func (s *Session) end(ctx context.Context, e dataplane.CompareEnd, sum *dataplan
 	}
 	sum.Cleared += res.Cleared
 	sum.Mismatched += res.Mismatched
-	sum.Touched += res.Touched
 	return nil
 }
 
@@ -126,7 +125,7 @@ func (s *Session) compare(ctx context.Context, pos delta.Pos, disk wire.DiskName
 	var theirs wire.DigestReply
 	g, gctx := errgroup.WithContext(ctx)
 	g.Go(func() (err error) {
-		ours, err = s.cfg.Source.Compare(gctx, dataplane.CompareRequest{Disk: disk, Key: k, Ranges: ranges})
+		ours, err = s.cfg.Source.Compare(gctx, dataplane.CompareRequest{Pos: pos, Disk: disk, Key: k, Ranges: ranges})
 		return fromSource(err)
 	})
 	g.Go(func() (err error) {

@@ -1,0 +1,151 @@
+package dataplane
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+
+	"kvmreplica/internal/block"
+	"kvmreplica/nbd"
+	"kvmreplica/replicad/wire"
+)
+
+// image is the real storage of one disk, locked.
+type image struct {
+	cfg    DiskConfig
+	dev    block.Device
+	file   *block.File // nil for kind nbd
+	locked atomic.Bool // QEMU's lock bytes are held
+}
+
+// openImages opens and locks every image, or none.
+func openImages(ctx context.Context, cfg Config, chosen map[wire.DiskName]bool) (_ []*image, err error) {
+	var all []*image
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, closeImages(all))
+		}
+	}()
+	for _, d := range cfg.Disks {
+		img, err := openImage(ctx, d)
+		if err != nil {
+			return nil, fmt.Errorf("disk %s: %w", d.Name, err)
+		}
+		all = append(all, img)
+		want := d.QemuLock
+		if v, ok := chosen[d.Name]; ok {
+			want = v
+		}
+		if want {
+			if err := img.lock(); err != nil {
+				return nil, fmt.Errorf("disk %s: %w", d.Name, err)
+			}
+		}
+	}
+	return all, nil
+}
+
+func openImage(ctx context.Context, d DiskConfig) (*image, error) {
+	img := &image{cfg: d}
+	if d.Kind == NBD {
+		c, err := nbd.DialURI(ctx, d.URI, nbd.ClientOptions{ReadOnly: d.ReadOnly})
+		if err != nil {
+			return nil, err
+		}
+		img.dev = c
+	} else {
+		f, err := block.OpenFile(d.Path, block.FileOptions{ReadOnly: d.ReadOnly})
+		if err != nil {
+			return nil, err
+		}
+		img.dev, img.file = f, f
+		if err := img.checkKind(); err != nil {
+			return nil, errors.Join(err, f.Close())
+		}
+	}
+	if n := img.dev.Size(); d.Size != 0 && n != d.Size {
+		return nil, errors.Join(&wire.Error{
+			Kind: wire.KindConflict,
+			Text: fmt.Sprintf("the image has %d bytes, %d are configured", n, d.Size),
+			Hint: "replicactl vm resize NAME",
+		}, img.dev.Close())
+	}
+	return img, nil
+}
+
+func (i *image) checkKind() error {
+	id, err := i.file.Identity()
+	if err != nil {
+		return err
+	}
+	if is := id.Kind == block.KindBlockDevice; is != (i.cfg.Kind == Block) {
+		return &wire.Error{Kind: wire.KindInvalid, Text: fmt.Sprintf("%s is a %s, kind %s is configured", i.cfg.Path, id.Kind, i.cfg.Kind)}
+	}
+	return nil
+}
+
+// identity tells the tracker whether somebody touched the image; an NBD
+// server's storage cannot be asked.
+func (i *image) identity() func() (block.Identity, error) {
+	if i.file == nil {
+		return nil
+	}
+	return i.file.Identity
+}
+
+// lock takes QEMU's lock bytes; other servers' storage has none.
+func (i *image) lock() error {
+	if i.file == nil || i.locked.Load() {
+		return nil
+	}
+	if err := i.file.LockQEMU(); err != nil {
+		return &wire.Error{Kind: wire.KindConflict, Text: err.Error()}
+	}
+	i.locked.Store(true)
+	return nil
+}
+
+func (i *image) unlock() error {
+	if i.file == nil || !i.locked.Load() {
+		return nil
+	}
+	if err := i.file.UnlockQEMU(); err != nil {
+		return err
+	}
+	i.locked.Store(false)
+	return nil
+}
+
+// trustsHoles reports whether SEEK_DATA may be believed after a sync: only on
+// file systems known to tell the truth.
+func (i *image) trustsHoles() bool {
+	if i.file == nil {
+		return false
+	}
+	fd, ok := i.file.ReadFD()
+	if !ok {
+		return false
+	}
+	var st unix.Statfs_t
+	if err := unix.Fstatfs(fd, &st); err != nil {
+		return false
+	}
+	switch st.Type {
+	case unix.EXT4_SUPER_MAGIC, unix.XFS_SUPER_MAGIC, unix.BTRFS_SUPER_MAGIC:
+		return true
+	}
+	return false
+}
+
+func closeImages(all []*image) error {
+	var errs []error
+	for _, i := range all {
+		if err := i.dev.Close(); err != nil {
+			errs = append(errs, fmt.Errorf("disk %s: %w", i.cfg.Name, err))
+		}
+	}
+	return errors.Join(errs...)
+}
