@@ -67,6 +67,7 @@ type Config struct {
 	MetricsListen string
 	TLS           TLS
 	Limits        Limits
+	Domain
 	// Bandwidth is the weekly schedule for what is sent to peers; the last
 	// window that holds the present minute counts, outside of all there is no limit.
 	Bandwidth []Window
@@ -106,6 +107,7 @@ func Default() Config {
 		StateDir: "/var/lib/replicad", RunDir: "/run/replicad", Listen: fmt.Sprintf(":%d", DefaultPort),
 		StorageRoots: []string{"/var/lib/replicad/replicas"},
 		LogLevel:     slog.LevelInfo, LogFormat: "text",
+		Domain:       Domain{DomainType: "kvm"},
 		OnSilentPeer: Start, SilentPeerAfter: 120 * time.Second, ShippingSlots: 4,
 		Limits: Limits{
 			Connections: 512, ConnectionsPer: 32, Unauthenticated: 64, HandshakeTimeout: 10 * time.Second,

@@ -32,6 +32,7 @@ type file struct {
 	MetricsListen   *string      `toml:"metrics_listen"`
 	TLS             fileTLS      `toml:"tls"`
 	Limits          fileLimits   `toml:"limits"`
+	Domain          fileDomain   `toml:"domain"`
 	Bandwidth       []fileWindow `toml:"bandwidth"`
 }
 
@@ -94,6 +95,7 @@ func Parse(data []byte) (Config, error) {
 	c := Default()
 	p.top(&c, f)
 	p.limits(&c.Limits, f.Limits)
+	p.domain(&c.Domain, f.Domain)
 	for i, w := range f.Bandwidth {
 		c.Bandwidth = append(c.Bandwidth, p.window(i, w))
 	}

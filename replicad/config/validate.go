@@ -75,6 +75,7 @@ func (c Config) complaints(say func(key, format string, args ...any)) {
 			say(key, "%.64q is not an absolute path", file)
 		}
 	}
+	c.Domain.complaints(say)
 	c.complainNumbers(say)
 }
 

@@ -183,6 +183,9 @@ func (r *Runner) Run(ctx context.Context, steps []Step) error {
 		}
 		if err := r.do(ctx, s, i, len(steps)); err != nil {
 			err = fmt.Errorf("%s: %w", s.Title, err)
+			if s.Commit && errors.Is(err, ErrNotTaken) {
+				r.j.Committed = r.committedBefore(steps[:i])
+			}
 			if r.j.Committed {
 				r.j.Failure = err.Error()
 				return errors.Join(err, r.save())
@@ -211,6 +214,19 @@ func (r *Runner) do(ctx context.Context, s *Step, i, n int) error {
 	}
 	r.emit(ev)
 	return err
+}
+
+// ErrNotTaken is what a Commit step returns (wrapped) when it is durably known
+// that its act did not happen and never will: the plan may then be taken back.
+var ErrNotTaken = errors.New("refused for good")
+
+func (r *Runner) committedBefore(steps []Step) bool {
+	for i := range steps {
+		if steps[i].Commit && r.finished(steps[i].Name) {
+			return true
+		}
+	}
+	return false
 }
 
 // ErrCommitted says that a plan passed its point of no return.

@@ -1,0 +1,205 @@
+package replicad
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"time"
+
+	"kvmreplica/replicad/api"
+	"kvmreplica/replicad/config"
+	"kvmreplica/replicad/failover"
+	"kvmreplica/replicad/vm"
+	"kvmreplica/replicad/wire"
+)
+
+const defaultPort = config.DefaultPort
+
+func emitChecks(cs []wire.Check, emit func(api.Event)) (failed *wire.Check) {
+	for i := range cs {
+		c := cs[i]
+		emit(api.Event{Check: &c})
+		if c.Result == wire.Failed && failed == nil {
+			failed = &c
+		}
+	}
+	return failed
+}
+
+func note(emit func(api.Event), format string, a ...any) {
+	emit(api.Event{Note: fmt.Sprintf(format, a...)})
+}
+
+func (d *Daemon) enable(ctx context.Context, a api.Action, request string, step func(failover.Event), emit func(api.Event)) error {
+	rec, err := d.peers.Find(a.Peer)
+	if err != nil {
+		return err
+	}
+	silent := a.OnSilent
+	switch silent {
+	case "":
+		silent = string(d.cfg.OnSilentPeer)
+	case string(config.Start), string(config.Hold):
+	default:
+		return &wire.Error{Kind: wire.KindInvalid, Text: fmt.Sprintf("on-silent-peer is %q", silent), Hint: "use start or hold"}
+	}
+	o := vm.EnableOptions{Name: a.VM, Peer: rec.Host, Interval: a.Interval, Disks: a.Disks, OnSilent: silent, Request: request}
+	if a.DryRun {
+		p, err := d.vms.PlanEnable(ctx, o)
+		if err != nil {
+			return err
+		}
+		note(emit, "Checks:")
+		failed := emitChecks(p.Checks, emit)
+		note(emit, "Plan:")
+		for i, s := range p.Steps {
+			note(emit, "  %d. %s", i+1, s)
+		}
+		return refusedBy(failed)
+	}
+	v, err := d.vms.Enable(ctx, o, step)
+	if err != nil {
+		return err
+	}
+	return d.result(ctx, v, emit)
+}
+
+func refusedBy(failed *wire.Check) error {
+	if failed == nil {
+		return nil
+	}
+	return &wire.Error{Kind: wire.KindRefused, Text: failed.Name + ": " + failed.Detail, Hint: failed.Remedy}
+}
+
+// result ends an action with the relationship as it is now.
+func (d *Daemon) result(ctx context.Context, v *vm.VM, emit func(api.Event)) error {
+	s := v.Status(ctx, d.peerName(v.Peer()))
+	emit(api.Event{VM: &s})
+	return nil
+}
+
+func (d *Daemon) actOn(ctx context.Context, v *vm.VM, a api.Action, request string, step func(failover.Event), emit func(api.Event)) error {
+	switch a.Verb {
+	case api.VMDisable:
+		return d.disable(ctx, v, a, request, step, emit)
+	case api.VMPause:
+		return v.Pause()
+	case api.VMResume:
+		return v.Resume()
+	case api.VMSync:
+		return v.SyncNow(ctx)
+	case api.VMResync:
+		return v.Resync(ctx)
+	case api.VMStart:
+		return v.StartGuest(ctx, a.Force)
+	case api.Planned:
+		return d.planned(ctx, v, a, request, step, emit)
+	case api.Unplanned:
+		return d.unplanned(ctx, v, a, request, step, emit)
+	case api.Reverse:
+		return d.reverse(ctx, v, a, request, step, emit)
+	case api.PlanResume, api.PlanUndo:
+		if err := v.Settle(ctx, a.Verb == api.PlanUndo); err != nil {
+			return err
+		}
+		return d.result(ctx, v, emit)
+	}
+	return &wire.Error{Kind: wire.KindInvalid, Text: fmt.Sprintf("unknown action %q", a.Verb), Hint: "use a replicactl of the daemon's version"}
+}
+
+func (d *Daemon) disable(ctx context.Context, v *vm.VM, a api.Action, request string, step func(failover.Event), emit func(api.Event)) error {
+	if a.DryRun {
+		note(emit, "Protection ends; the guest goes on, on its own images, without a stop.")
+		if a.Delete {
+			note(emit, "The copy on %s is DELETED.", d.peerName(v.Peer()))
+		} else {
+			note(emit, "The copy on %s stays there as files.", d.peerName(v.Peer()))
+		}
+		return nil
+	}
+	return d.vms.Disable(ctx, v, vm.DisableOptions{Delete: a.Delete, Force: a.Force, Request: request}, step)
+}
+
+func (d *Daemon) planned(ctx context.Context, v *vm.VM, a api.Action, request string, step func(failover.Event), emit func(api.Event)) error {
+	if !v.Serves() {
+		return d.plannedElsewhere(ctx, v, a, request, emit)
+	}
+	checks, err := v.PlanPlanned(ctx, a.NoReverse)
+	if err != nil {
+		return err
+	}
+	note(emit, "Prerequisites:")
+	if failed := emitChecks(checks, emit); failed != nil || a.DryRun {
+		return refusedBy(failed)
+	}
+	note(emit, "Planned failover of %s to %s:", a.VM, d.peerName(v.Peer()))
+	err = v.Planned(ctx, vm.PlannedOptions{NoStart: a.NoStart, NoReverse: a.NoReverse, ForceOff: a.Force, Timeout: a.Timeout, Request: request}, step)
+	if err != nil {
+		return err
+	}
+	return d.result(ctx, v, emit)
+}
+
+// plannedElsewhere asks the primary to do it.
+func (d *Daemon) plannedElsewhere(ctx context.Context, v *vm.VM, a api.Action, request string, emit func(api.Event)) error {
+	name := d.peerName(v.Peer())
+	if a.DryRun {
+		note(emit, "%s is the primary: it is asked to run the planned failover.", name)
+		return nil
+	}
+	c, err := d.client(v.Peer())
+	if err != nil {
+		return err
+	}
+	note(emit, "Asking the primary %s:", name)
+	reply, err := c.Failover(ctx, wire.FailoverRequest{
+		VM: v.ID(), Step: "request-planned", Request: request, Start: !a.NoStart, Reverse: !a.NoReverse, Force: a.Force, Reason: a.Reason,
+	})
+	if err != nil {
+		return err
+	}
+	for i := range reply.Steps {
+		emit(api.Event{Step: &reply.Steps[i]})
+	}
+	if reply.State != "accepted" {
+		return &wire.Error{Kind: wire.KindRefused, Text: name + ": " + reply.Detail, Hint: "replicactl vm status " + a.VM}
+	}
+	return d.result(ctx, v, emit)
+}
+
+func (d *Daemon) unplanned(ctx context.Context, v *vm.VM, a api.Action, request string, step func(failover.Event), emit func(api.Event)) error {
+	l, err := v.Loss(ctx)
+	if err != nil {
+		return err
+	}
+	emit(api.Event{Check: &l.Primary})
+	note(emit, "The last committed cut is %s old (%s, position %v).", time.Since(l.Cut).Round(time.Second), l.Cut.Format(time.DateTime), l.At)
+	switch {
+	case l.Bytes >= 0:
+		note(emit, "The primary reports %d changed bytes since: they will be lost.", l.Bytes)
+	default:
+		note(emit, "What the primary wrote since will be lost; how much is unknown.")
+	}
+	if a.DryRun {
+		return nil
+	}
+	err = v.Unplanned(ctx, vm.UnplannedOptions{NoStart: a.NoStart, Force: a.Force, Request: request, Reason: a.Reason}, step)
+	if err != nil {
+		return err
+	}
+	return d.result(ctx, v, emit)
+}
+
+func (d *Daemon) reverse(ctx context.Context, v *vm.VM, a api.Action, request string, step func(failover.Event), emit func(api.Event)) error {
+	name := d.peerName(v.Peer())
+	if a.DryRun {
+		s := v.Status(ctx, name)
+		note(emit, "%s becomes the replica. What it wrote after %s was promoted is DISCARDED.", name, d.name)
+		note(emit, "Changed here since: %s. Blocks changed on either side are sent or compared.", strings.TrimSpace(fmt.Sprintf("%d bytes", s.Pending)))
+		return nil
+	}
+	if err := v.Reverse(ctx, request, step); err != nil {
+		return err
+	}
+	return d.result(ctx, v, emit)
+}

@@ -1,0 +1,250 @@
+package replicad
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"strings"
+	"time"
+
+	"kvmreplica/internal/version"
+	"kvmreplica/replicad/api"
+	"kvmreplica/replicad/failover"
+	"kvmreplica/replicad/peer"
+	"kvmreplica/replicad/status"
+	"kvmreplica/replicad/vm"
+	"kvmreplica/replicad/wire"
+)
+
+var _ api.Backend = (*Daemon)(nil)
+
+// Host is the daemon's own state.
+func (d *Daemon) Host(ctx context.Context) (status.Host, error) {
+	h := status.Host{Name: d.name, ID: d.id.Host(), Version: version.String(), Listen: d.cfg.Listen, Receiving: d.cfg.Receiving}
+	if i, err := d.hyper.Info(ctx); err != nil {
+		h.Libvirt = "not answering: " + err.Error()
+	} else {
+		h.Libvirt = fmt.Sprintf("libvirt %s, QEMU %s", i.Libvirt, i.QEMU)
+	}
+	return h, nil
+}
+
+// VMs lists everything that replicates from or to this host.
+func (d *Daemon) VMs(ctx context.Context) ([]status.VM, error) {
+	out := []status.VM{}
+	for _, v := range d.vms.All() {
+		out = append(out, v.Status(ctx, d.peerName(v.Peer())))
+	}
+	for dir, err := range d.vms.Broken() {
+		out = append(out, status.VM{Name: dir, ID: wire.VMID(dir), State: status.Error, Health: "critical", Reason: err.Error(), RPO: -1})
+	}
+	return out, nil
+}
+
+// VM is one of them.
+func (d *Daemon) VM(ctx context.Context, name string) (status.VM, error) {
+	v, err := d.vms.Lookup(name)
+	if err != nil {
+		return status.VM{}, err
+	}
+	return v.Status(ctx, d.peerName(v.Peer())), nil
+}
+
+func (d *Daemon) peerName(h wire.HostID) string {
+	if r, ok := d.peers.Get(h); ok {
+		return r.Name
+	}
+	return string(h)
+}
+
+const helloWithin = 3 * time.Second
+
+// Peers lists paired hosts and asks each for a sign of life.
+func (d *Daemon) Peers(ctx context.Context) ([]status.Peer, error) {
+	out := []status.Peer{}
+	for _, r := range d.peers.Peers() {
+		p := status.Peer{Host: r.Host, Name: r.Name, Address: r.Address, MaySend: r.Allow.MaySend, Root: r.Allow.StorageRoot}
+		hctx, cancel := context.WithTimeout(ctx, helloWithin)
+		if c, err := d.client(r.Host); err == nil {
+			_, err = c.Hello(hctx, wire.HelloRequest{Min: wire.ProtocolMin, Max: wire.ProtocolMax, Host: d.id.Host(), Name: d.name, Version: version.String(), Now: time.Now()})
+			p.Reachable = err == nil
+		}
+		cancel()
+		d.mu.Lock()
+		if p.Reachable {
+			d.seen[r.Host] = time.Now()
+		}
+		p.LastSeen = d.seen[r.Host]
+		d.mu.Unlock()
+		out = append(out, p)
+	}
+	return out, nil
+}
+
+// Invite prepares one pairing.
+func (d *Daemon) Invite(_ context.Context, r api.InviteRequest) (api.InviteReply, error) {
+	if d.cfg.Listen == "" {
+		return api.InviteReply{}, &wire.Error{Kind: wire.KindRefused, Text: "this host does not listen for peers", Hint: "set listen in the configuration, or invite from the other host"}
+	}
+	inv, err := d.pair.Invite(peer.InviteOptions{TTL: r.TTL, Grant: d.authorisation(r.MaySend, r.Root, r.MaxVMs, r.Limit)})
+	if err != nil {
+		return api.InviteReply{}, err
+	}
+	return api.InviteReply{Code: inv.Code, Expires: inv.Expires, Address: d.advertised()}, nil
+}
+
+// advertised is the address the other host should use.
+func (d *Daemon) advertised() string {
+	host, port, err := net.SplitHostPort(d.cfg.Listen)
+	if d.cfg.Advertise != "" {
+		h, p, err := net.SplitHostPort(d.cfg.Advertise)
+		if err == nil && h != "" {
+			return d.cfg.Advertise
+		}
+		if err == nil {
+			port = p
+		}
+	}
+	if err != nil || host == "" || host == "0.0.0.0" || host == "::" {
+		host = d.name
+	}
+	return net.JoinHostPort(host, port)
+}
+
+const defaultMaxVMs = 100
+
+func (d *Daemon) authorisation(send bool, root string, vms int, limit int64) peer.Authorisation {
+	a := peer.Authorisation{MaySend: send, StorageRoot: root, MaxVMs: vms, MaxBytes: limit, MayRequestReverse: send}
+	if send && a.StorageRoot == "" && len(d.cfg.StorageRoots) > 0 {
+		a.StorageRoot = d.cfg.StorageRoots[0]
+	}
+	if send && vms == 0 {
+		a.MaxVMs = defaultMaxVMs
+	}
+	return a
+}
+
+// Join pairs with the host that made the invitation.
+func (d *Daemon) Join(ctx context.Context, r api.JoinRequest) (status.Peer, error) {
+	addr := r.Address
+	if _, _, err := net.SplitHostPort(addr); err != nil {
+		addr = net.JoinHostPort(strings.Trim(addr, "[]"), fmt.Sprint(defaultPort))
+	}
+	listen := d.cfg.Advertise
+	if listen == "" && d.cfg.Listen != "" {
+		if _, port, err := net.SplitHostPort(d.cfg.Listen); err == nil {
+			listen = ":" + port
+		}
+	}
+	rec, err := peer.Join(ctx, d.id, d.peers, addr, r.Code, peer.JoinOptions{Listen: listen, Grant: d.authorisation(r.MaySend, r.Root, r.MaxVMs, r.Limit)})
+	if err != nil {
+		return status.Peer{}, err
+	}
+	return status.Peer{Host: rec.Host, Name: rec.Name, Address: rec.Address, Reachable: true, MaySend: rec.Allow.MaySend, Root: rec.Allow.StorageRoot}, nil
+}
+
+// Allow changes what a peer may do here.
+func (d *Daemon) Allow(_ context.Context, r api.AllowRequest) error {
+	rec, err := d.peers.Find(r.Peer)
+	if err != nil {
+		return err
+	}
+	return d.peers.Allow(rec.Host, d.authorisation(r.MaySend, r.Root, r.MaxVMs, r.Limit))
+}
+
+// RemovePeer forgets a peer; VMs shared with it must be disabled first.
+func (d *Daemon) RemovePeer(_ context.Context, name string) error {
+	rec, err := d.peers.Find(name)
+	if err != nil {
+		return err
+	}
+	for _, v := range d.vms.All() {
+		if v.Peer() == rec.Host {
+			return &wire.Error{Kind: wire.KindConflict, Text: "VMs are still shared with " + rec.Name, Hint: "replicactl vm list; replicactl vm disable NAME"}
+		}
+	}
+	return errors.Join(d.peers.Remove(rec.Host), d.dropClient(rec.Host))
+}
+
+// Doctor checks the host.
+func (d *Daemon) Doctor(ctx context.Context) ([]wire.Check, error) {
+	var out []wire.Check
+	add := func(name string, r wire.Result, remedy, detail string) {
+		out = append(out, wire.Check{Name: name, Result: r, Detail: detail, Remedy: remedy})
+	}
+	if i, err := d.hyper.Info(ctx); err != nil {
+		add("libvirt", wire.Failed, "systemctl status libvirtd virtqemud", err.Error())
+	} else {
+		add("libvirt", wire.OK, "", fmt.Sprintf("%s, QEMU %s", i.Libvirt, i.QEMU))
+	}
+	if _, err := os.Stat(hookPath); err != nil {
+		add("Start hook", wire.Failed, "install packaging/hooks/kvmreplica as "+hookPath+" and restart libvirtd", "a protected VM could be started by mistake")
+	} else {
+		add("Start hook", wire.OK, "", hookPath)
+	}
+	for _, e := range d.id.Expiries(time.Now()) {
+		r := wire.Warning
+		if e.Severity == "critical" {
+			r = wire.Failed
+		}
+		add("The "+e.What, r, e.Hint, fmt.Sprintf("ends on %s, in %d days", e.Ends.Format(time.DateOnly), e.Days))
+	}
+	for dir, err := range d.vms.Broken() {
+		add("State of "+dir, wire.Failed, "replicafsck check "+d.cfg.StateDir, err.Error())
+	}
+	return out, nil
+}
+
+const hookPath = "/etc/libvirt/hooks/qemu.d/kvmreplica"
+
+// newRequest makes a correlation id.
+func newRequest() string {
+	var b [8]byte
+	_, _ = rand.Read(b[:]) // never fails
+	return hex.EncodeToString(b[:])
+}
+
+// Act runs one action; every event goes to emit.
+func (d *Daemon) Act(ctx context.Context, a api.Action, emit func(api.Event)) error {
+	request := newRequest()
+	d.log.Info("action", "verb", string(a.Verb), "vm", a.VM, "peer", a.Peer, "request", request, "dry_run", a.DryRun, "force", a.Force, "reason", a.Reason)
+	step := func(e failover.Event) {
+		s := e.Step
+		emit(api.Event{Step: &s, Undo: e.Undo})
+	}
+	var err error
+	switch a.Verb {
+	case api.PeerTest:
+		err = d.testPeer(ctx, a, emit)
+	case api.VMEnable:
+		err = d.enable(ctx, a, request, step, emit)
+	default:
+		var v *vm.VM
+		if v, err = d.vms.Lookup(a.VM); err == nil {
+			err = d.actOn(ctx, v, a, request, step, emit)
+		}
+	}
+	if err != nil {
+		d.log.Warn("action failed", "verb", string(a.Verb), "vm", a.VM, "request", request, "err", err)
+	}
+	return err
+}
+
+func (d *Daemon) testPeer(ctx context.Context, a api.Action, emit func(api.Event)) error {
+	rec, err := d.peers.Find(a.Peer)
+	if err != nil {
+		return err
+	}
+	c, err := d.client(rec.Host)
+	if err != nil {
+		return err
+	}
+	for _, k := range c.Test(ctx, peer.TestInfo{Version: version.String()}) {
+		emit(api.Event{Check: &k})
+	}
+	return nil
+}

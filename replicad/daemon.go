@@ -1,0 +1,257 @@
+// Package replicad is the daemon: it builds the graph of everything a host
+// needs - identity and peers, libvirt, the VMs, the local control interface -
+// and runs it.
+//
+// It guarantees that a stop leaves running guests their disks (the data planes
+// are processes of their own), that nothing listens before its state is
+// loaded, and that Run returns only when everything it started has ended.
+//
+// Callers open it once per state directory and call Run.
+package replicad
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"os/user"
+	"path/filepath"
+	"strconv"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+
+	"kvmreplica/internal/fsx"
+	"kvmreplica/libvirt"
+	"kvmreplica/replicad/api"
+	"kvmreplica/replicad/config"
+	"kvmreplica/replicad/peer"
+	"kvmreplica/replicad/vm"
+	"kvmreplica/replicad/wire"
+)
+
+// Daemon is one host's replicad.
+type Daemon struct {
+	cfg   config.Config
+	log   *slog.Logger
+	lock  *os.File
+	id    *peer.Identity
+	peers *peer.Store
+	pair  *peer.Pairing
+	hyper *lazyHost
+	vms   *vm.Manager
+	name  string
+
+	mu      sync.Mutex
+	clients map[wire.HostID]*peer.Client    // guarded by mu
+	bands   map[wire.HostID]*peer.Bandwidth // guarded by mu
+	seen    map[wire.HostID]time.Time       // guarded by mu; last answer of a peer
+}
+
+const (
+	startLibvirt  = 30 * time.Second
+	renewEvery    = 24 * time.Hour
+	paceEvery     = time.Minute
+	stopWithin    = 30 * time.Second
+	controlSocket = "control.sock"
+)
+
+// Open loads the state and claims it; a second daemon on the same directory is
+// refused. Nothing listens yet. libvirt need not answer.
+func Open(cfg config.Config, log *slog.Logger) (*Daemon, error) {
+	for _, dir := range []string{cfg.StateDir, cfg.RunDir} {
+		if err := os.MkdirAll(dir, 0o711); err != nil {
+			return nil, fmt.Errorf("make the daemon's directory: %w", err)
+		}
+	}
+	lock, err := claim(filepath.Join(cfg.StateDir, "lock"))
+	if err != nil {
+		return nil, err
+	}
+	d := &Daemon{cfg: cfg, log: log, lock: lock, name: cfg.HostName, clients: map[wire.HostID]*peer.Client{}, bands: map[wire.HostID]*peer.Bandwidth{}, seen: map[wire.HostID]time.Time{}}
+	if d.name == "" {
+		if d.name, err = os.Hostname(); err != nil {
+			return nil, errors.Join(err, lock.Close())
+		}
+	}
+	if err := d.load(); err != nil {
+		return nil, errors.Join(err, lock.Close())
+	}
+	return d, nil
+}
+
+// claim takes the state directory's lock.
+func claim(path string) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("claim the state directory: %w", err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return nil, errors.Join(fmt.Errorf("another replicad uses %s (systemctl status replicad): %w", filepath.Dir(path), err), f.Close())
+	}
+	return f, nil
+}
+
+func (d *Daemon) load() error {
+	state, err := fsx.OS(d.cfg.StateDir)
+	if err != nil {
+		return fmt.Errorf("open the state directory: %w", err)
+	}
+	now := time.Now()
+	if d.id, err = d.identity(state, now); err != nil {
+		return err
+	}
+	if err := state.MkdirAll("peers"); err != nil {
+		return err
+	}
+	if d.peers, err = peer.OpenStore(fsx.Sub(state, "peers")); err != nil {
+		return err
+	}
+	d.pair = peer.NewPairing(d.id, d.peers, d.log, nil)
+	d.hyper = &lazyHost{opt: libvirt.Options{Socket: d.cfg.LibvirtSocket}}
+	deps, err := d.deps()
+	if err != nil {
+		return err
+	}
+	d.vms, err = vm.Open(state, deps)
+	return err
+}
+
+func (d *Daemon) identity(state fsx.FS, now time.Time) (*peer.Identity, error) {
+	if t := d.cfg.TLS; t.Cert != "" {
+		var pems [3][]byte
+		for i, p := range []string{t.Cert, t.Key, t.CA} {
+			b, err := os.ReadFile(p)
+			if err != nil {
+				return nil, fmt.Errorf("read the configured certificate: %w", err)
+			}
+			pems[i] = b
+		}
+		return peer.LoadIdentity(pems[0], pems[1], pems[2], d.name, now)
+	}
+	if err := state.MkdirAll("identity"); err != nil {
+		return nil, err
+	}
+	return peer.OpenIdentity(fsx.Sub(state, "identity"), d.name, now)
+}
+
+func (d *Daemon) deps() (vm.Deps, error) {
+	deps := vm.Deps{
+		Host: d.id.Host(), HostName: d.name, StateDir: d.cfg.StateDir, RunDir: d.cfg.RunDir,
+		Hyper: d.hyper, Dial: d.dial, Grant: d.grant, Fence: d.cfg.Fence,
+		LibvirtState: d.cfg.LibvirtState, Kernels: map[string]libvirt.PolicyKernel{}, DomainType: d.cfg.DomainType,
+		Emulator: d.cfg.Emulator, ConsoleDir: d.cfg.ConsoleDir, Now: time.Now, Log: d.log,
+	}
+	for label, k := range d.cfg.Kernels {
+		deps.Kernels[label] = libvirt.PolicyKernel{Kernel: k.Kernel, Initrd: k.Initrd}
+	}
+	if d.cfg.QEMUUser == "" {
+		return deps, nil
+	}
+	u, err := user.Lookup(d.cfg.QEMUUser)
+	if err != nil {
+		return deps, fmt.Errorf("qemu_user: %w", err)
+	}
+	uid, err1 := strconv.Atoi(u.Uid)
+	gid, err2 := strconv.Atoi(u.Gid)
+	deps.QEMUUID, deps.QEMUGID = &uid, &gid
+	return deps, errors.Join(err1, err2)
+}
+
+// Run serves until ctx ends.
+func (d *Daemon) Run(ctx context.Context) error {
+	defer d.lock.Close()
+	control, err := d.listenControl()
+	if err != nil {
+		return err
+	}
+	local := api.NewServer(d, d.log)
+	g, ctx := errgroup.WithContext(ctx)
+	if err := d.startPeers(ctx, g); err != nil {
+		return errors.Join(err, control.Close())
+	}
+	g.Go(func() error { return local.Serve(control) })
+	g.Go(func() error {
+		<-ctx.Done()
+		sctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopWithin)
+		defer cancel()
+		return local.Shutdown(sctx)
+	})
+	g.Go(func() error { return d.vms.Run(ctx) })
+	g.Go(func() error { d.keepTime(ctx); return nil })
+	d.log.Info("replicad runs", "host", string(d.id.Host()), "name", d.name, "listen", d.cfg.Listen, "receiving", d.cfg.Receiving)
+	notifyReady()
+	err = g.Wait()
+	d.closeClients()
+	if errors.Is(err, context.Canceled) {
+		return nil
+	}
+	return err
+}
+
+func (d *Daemon) startPeers(ctx context.Context, g *errgroup.Group) error {
+	if d.cfg.Listen == "" {
+		return nil
+	}
+	srv, err := peer.NewServer(peer.ServerConfig{
+		Identity: d.id, Store: d.peers, Service: &service{Manager: d.vms, d: d}, Ownership: owners{d.vms},
+		Pairing: d.pair, Receiving: func() bool { return d.cfg.Receiving },
+		Limits: peer.Limits{}, Log: d.log,
+	})
+	if err != nil {
+		return err
+	}
+	l, err := net.Listen("tcp", d.cfg.Listen)
+	if err != nil {
+		return fmt.Errorf("listen for peers: %w (is another replicad running, or the address wrong? see listen in the configuration)", err)
+	}
+	g.Go(func() error { return srv.Serve(ctx, l) })
+	return nil
+}
+
+func (d *Daemon) listenControl() (net.Listener, error) {
+	path := filepath.Join(d.cfg.RunDir, controlSocket)
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("open the control socket: %w", err)
+	}
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, fmt.Errorf("open the control socket: %w", err)
+	}
+	if err := os.Chmod(path, 0o600); err != nil {
+		return nil, errors.Join(err, l.Close())
+	}
+	return l, nil
+}
+
+// keepTime renews certificates and follows the bandwidth schedule.
+func (d *Daemon) keepTime(ctx context.Context) {
+	pace := time.NewTicker(paceEvery)
+	defer pace.Stop()
+	renew := time.NewTicker(renewEvery)
+	defer renew.Stop()
+	for {
+		d.setBandwidth(time.Now())
+		select {
+		case <-ctx.Done():
+			return
+		case <-pace.C:
+		case <-renew.C:
+			if _, err := d.id.Renew(time.Now()); err != nil {
+				d.log.Error("renew the host certificate", "err", err)
+			}
+		}
+	}
+}
+
+func (d *Daemon) setBandwidth(now time.Time) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, b := range d.bands {
+		b.Set(d.cfg.RateAt(now))
+	}
+}

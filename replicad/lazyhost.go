@@ -1,0 +1,120 @@
+package replicad
+
+import (
+	"context"
+	"sync"
+
+	"kvmreplica/libvirt"
+	"kvmreplica/replicad/vm"
+)
+
+// lazyHost is libvirt as the VMs see it: connected at the first call that
+// succeeds, so that the daemon starts although libvirtd is down.
+type lazyHost struct {
+	opt libvirt.Options
+
+	mu sync.Mutex
+	h  *libvirt.Host // guarded by mu
+}
+
+var _ vm.Hypervisor = (*lazyHost)(nil)
+
+func (l *lazyHost) host(ctx context.Context) (*libvirt.Host, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.h != nil {
+		return l.h, nil
+	}
+	h, err := libvirt.Dial(ctx, l.opt)
+	if err != nil {
+		return nil, err
+	}
+	l.h = h
+	return h, nil
+}
+
+func with1[T any](ctx context.Context, l *lazyHost, f func(*libvirt.Host) (T, error)) (T, error) {
+	h, err := l.host(ctx)
+	if err != nil {
+		var zero T
+		return zero, err
+	}
+	return f(h)
+}
+
+func with0(ctx context.Context, l *lazyHost, f func(*libvirt.Host) error) error {
+	h, err := l.host(ctx)
+	if err != nil {
+		return err
+	}
+	return f(h)
+}
+
+func (l *lazyHost) LookupName(ctx context.Context, name string) (string, error) {
+	return with1(ctx, l, func(h *libvirt.Host) (string, error) { return h.LookupName(ctx, name) })
+}
+
+func (l *lazyHost) Domain(ctx context.Context, uuid string) (libvirt.Domain, error) {
+	return with1(ctx, l, func(h *libvirt.Host) (libvirt.Domain, error) { return h.Domain(ctx, uuid) })
+}
+
+func (l *lazyHost) DomainState(ctx context.Context, uuid string) (s libvirt.State, r libvirt.Reason, err error) {
+	err = with0(ctx, l, func(h *libvirt.Host) error { s, r, err = h.DomainState(ctx, uuid); return err })
+	return s, r, err
+}
+
+func (l *lazyHost) XML(ctx context.Context, uuid string, k libvirt.XMLKind) ([]byte, error) {
+	return with1(ctx, l, func(h *libvirt.Host) ([]byte, error) { return h.XML(ctx, uuid, k) })
+}
+
+func (l *lazyHost) Define(ctx context.Context, doc []byte) (string, error) {
+	return with1(ctx, l, func(h *libvirt.Host) (string, error) { return h.Define(ctx, doc) })
+}
+
+func (l *lazyHost) Undefine(ctx context.Context, uuid string, o libvirt.UndefineOptions) error {
+	return with0(ctx, l, func(h *libvirt.Host) error { return h.Undefine(ctx, uuid, o) })
+}
+
+func (l *lazyHost) Start(ctx context.Context, uuid string, o libvirt.StartOptions) error {
+	return with0(ctx, l, func(h *libvirt.Host) error { return h.Start(ctx, uuid, o) })
+}
+
+func (l *lazyHost) Shutdown(ctx context.Context, uuid string, o libvirt.ShutdownOptions) error {
+	return with0(ctx, l, func(h *libvirt.Host) error { return h.Shutdown(ctx, uuid, o) })
+}
+
+func (l *lazyHost) Destroy(ctx context.Context, uuid string, graceful bool) error {
+	return with0(ctx, l, func(h *libvirt.Host) error { return h.Destroy(ctx, uuid, graceful) })
+}
+
+func (l *lazyHost) SetAutostart(ctx context.Context, uuid string, on bool) error {
+	return with0(ctx, l, func(h *libvirt.Host) error { return h.SetAutostart(ctx, uuid, on) })
+}
+
+func (l *lazyHost) ResumeIOError(ctx context.Context, uuid string) (int, error) {
+	return with1(ctx, l, func(h *libvirt.Host) (int, error) { return h.ResumeIOError(ctx, uuid) })
+}
+
+func (l *lazyHost) HasSaved(ctx context.Context, uuid string) (bool, error) {
+	return with1(ctx, l, func(h *libvirt.Host) (bool, error) { return h.HasSaved(ctx, uuid) })
+}
+
+func (l *lazyHost) Firmware(ctx context.Context, uuid, stateDir string) (libvirt.FirmwareState, error) {
+	return with1(ctx, l, func(h *libvirt.Host) (libvirt.FirmwareState, error) { return h.Firmware(ctx, uuid, stateDir) })
+}
+
+func (l *lazyHost) Info(ctx context.Context) (libvirt.HostInfo, error) {
+	return with1(ctx, l, func(h *libvirt.Host) (libvirt.HostInfo, error) { return h.Info(ctx) })
+}
+
+func (l *lazyHost) Graph(ctx context.Context, uuid string, e map[string]libvirt.NBDSource) (map[string]libvirt.DiskGraph, error) {
+	return with1(ctx, l, func(h *libvirt.Host) (map[string]libvirt.DiskGraph, error) { return h.Graph(ctx, uuid, e) })
+}
+
+func (l *lazyHost) InsertDisks(ctx context.Context, uuid string, reqs []libvirt.InsertRequest) error {
+	return with0(ctx, l, func(h *libvirt.Host) error { return h.InsertDisks(ctx, uuid, reqs) })
+}
+
+func (l *lazyHost) RemoveDisks(ctx context.Context, uuid string, reqs []libvirt.InsertRequest) error {
+	return with0(ctx, l, func(h *libvirt.Host) error { return h.RemoveDisks(ctx, uuid, reqs) })
+}

@@ -1,0 +1,238 @@
+package vm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+
+	"kvmreplica/libvirt"
+	"kvmreplica/replicad/lineage"
+	"kvmreplica/replicad/wire"
+)
+
+// checklist collects results.
+type checklist []wire.Check
+
+func (c *checklist) add(name string, r wire.Result, remedy, format string, a ...any) {
+	*c = append(*c, wire.Check{Name: name, Result: r, Detail: fmt.Sprintf(format, a...), Remedy: remedy})
+}
+
+// checks answers a peer's prerequisites on this host. It changes nothing.
+func (m *Manager) checks(ctx context.Context, p wire.Peer, q wire.CheckRequest) []wire.Check {
+	var c checklist
+	g, err := m.deps.Grant(p.Host)
+	switch {
+	case err != nil:
+		c.add("Authorisation", wire.Failed, "pair the hosts again", "%v", err)
+		return c
+	case !g.MaySend:
+		c.add("Authorisation", wire.Failed, "on the receiving host: replicactl peer allow "+p.Name+" --may-send", "%s may not send replicas to %s", p.Name, m.deps.HostName)
+	default:
+		c.add("Authorisation", wire.OK, "", "%s may replicate to %s", p.Name, m.deps.HostName)
+	}
+	if err := m.checkSpace(&c, g, q); err != nil {
+		c.add("Free space", wire.Unknown, "", "%v", err)
+	}
+	info, err := m.deps.Hyper.Info(ctx)
+	if err != nil {
+		c.add("Hypervisor", wire.Failed, "systemctl status libvirtd on the receiving host", "%v", err)
+	} else {
+		c.add("Hypervisor", wire.OK, "", "libvirt %s, QEMU %s on %s", info.Libvirt, info.QEMU, m.deps.HostName)
+	}
+	if len(q.Spec) > 0 {
+		m.checkRender(ctx, &c, q)
+	}
+	if q.For == "planned" || q.For == "reverse" {
+		m.checkTakeover(&c, q)
+	}
+	return c
+}
+
+func (m *Manager) checkSpace(c *checklist, g Grant, q wire.CheckRequest) error {
+	if g.Root == "" {
+		c.add("Storage root", wire.Failed, "replicactl peer allow … --root DIR on the receiving host", "none is set")
+		return nil
+	}
+	dir := g.Root
+	for dir != "/" {
+		if _, err := os.Stat(dir); err == nil {
+			break
+		}
+		dir = filepath.Dir(dir)
+	}
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil {
+		return err
+	}
+	free := int64(st.Bavail) * st.Bsize
+	if q.Need > free {
+		c.add("Free space", wire.Warning, "free space below "+g.Root, "%d bytes are free, the disks are %d when full (replicas are sparse)", free, q.Need)
+		return nil
+	}
+	c.add("Free space", wire.OK, "", "%d bytes free in %s", free, g.Root)
+	return nil
+}
+
+// checkRender proves that the description can become a domain here.
+func (m *Manager) checkRender(ctx context.Context, c *checklist, q wire.CheckRequest) {
+	s, err := libvirt.ParseSpec(q.Spec)
+	if err != nil {
+		c.add("Description", wire.Failed, "", "%v", err)
+		return
+	}
+	v, known := m.get(q.VM)
+	if known && v.record().Native {
+		c.add("Description", wire.OK, "", "the host has the domain's own definition")
+		return
+	}
+	if !known {
+		v = &VM{deps: &m.deps, id: q.VM}
+		for _, d := range s.Disks {
+			v.rec.Disks = append(v.rec.Disks, Disk{Name: wire.DiskName(d.Target), Kind: "raw", Path: "/nonexistent"})
+		}
+	}
+	if _, err := libvirt.Render(s, v.policy(s)); err != nil {
+		c.add("Description", wire.Failed, "", "%v", err)
+		return
+	}
+	c.add("Description", wire.OK, "", "can be defined on %s", m.deps.HostName)
+	if known {
+		return
+	}
+	if id, err := m.deps.Hyper.LookupName(ctx, s.Name); err == nil && id != s.UUID {
+		c.add("Name", wire.Failed, "rename one of them", "another domain is called %q there", s.Name)
+	} else if _, _, err := m.deps.Hyper.DomainState(ctx, s.UUID); err == nil {
+		c.add("Name", wire.Failed, "virsh undefine it there; its images are never overwritten", "a domain with this UUID exists there")
+	} else if errors.Is(err, libvirt.ErrNotFound) {
+		c.add("Name", wire.OK, "", "%q is free", s.Name)
+	} else {
+		c.add("Name", wire.Unknown, "", "%v", err)
+	}
+}
+
+func (m *Manager) checkTakeover(c *checklist, q wire.CheckRequest) {
+	v, ok := m.get(q.VM)
+	if !ok {
+		c.add("Replica", wire.Failed, "replicactl vm enable on the primary", "there is no replica of the VM")
+		return
+	}
+	r := v.record()
+	st, err := v.storeStatus()
+	switch {
+	case r.Lineage.State != lineage.Replica:
+		c.add("Replica", wire.Failed, "replicactl vm status there", "the other host is %s", r.Lineage.State)
+	case r.Lineage.Diverged != nil:
+		c.add("Replica", wire.Failed, "replicactl failover reverse", "the copies have diverged")
+	case err != nil:
+		c.add("Replica", wire.Failed, "", "%v", err)
+	case st.Committed.IsZero() || r.Incomplete:
+		c.add("Replica", wire.Failed, "wait for the initial copy", "it holds no complete copy yet")
+	default:
+		c.add("Replica", wire.OK, "", "complete at %v", st.Committed)
+	}
+	if err == nil && st.Points > 0 {
+		c.add("Recovery points", wire.Warning, "", "%d recovery points end with the failover", st.Points)
+	}
+}
+
+// PlanPlanned lists the prerequisites of a planned failover.
+func (v *VM) PlanPlanned(ctx context.Context, noReverse bool) ([]wire.Check, error) {
+	ctx, cancel := context.WithTimeout(ctx, swapTimeout)
+	defer cancel()
+	r := v.record()
+	if !r.Lineage.MayServe() {
+		return nil, &wire.Error{Kind: wire.KindRefused, Text: "this host is not the primary of " + r.Name, Hint: "run it there, or: replicactl failover unplanned " + r.Name}
+	}
+	var c checklist
+	st, reason, err := v.deps.Hyper.DomainState(ctx, string(v.id))
+	switch {
+	case err != nil:
+		c.add("Guest", wire.Failed, "systemctl status libvirtd", "%v", err)
+	case st == libvirt.StatePaused:
+		c.add("Guest", wire.Failed, "virsh resume "+r.Name, "it is paused (%s) and cannot shut down", reason)
+	default:
+		c.add("Guest", wire.OK, "", "%s", st)
+	}
+	v.checkPath(&c)
+	v.checkCopy(&c)
+	p, err := v.peer()
+	var h wire.HelloReply
+	if err == nil {
+		h, err = p.Hello(ctx, wire.HelloRequest{Min: wire.ProtocolMin, Max: wire.ProtocolMax, Host: v.deps.Host, Name: v.deps.HostName, Now: v.deps.Now()})
+	}
+	if err != nil {
+		c.add("Replica host", wire.Failed, "replicactl peer test; or after its loss: nothing to fail over to", "%v", err)
+		return c, nil
+	}
+	skew := h.Now.Sub(v.deps.Now())
+	res := wire.OK
+	if skew > maxSkew || skew < -maxSkew {
+		res = wire.Warning
+	}
+	c.add("Clocks", res, "run a time service on both hosts", "they differ by %s", skew.Abs().Round(skewUnit))
+	reply, err := p.Check(ctx, wire.CheckRequest{VM: v.id, For: "planned", Spec: r.Spec})
+	if err != nil {
+		c.add("Replica host", wire.Failed, "replicactl peer test", "%v", err)
+		return c, nil
+	}
+	c = append(c, reply.Checks...)
+	v.checkReversal(&c, noReverse)
+	return c, nil
+}
+
+const (
+	maxSkew  = 5_000_000_000
+	skewUnit = 1_000_000
+)
+
+func (v *VM) checkPath(c *checklist) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	switch {
+	case v.facts.bypass != "":
+		c.add("Write path", wire.Failed, "replicactl vm resync "+v.rec.Name, "the guest writes past the tracker: %s", v.facts.bypass)
+	case v.facts.overlay != "":
+		c.add("Write path", wire.Failed, "finish the backup (blockcommit)", "a snapshot lies above the export: %s", v.facts.overlay)
+	default:
+		c.add("Write path", wire.OK, "", "every disk stands on its export")
+	}
+}
+
+func (v *VM) checkCopy(c *checklist) {
+	s := v.session()
+	name := v.record().Name
+	if s == nil {
+		c.add("Replication", wire.Failed, "replicactl vm status "+name, "nothing is shipped")
+		return
+	}
+	st := s.Status()
+	switch {
+	case !st.Protected:
+		c.add("Replication", wire.Failed, "replicactl vm watch "+name, "the replica holds no consistent copy yet")
+	case st.Failures > 0:
+		c.add("Replication", wire.Failed, "replicactl peer test", "the last cycle failed: %s", st.LastError)
+	default:
+		c.add("Replication", wire.OK, "", "%d bytes are pending", st.Pending)
+	}
+}
+
+func (v *VM) checkReversal(c *checklist, noReverse bool) {
+	if noReverse {
+		c.add("Reversal", wire.Warning, "", "not asked for: the VM will be unprotected after the failover")
+		return
+	}
+	r := v.record()
+	g, err := v.deps.Grant(r.Peer)
+	switch {
+	case err != nil:
+		c.add("Reversal", wire.Failed, "pair the hosts again", "%v", err)
+	case !g.MaySend:
+		c.add("Reversal", wire.Failed, "on this host: replicactl peer allow "+g.Name+" --may-send (or use --no-reverse)", "%s may not send replicas to this host", g.Name)
+	default:
+		c.add("Reversal", wire.OK, "", "this host accepts the way back")
+	}
+}

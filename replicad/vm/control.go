@@ -1,0 +1,71 @@
+package vm
+
+import (
+	"context"
+	"fmt"
+
+	"kvmreplica/replicad/wire"
+)
+
+func (v *VM) notShipping() error {
+	return &wire.Error{Kind: wire.KindRefused, Text: "this host does not ship the VM", Hint: "run the command on the primary; replicactl vm status " + v.record().Name}
+}
+
+// Pause stops shipping; tracking goes on. It is remembered.
+func (v *VM) Pause() error {
+	s := v.session()
+	if s == nil {
+		return v.notShipping()
+	}
+	if err := v.update(func(r *Record) error { r.Paused = true; return nil }); err != nil {
+		return err
+	}
+	s.Pause()
+	return nil
+}
+
+// Resume takes Pause back.
+func (v *VM) Resume() error {
+	s := v.session()
+	if s == nil {
+		return v.notShipping()
+	}
+	if err := v.update(func(r *Record) error { r.Paused = false; return nil }); err != nil {
+		return err
+	}
+	s.Resume()
+	return nil
+}
+
+// SyncNow runs one cycle and returns when its cut is committed.
+func (v *VM) SyncNow(ctx context.Context) error {
+	s := v.session()
+	if s == nil {
+		return v.notShipping()
+	}
+	asked := v.deps.Now()
+	s.TriggerNow()
+	for pause := newPause(); ; {
+		st := s.Status()
+		if st.LastCut.After(asked) || st.LastCut.Equal(asked) {
+			return nil
+		}
+		if st.Stop != nil {
+			return &wire.Error{Kind: wire.KindRefused, Text: st.Stop.Reason, Hint: st.Stop.Hint}
+		}
+		pause.next = pauseFirst // a cycle is short: keep asking
+		if !pause.wait(ctx) {
+			return fmt.Errorf("wait for the cycle: %w", ctx.Err())
+		}
+	}
+}
+
+// Resync distrusts the tracker and the replica's content: everything is
+// compared by digest, what differs is sent.
+func (v *VM) Resync(ctx context.Context) error {
+	if v.session() == nil {
+		return v.notShipping()
+	}
+	v.distrust(ctx, "asked for by an operator")
+	return nil
+}

@@ -1,0 +1,96 @@
+package vm
+
+import (
+	"context"
+	"io"
+	"log/slog"
+	"time"
+
+	"kvmreplica/libvirt"
+	"kvmreplica/replicad/dataplane"
+	"kvmreplica/replicad/wire"
+)
+
+// Hypervisor is what a VM needs of libvirt; *libvirt.Host is one.
+type Hypervisor interface {
+	LookupName(ctx context.Context, name string) (uuid string, err error)
+	Domain(ctx context.Context, uuid string) (libvirt.Domain, error)
+	DomainState(ctx context.Context, uuid string) (libvirt.State, libvirt.Reason, error)
+	XML(ctx context.Context, uuid string, k libvirt.XMLKind) ([]byte, error)
+	Define(ctx context.Context, doc []byte) (uuid string, err error)
+	Undefine(ctx context.Context, uuid string, o libvirt.UndefineOptions) error
+	Start(ctx context.Context, uuid string, o libvirt.StartOptions) error
+	Shutdown(ctx context.Context, uuid string, o libvirt.ShutdownOptions) error
+	Destroy(ctx context.Context, uuid string, graceful bool) error
+	SetAutostart(ctx context.Context, uuid string, on bool) error
+	ResumeIOError(ctx context.Context, uuid string) (resumes int, err error)
+	HasSaved(ctx context.Context, uuid string) (bool, error)
+	Firmware(ctx context.Context, uuid, stateDir string) (libvirt.FirmwareState, error)
+	Info(ctx context.Context) (libvirt.HostInfo, error)
+	Graph(ctx context.Context, uuid string, exports map[string]libvirt.NBDSource) (map[string]libvirt.DiskGraph, error)
+	InsertDisks(ctx context.Context, uuid string, reqs []libvirt.InsertRequest) error
+	RemoveDisks(ctx context.Context, uuid string, reqs []libvirt.InsertRequest) error
+}
+
+// Grant is what an authorisation entry lets a peer do here.
+type Grant struct {
+	Name     string
+	MaySend  bool
+	Root     string // storage root for its replicas
+	MaxVMs   int
+	MaxDisks int
+	MaxBytes int64
+}
+
+// Deps is what the manager of all VMs needs. Everything is required unless it
+// says otherwise.
+type Deps struct {
+	Host     wire.HostID
+	HostName string
+	StateDir string // durable; vms/UUID below it
+	RunDir   string // boot-scoped
+	Hyper    Hypervisor
+	// Dial returns the service of a paired host; calls may fail while it is away.
+	Dial func(host wire.HostID) (wire.Service, error)
+	// Grant returns the authorisation entry of a paired host.
+	Grant func(host wire.HostID) (Grant, error)
+	// Binary is the daemon's own program, for keepers; empty = the running one.
+	Binary string
+	// QEMUUID and QEMUGID own the NBD sockets; nil = root.
+	QEMUUID, QEMUGID *int
+	// Fence is a command run before an unplanned failover; empty = none.
+	Fence string
+	// LibvirtState is where libvirt keeps firmware state; empty = /var/lib/libvirt.
+	LibvirtState string
+	// Limit wraps bulk bodies to a peer; nil = unlimited.
+	Limit func(host wire.HostID) func(context.Context, io.Reader) io.Reader
+	// Kernels are local files, by label, for guests that boot a kernel of their
+	// host; the peer's paths are never used. Without the label such a guest is
+	// refused.
+	Kernels map[string]libvirt.PolicyKernel
+	// DomainType is "kvm" or "qemu", for rendered domains.
+	DomainType string
+	// Emulator for rendered domains; empty = libvirt's default.
+	Emulator string
+	// ConsoleDir keeps file consoles of rendered domains; empty = none.
+	ConsoleDir string
+	Now        func() time.Time
+	Log        *slog.Logger
+}
+
+// Deadlines by name.
+const (
+	libvirtTimeout  = 30 * time.Second
+	swapTimeout     = 2 * time.Minute
+	peerTimeout     = 10 * time.Second
+	promoteTimeout  = 10 * time.Minute
+	finalTimeout    = 24 * time.Hour // the last changes of a planned failover; the person may cancel
+	startTimeout    = 2 * time.Minute
+	silentPeerAfter = 120 * time.Second
+	watchEvery      = 2 * time.Second
+)
+
+// planeStatus is the part of a data plane's client that views need.
+type planeStatus interface {
+	Status(ctx context.Context) (dataplane.Status, error)
+}

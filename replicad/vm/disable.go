@@ -1,0 +1,134 @@
+package vm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"kvmreplica/libvirt"
+	"kvmreplica/replicad/failover"
+	"kvmreplica/replicad/lineage"
+	"kvmreplica/replicad/wire"
+)
+
+// DisableOptions are a person's choices.
+type DisableOptions struct {
+	Delete  bool // also delete the copy on the other host
+	Force   bool // go on although the other host does not answer
+	Request string
+}
+
+// disableVars is what disabling needs after a restart.
+type disableVars struct {
+	Delete, Force bool
+	Replica       bool // this host is the replica
+}
+
+// Disable ends the protection of a VM: a running guest goes back onto its own
+// images without a stop, and the definition is as it was.
+func (m *Manager) Disable(ctx context.Context, v *VM, o DisableOptions, event func(failover.Event)) error {
+	unlock, err := v.lock()
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	st := v.record().Lineage.State
+	switch st {
+	case lineage.Primary, lineage.Promoted, lineage.Replica:
+	default:
+		return &wire.Error{Kind: wire.KindRefused, Text: fmt.Sprintf("a role change is under way (%s)", st), Hint: "replicactl failover resume " + v.record().Name}
+	}
+	if st == lineage.Replica && !o.Force {
+		return &wire.Error{Kind: wire.KindRefused, Text: "this host is the replica", Hint: "disable protection on the primary; with --force only this host's part is removed"}
+	}
+	vars := &disableVars{Delete: o.Delete, Force: o.Force, Replica: st == lineage.Replica}
+	if err := v.execute(ctx, failover.Disable, o.Request, vars, event); err != nil {
+		return err
+	}
+	return m.remove(v)
+}
+
+func (v *VM) disableSteps(_ *failover.Runner, p *disableVars) []failover.Step {
+	if p.Replica {
+		return []failover.Step{
+			{Name: "undefine", Title: "Remove the replica's domain", Commit: true, Do: func(ctx context.Context) (string, error) {
+				return "", errors.Join(v.stopKeeping(), v.undefineReplica(ctx), v.restoreNative(ctx))
+			}},
+			{Name: "images", Title: "Remove the replica's images", Do: func(context.Context) (string, error) {
+				if !p.Delete {
+					return "kept", nil
+				}
+				return "", v.deleteImages()
+			}},
+		}
+	}
+	return []failover.Step{
+		{Name: "withdraw", Title: "End the relationship on the replica host", Commit: true, Do: func(ctx context.Context) (string, error) {
+			v.stopShipping()
+			return "", v.withdraw(ctx, p.Delete, p.Force)
+		}},
+		{Name: "out", Title: "Put the running guest back onto its own images", Do: func(ctx context.Context) (string, error) {
+			return "", v.takeOut(ctx)
+		}},
+		{Name: "define", Title: "Restore the definition", Do: func(ctx context.Context) (string, error) {
+			if v.record().Native {
+				return "", v.restoreDomain(ctx)
+			}
+			return "", v.keepRendered(ctx)
+		}},
+		{Name: "plane", Title: "Stop the data plane", Do: func(ctx context.Context) (string, error) {
+			return "", v.stopPlane(ctx)
+		}},
+	}
+}
+
+func (v *VM) restoreNative(ctx context.Context) error {
+	if !v.record().Native {
+		return nil
+	}
+	return v.restoreDomain(ctx)
+}
+
+// keepRendered leaves a domain that was rendered here on its own images: the
+// VM lives here now.
+func (v *VM) keepRendered(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, libvirtTimeout)
+	defer cancel()
+	doc, err := v.deps.Hyper.XML(ctx, string(v.id), libvirt.XMLPersistent)
+	if err != nil {
+		return err
+	}
+	d, err := libvirt.ParseDomain(doc)
+	if err != nil {
+		return err
+	}
+	for name, src := range v.exports() {
+		if k, ok := d.Disk(name); !ok || k.Kind != libvirt.SourceNBD || k.Socket != src.Socket {
+			return nil // done before
+		}
+	}
+	if doc, err = v.offExports(doc); err != nil {
+		return err
+	}
+	_, err = v.deps.Hyper.Define(ctx, doc)
+	return err
+}
+
+// withdraw ends the relationship at the peer; force lets a silent peer be.
+func (v *VM) withdraw(ctx context.Context, del, force bool) error {
+	ctx, cancel := context.WithTimeout(ctx, swapTimeout)
+	defer cancel()
+	peer, err := v.peer()
+	if err == nil {
+		err = peer.Withdraw(ctx, wire.Withdraw{VM: v.id, Delete: del, Request: "withdraw"})
+	}
+	var w *wire.Error
+	switch {
+	case err == nil, errors.As(err, &w) && w.Kind == wire.KindNotFound:
+		return nil
+	case force:
+		v.log.Warn("the replica host was not told that the relationship ended", "err", err)
+		return nil
+	}
+	return &wire.Error{Kind: wire.KindUnavailable, Text: "end the relationship on the replica host: " + err.Error(), Hint: "repeat when it answers, or with --force"}
+}

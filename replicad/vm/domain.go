@@ -1,0 +1,226 @@
+package vm
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"kvmreplica/libvirt"
+	"kvmreplica/replicad/lineage"
+)
+
+// specOf is the allow-listed description of a domain document, as JSON.
+func (v *VM) specOf(doc []byte) (json.RawMessage, error) {
+	s, _, err := libvirt.SpecFromXML(doc)
+	if err != nil {
+		return nil, err
+	}
+	keep := v.record().Disks
+	kept := s.Disks[:0]
+	for _, d := range s.Disks {
+		for _, k := range keep {
+			if d.Target == string(k.Name) {
+				d.Size = k.Size
+				kept = append(kept, d)
+			}
+		}
+	}
+	s.Disks = kept
+	return json.Marshal(s)
+}
+
+// policy is how this host renders a peer's description: everything that names
+// something outside of the guest comes from here.
+func (v *VM) policy(s libvirt.Spec) libvirt.Policy {
+	r := v.record()
+	p := libvirt.Policy{
+		Type: v.deps.DomainType, Emulator: v.deps.Emulator, Disks: map[string]libvirt.PolicySource{},
+		Networks: map[string]libvirt.PolicyNetwork{}, AutoFirmware: s.Firmware.UEFI, AllowKernel: v.deps.Kernels,
+	}
+	for _, d := range r.Disks {
+		src := libvirt.PolicySource{File: d.Path}
+		if d.Kind == "block" {
+			src = libvirt.PolicySource{Block: d.Path}
+		}
+		p.Disks[string(d.Name)] = src
+	}
+	for _, n := range s.NICs {
+		p.Networks[n.Network] = libvirt.PolicyNetwork{Network: n.Network}
+	}
+	if v.deps.ConsoleDir != "" {
+		p.ConsoleLog = filepath.Join(v.deps.ConsoleDir, string(v.id)+".log")
+	}
+	return p
+}
+
+// defineReplica renders the peer's description into a domain of this host,
+// off, on our exports. A domain that was this host's own is left as it is.
+func (v *VM) defineReplica(ctx context.Context) (dropped []string, err error) {
+	r := v.record()
+	if r.Native {
+		return nil, nil
+	}
+	s, err := libvirt.ParseSpec(r.Spec)
+	if err != nil {
+		return nil, err
+	}
+	if s.UUID != string(r.VM) {
+		return nil, fmt.Errorf("the description is of %s", s.UUID)
+	}
+	doc, err := libvirt.Render(s, v.policy(s))
+	if err != nil {
+		return nil, err
+	}
+	doc, originals, err := v.onExports(doc)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, libvirtTimeout)
+	defer cancel()
+	if _, err := v.deps.Hyper.Define(ctx, doc); err != nil {
+		return nil, err
+	}
+	return nil, v.update(func(r *Record) error {
+		r.Disks = slices.Clone(r.Disks)
+		for i := range r.Disks {
+			o := originals[i]
+			r.Disks[i].Original = &o
+		}
+		return nil
+	})
+}
+
+// onExports points the record's disks in a document to our exports.
+func (v *VM) onExports(doc []byte) ([]byte, []libvirt.DiskOriginal, error) {
+	r := v.record()
+	originals := make([]libvirt.DiskOriginal, len(r.Disks))
+	for i, d := range r.Disks {
+		var err error
+		src := libvirt.NBDSource{Socket: v.socket(), Export: string(d.Name), Reconnect: libvirt.ReconnectDelay}
+		if doc, originals[i], err = libvirt.SwapIn(doc, string(d.Name), src); err != nil {
+			return nil, nil, err
+		}
+	}
+	doc, err := libvirt.InsertMetadata(doc, v.metadata())
+	return doc, originals, err
+}
+
+// metadata says in the domain's own definition who protects it, so that every
+// tool can see it.
+func (v *VM) metadata() string {
+	r := v.record()
+	b, err := json.Marshal(map[string]any{
+		"role": r.Lineage.State, "generation": r.Lineage.Generation, "peer": r.Peer, "disks": r.Disks,
+	})
+	if err != nil {
+		return "{}"
+	}
+	return string(b)
+}
+
+// offExports gives a document its own disk sources back.
+func (v *VM) offExports(doc []byte) ([]byte, error) {
+	for _, d := range v.record().Disks {
+		if d.Original == nil {
+			continue
+		}
+		var err error
+		if doc, err = libvirt.SwapOut(doc, *d.Original); err != nil {
+			return nil, err
+		}
+	}
+	return libvirt.RemoveMetadata(doc)
+}
+
+// placeDomain makes sure that the domain exists and stands on our exports.
+func (v *VM) placeDomain(ctx context.Context) (string, error) {
+	lctx, cancel := context.WithTimeout(ctx, libvirtTimeout)
+	defer cancel()
+	doc, err := v.deps.Hyper.XML(lctx, string(v.id), libvirt.XMLPersistent)
+	switch {
+	case errors.Is(err, libvirt.ErrNotFound):
+		if v.record().Native {
+			return "", fmt.Errorf("the domain is gone from libvirt; define it again, then: replicactl failover resume %s", v.record().Name)
+		}
+		_, err = v.defineReplica(ctx)
+		return "defined", err
+	case err != nil:
+		return "", err
+	}
+	d, err := libvirt.ParseDomain(doc)
+	if err != nil {
+		return "", err
+	}
+	for name, src := range v.exports() {
+		k, ok := d.Disk(name)
+		if ok && k.Kind == libvirt.SourceNBD && k.Socket == src.Socket && k.Export == src.Export {
+			continue
+		}
+		if v.record().Native {
+			return "", fmt.Errorf("disk %s of the domain no longer points to its export; set it back or disable protection first", name)
+		}
+		_, err = v.defineReplica(ctx)
+		return "defined again", err
+	}
+	if doc, err = libvirt.InsertMetadata(doc, v.metadata()); err == nil {
+		_, err = v.deps.Hyper.Define(lctx, doc)
+	}
+	return "stands on its exports", err
+}
+
+// undefineReplica removes a domain that was rendered here.
+func (v *VM) undefineReplica(ctx context.Context) error {
+	if v.record().Native {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, libvirtTimeout)
+	defer cancel()
+	return v.deps.Hyper.Undefine(ctx, string(v.id), libvirt.UndefineOptions{DropNVRAM: true, DropTPM: true, DropSaved: true, DropSnapshots: true})
+}
+
+// deleteImages removes images that were made here for a replica.
+func (v *VM) deleteImages() error {
+	r := v.record()
+	if r.Native {
+		return nil
+	}
+	var errs []error
+	for _, d := range r.Disks {
+		if d.Kind != "raw" {
+			continue
+		}
+		if err := os.Remove(d.Path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, err)
+		}
+		if err := os.Remove(filepath.Dir(d.Path)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			v.log.Warn("the replica's directory stays", "err", err)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// endReplica takes the replica role apart.
+func (v *VM) endReplica(ctx context.Context, m *Manager, del bool) error {
+	if err := v.stopKeeping(); err != nil {
+		return err
+	}
+	if err := v.undefineReplica(ctx); err != nil {
+		return err
+	}
+	if del {
+		if err := v.deleteImages(); err != nil {
+			return err
+		}
+	}
+	if v.record().Native && v.record().Lineage.State == lineage.Replica {
+		if err := v.restoreDomain(ctx); err != nil {
+			return err
+		}
+	}
+	return m.remove(v)
+}

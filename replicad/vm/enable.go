@@ -1,0 +1,452 @@
+package vm
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"kvmreplica/internal/block"
+	"kvmreplica/libvirt"
+	"kvmreplica/replicad/dataplane"
+	"kvmreplica/replicad/delta"
+	"kvmreplica/replicad/failover"
+	"kvmreplica/replicad/lineage"
+	"kvmreplica/replicad/wire"
+)
+
+// EnableOptions are a person's choices.
+type EnableOptions struct {
+	Name     string // domain name or UUID
+	Peer     wire.HostID
+	Interval time.Duration
+	Disks    []string // empty = every disk that can be protected
+	OnSilent string   // "start" (default) or "hold"
+	Request  string
+}
+
+// enableVars is what enabling needs after a restart.
+type enableVars struct {
+	Generation delta.Generation
+	Running    bool
+}
+
+// EnablePlan is what Enable would do, and whether it can.
+type EnablePlan struct {
+	Checks []wire.Check
+	Steps  []string
+	rec    Record
+	run    bool
+}
+
+// OK reports that no check failed.
+func (p EnablePlan) OK() bool {
+	return !slices.ContainsFunc(p.Checks, func(c wire.Check) bool { return c.Result == wire.Failed })
+}
+
+// PlanEnable checks everything that can be checked without changing anything.
+func (m *Manager) PlanEnable(ctx context.Context, o EnableOptions) (EnablePlan, error) {
+	ctx, cancel := context.WithTimeout(ctx, swapTimeout)
+	defer cancel()
+	d, err := m.domain(ctx, o.Name)
+	if err != nil {
+		return EnablePlan{}, err
+	}
+	if v, ok := m.get(wire.VMID(d.UUID)); ok {
+		return EnablePlan{}, &wire.Error{Kind: wire.KindConflict, Text: fmt.Sprintf("VM %s is %s here already", d.Name, v.record().Lineage.Role()), Hint: "replicactl vm status " + d.Name}
+	}
+	p := &EnablePlan{run: d.State != libvirt.StateOff && d.State != libvirt.StateCrashed}
+	p.rec = Record{
+		VM: wire.VMID(d.UUID), Name: d.Name, Peer: o.Peer, Interval: o.Interval, Native: true,
+		Autostart: d.Autostart, WantRunning: p.run, Created: m.deps.Now(), OnSilent: o.OnSilent,
+	}
+	if p.rec.OnSilent == "" {
+		p.rec.OnSilent = "start"
+	}
+	p.checkDomain(ctx, m, d)
+	p.checkDisks(d, o.Disks)
+	p.checkSpec(ctx, m, d)
+	p.checkPeer(ctx, m, o.Peer)
+	how := "point the definition at the exports; the next start goes through them"
+	if p.run {
+		how = "put the exports under the running guest's disks, one by one, without a stop"
+	}
+	p.Steps = []string{
+		fmt.Sprintf("announce the VM to %s, which defines it there, off", o.Peer), "start the data plane and the change tracking", how,
+		"take over autostart", fmt.Sprintf("copy %d bytes of disks while the guest runs, then send changes every %s", p.rec.bytes(), o.Interval),
+		"after an unclean boot with a silent peer: " + p.rec.OnSilent,
+	}
+	return *p, nil
+}
+
+func (r *Record) bytes() int64 {
+	var n int64
+	for _, d := range r.Disks {
+		n += d.Size
+	}
+	return n
+}
+
+func (m *Manager) domain(ctx context.Context, name string) (libvirt.Domain, error) {
+	id, err := m.deps.Hyper.LookupName(ctx, name)
+	if errors.Is(err, libvirt.ErrNotFound) {
+		id = name
+	} else if err != nil {
+		return libvirt.Domain{}, err
+	}
+	d, err := m.deps.Hyper.Domain(ctx, id)
+	if errors.Is(err, libvirt.ErrNotFound) || errors.Is(err, libvirt.ErrInvalid) {
+		return d, &wire.Error{Kind: wire.KindNotFound, Text: fmt.Sprintf("libvirt has no domain %q", name), Hint: "virsh list --all"}
+	}
+	return d, err
+}
+
+func (p *EnablePlan) check(name string, r wire.Result, remedy, format string, a ...any) {
+	p.Checks = append(p.Checks, wire.Check{Name: name, Result: r, Detail: fmt.Sprintf(format, a...), Remedy: remedy})
+}
+
+func (p *EnablePlan) checkDomain(ctx context.Context, m *Manager, d libvirt.Domain) {
+	if !d.Persistent {
+		p.check("Domain", wire.Failed, "virsh define its XML first", "%s is transient", d.Name)
+	} else {
+		p.check("Domain", wire.OK, "", "%s is %s", d.Name, d.State)
+	}
+	if saved, err := m.deps.Hyper.HasSaved(ctx, d.UUID); err != nil {
+		p.check("Saved state", wire.Unknown, "", "%v", err)
+	} else if saved {
+		p.check("Saved state", wire.Failed, "virsh start it, or virsh managedsave-remove "+d.Name, "a managed save image would restore the old disk sources")
+	}
+	for _, n := range d.Notes {
+		p.check("Features", wire.Warning, "", "%s stays on this host and is not replicated", n)
+	}
+}
+
+func (p *EnablePlan) checkDisks(d libvirt.Domain, want []string) {
+	for _, w := range want {
+		if _, ok := d.Disk(w); !ok {
+			p.check("Disk "+w, wire.Failed, "virsh domblklist "+d.Name, "the domain has no such disk")
+		}
+	}
+	for _, k := range d.Disks {
+		if len(want) > 0 && !slices.Contains(want, k.Target) {
+			p.check("Disk "+k.Target, wire.Warning, "", "left out: it will not exist on the replica")
+			continue
+		}
+		if len(want) == 0 && (k.Device != "disk" || k.ReadOnly || k.Kind == libvirt.SourceNone) {
+			p.check("Disk "+k.Target, wire.Warning, "", "left out: %s", k.Device)
+			continue
+		}
+		p.checkDisk(d, k)
+	}
+	if len(p.rec.Disks) == 0 {
+		p.check("Disks", wire.Failed, "", "there is nothing to protect")
+	}
+}
+
+func (p *EnablePlan) checkDisk(d libvirt.Domain, k libvirt.Disk) {
+	name := "Disk " + k.Target
+	if p.run {
+		if why := libvirt.Refuse(d, k.Target); len(why) > 0 {
+			for _, w := range why {
+				p.check(name, wire.Failed, "shut the guest down and enable again, or change the disk", "%s", w)
+			}
+			return
+		}
+	}
+	kind := map[libvirt.SourceKind]string{libvirt.SourceFile: "raw", libvirt.SourceBlock: "block"}[k.Kind]
+	switch {
+	case kind == "":
+		p.check(name, wire.Failed, "use a raw file or a block device", "its source is %s", k.Kind)
+		return
+	case k.Format != "raw" && !(k.Format == "" && kind == "block"):
+		p.check(name, wire.Failed, "virsh blockcopy it to a raw image first", "its format is %q; only raw images are replicated", k.Format)
+		return
+	case k.Shareable || k.Encrypted || k.Transient || k.Backing > 0:
+		p.check(name, wire.Failed, "", "shareable, encrypted and transient disks and backing chains cannot be replicated")
+		return
+	}
+	path, err := filepath.EvalSymlinks(k.Path)
+	if err != nil {
+		p.check(name, wire.Failed, "", "its image: %v", err)
+		return
+	}
+	f, err := block.OpenFile(path, block.FileOptions{ReadOnly: true, NoLock: true})
+	if err != nil {
+		p.check(name, wire.Failed, "", "its image: %v", err)
+		return
+	}
+	defer f.Close()
+	p.rec.Disks = append(p.rec.Disks, Disk{Name: wire.DiskName(k.Target), Size: f.Size(), Kind: kind, Path: f.Path(), Live: k})
+	p.check(name, wire.OK, "", "%d bytes in %s", f.Size(), f.Path())
+}
+
+func (p *EnablePlan) checkSpec(ctx context.Context, m *Manager, d libvirt.Domain) {
+	doc, err := m.deps.Hyper.XML(ctx, d.UUID, libvirt.XMLPersistent)
+	if err != nil {
+		p.check("Description", wire.Failed, "", "%v", err)
+		return
+	}
+	_, dropped, err := libvirt.SpecFromXML(doc)
+	if err != nil {
+		p.check("Description", wire.Failed, "", "%v", err)
+		return
+	}
+	tmp := &VM{rec: p.rec}
+	if p.rec.Spec, err = tmp.specOf(doc); err != nil {
+		p.check("Description", wire.Failed, "", "%v", err)
+		return
+	}
+	p.check("Description", wire.OK, "", "complete for the replica")
+	for _, x := range dropped {
+		p.check("Description", wire.Warning, "", "not carried over: %s", x)
+	}
+}
+
+func (p *EnablePlan) checkPeer(ctx context.Context, m *Manager, host wire.HostID) {
+	s, err := m.deps.Dial(host)
+	if err == nil {
+		var reply wire.CheckReply
+		if reply, err = s.Check(ctx, wire.CheckRequest{VM: p.rec.VM, For: "enable", Spec: p.rec.Spec, Need: p.rec.bytes()}); err == nil {
+			p.Checks = append(p.Checks, reply.Checks...)
+		}
+	}
+	if err != nil {
+		p.check("Replica host", wire.Failed, "replicactl peer test", "%v", err)
+	}
+}
+
+// Enable protects a VM. On any failure everything is as before.
+func (m *Manager) Enable(ctx context.Context, o EnableOptions, event func(failover.Event)) (*VM, error) {
+	p, err := m.PlanEnable(ctx, o)
+	if err != nil {
+		return nil, err
+	}
+	for _, c := range p.Checks {
+		if c.Result == wire.Failed {
+			return nil, &wire.Error{Kind: wire.KindRefused, Text: c.Name + ": " + c.Detail, Hint: c.Remedy}
+		}
+	}
+	g, err := lineage.NewGeneration(rand.Reader)
+	if err != nil {
+		return nil, err
+	}
+	p.rec.Lineage = lineage.New(p.rec.VM, g)
+	v, err := m.add(p.rec)
+	if err != nil {
+		return nil, err
+	}
+	unlock, err := v.lock()
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	err = v.execute(ctx, failover.Enable, o.Request, &enableVars{Generation: g, Running: p.run}, event)
+	if err == nil {
+		return v, nil
+	}
+	if j, lerr := failover.Load(v.fsys, planFile); lerr == nil && j == nil {
+		err = errors.Join(err, m.remove(v))
+	}
+	return nil, err
+}
+
+func (v *VM) enableSteps(_ *failover.Runner, p *enableVars) []failover.Step {
+	steps := []failover.Step{
+		{
+			Name: "offer", Title: "Announce the VM to the replica host",
+			Do: func(ctx context.Context) (string, error) {
+				peer, err := v.peer()
+				if err != nil {
+					return "", err
+				}
+				return "", v.offer(ctx, peer, "enable")
+			},
+			Undo: func(ctx context.Context) error { return v.withdraw(ctx, true, true) },
+		},
+		{
+			Name: "plane", Title: "Start the data plane and the change tracking",
+			Do: func(ctx context.Context) (string, error) {
+				if err := v.startPlane(ctx); err != nil {
+					return "", err
+				}
+				c, err := v.plane()
+				if err != nil {
+					return "", err
+				}
+				if err := c.CreateTracker(ctx, dataplane.CreateRequest{Generation: p.Generation}); err != nil {
+					return "", fmt.Errorf("start tracking: %w", err)
+				}
+				return "", v.openExports(ctx)
+			},
+			Undo: func(ctx context.Context) error {
+				return errors.Join(v.stopPlane(ctx), removeTree(v.fsys, "track"))
+			},
+		},
+	}
+	if p.Running {
+		steps = append(steps, failover.Step{Name: "insert", Title: "Put the exports under the running guest", Do: v.insert, Undo: v.takeOut})
+	}
+	return append(steps,
+		failover.Step{Name: "define", Title: "Point the definition at the exports", Do: v.pointIn, Undo: v.restoreDomain},
+		failover.Step{Name: "place", Title: "Lock the images and start replicating", Do: func(ctx context.Context) (string, error) {
+			if err := v.update(func(r *Record) error { r.Placed = true; return nil }); err != nil {
+				return "", err
+			}
+			c, err := v.plane()
+			if err != nil {
+				return "", err
+			}
+			if err := c.LockQEMU(ctx); err != nil {
+				return "", err
+			}
+			v.publishGate()
+			v.startShipping()
+			return "", nil
+		}, Undo: func(context.Context) error {
+			v.clearGate()
+			return v.update(func(r *Record) error { r.Placed = false; return nil })
+		}},
+	)
+}
+
+// swaps are the requests that put the exports under a running guest, or take
+// them away.
+func (v *VM) swaps() []libvirt.InsertRequest {
+	r := v.record()
+	var out []libvirt.InsertRequest
+	left := len(r.Disks)
+	for _, d := range r.Disks {
+		out = append(out, libvirt.InsertRequest{
+			Disk: d.Live, Source: libvirt.NBDSource{Socket: v.socket(), Export: string(d.Name)},
+			AfterRelease: func(ctx context.Context) error {
+				// The data plane locks all images at once: after the last
+				// one was let go by QEMU. Its own lock was there before.
+				if left--; left > 0 {
+					return nil
+				}
+				c, err := v.plane()
+				if err != nil {
+					return err
+				}
+				return c.LockQEMU(ctx)
+			},
+			BeforeReopen: func(ctx context.Context) error {
+				v.stopShipping()
+				c, err := v.plane()
+				if err != nil {
+					return err
+				}
+				if err := c.Sync(ctx); err != nil {
+					return err
+				}
+				return c.UnlockQEMU(ctx)
+			},
+			AfterReopen: func(ctx context.Context) error {
+				c, err := v.plane()
+				if err != nil {
+					return err
+				}
+				return c.Sync(ctx)
+			},
+		})
+	}
+	return out
+}
+
+func (v *VM) insert(ctx context.Context) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, swapTimeout)
+	defer cancel()
+	begun := v.deps.Now()
+	if err := v.deps.Hyper.InsertDisks(ctx, string(v.id), v.swaps()); err != nil {
+		return "", err
+	}
+	return fmt.Sprintf("%d disks in %s", len(v.record().Disks), v.deps.Now().Sub(begun).Round(time.Millisecond)), nil
+}
+
+// takeOut brings a running guest back onto its own images.
+func (v *VM) takeOut(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, swapTimeout)
+	defer cancel()
+	st, _, err := v.deps.Hyper.DomainState(ctx, string(v.id))
+	if errors.Is(err, libvirt.ErrNotFound) || off(st) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if err := v.startPlane(ctx); err != nil {
+		return err
+	}
+	return v.deps.Hyper.RemoveDisks(ctx, string(v.id), v.swaps())
+}
+
+// pointIn edits the persistent definition.
+func (v *VM) pointIn(ctx context.Context) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, libvirtTimeout)
+	defer cancel()
+	doc, err := v.deps.Hyper.XML(ctx, string(v.id), libvirt.XMLPersistent)
+	if err != nil {
+		return "", err
+	}
+	if v.record().Disks[0].Original != nil {
+		if doc, err = v.offExports(doc); err != nil { // a repeated step
+			return "", err
+		}
+	}
+	doc, originals, err := v.onExports(doc)
+	if err != nil {
+		return "", err
+	}
+	if err := v.update(func(r *Record) error {
+		r.Disks = slices.Clone(r.Disks)
+		for i := range r.Disks {
+			o := originals[i]
+			r.Disks[i].Original = &o
+		}
+		return nil
+	}); err != nil {
+		return "", err
+	}
+	if _, err := v.deps.Hyper.Define(ctx, doc); err != nil {
+		return "", err
+	}
+	return "", v.deps.Hyper.SetAutostart(ctx, string(v.id), false)
+}
+
+// restoreDomain gives the definition its own disk sources and autostart back.
+func (v *VM) restoreDomain(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, libvirtTimeout)
+	defer cancel()
+	r := v.record()
+	doc, err := v.deps.Hyper.XML(ctx, string(v.id), libvirt.XMLPersistent)
+	if errors.Is(err, libvirt.ErrNotFound) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	d, err := libvirt.ParseDomain(doc)
+	if err != nil {
+		return err
+	}
+	on := false
+	for name, src := range v.exports() {
+		k, ok := d.Disk(name)
+		on = on || ok && k.Kind == libvirt.SourceNBD && k.Socket == src.Socket
+	}
+	if on {
+		if doc, err = v.offExports(doc); err != nil {
+			return err
+		}
+		if _, err := v.deps.Hyper.Define(ctx, doc); err != nil {
+			return err
+		}
+	}
+	if r.Autostart {
+		return v.deps.Hyper.SetAutostart(ctx, string(v.id), true)
+	}
+	return nil
+}

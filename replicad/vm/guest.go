@@ -1,0 +1,420 @@
+package vm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"kvmreplica/libvirt"
+	"kvmreplica/replicad/dataplane"
+	"kvmreplica/replicad/delta"
+	"kvmreplica/replicad/lineage"
+	"kvmreplica/replicad/wire"
+)
+
+// guestFacts is what was seen of the guest and of the peer.
+type guestFacts struct {
+	running  bool
+	state    libvirt.State
+	bypass   string // an export is missing from the block graph
+	overlay  string // a snapshot lies above the export
+	resuming bool
+	// Digests of firmware state: what the replica committed, what is on its way.
+	firmware, sending map[delta.BlobKind][32]byte
+
+	peerGeneration delta.Generation
+	peerAncestors  []delta.Pos
+	peerRunning    bool
+	allowed        delta.Generation // may write into the store
+	heard          time.Time        // last word of the peer
+	beat           time.Time        // last empty cut, for beatAt
+	beatAt         delta.Pos
+	decision       lineage.Decision
+}
+
+// The gate is what the libvirt hook looks at before any start. The protected
+// file is durable; the allowing one is boot-scoped, so that after a reboot
+// nothing starts before this daemon has decided.
+func (v *VM) gateFiles() (protected, allow string) {
+	return filepath.Join(v.deps.StateDir, "hook", string(v.id)), filepath.Join(v.deps.RunDir, "hook", string(v.id))
+}
+
+// publishGate writes what the hook decides from.
+func (v *VM) publishGate() {
+	protected, allow := v.gateFiles()
+	r := v.record()
+	v.mu.Lock()
+	held := v.held
+	v.mu.Unlock()
+	why := held
+	if !r.Lineage.MayServe() && why == "" {
+		why = fmt.Sprintf("this host is %s for this VM; it runs on the other host", r.Lineage.State)
+		if r.Lineage.Diverged != nil {
+			why = "the two copies have diverged: " + r.Lineage.Diverged.Reason
+		}
+	}
+	var err error
+	if why != "" {
+		err = writeFile(protected, "refuse "+oneLine(why)+"\n")
+		if rerr := os.Remove(allow); rerr != nil && !errors.Is(rerr, os.ErrNotExist) {
+			err = errors.Join(err, rerr)
+		}
+	} else {
+		err = errors.Join(writeFile(protected, "ask replicad has not decided since the boot; it starts the VM itself\n"), writeFile(allow, "allow\n"))
+	}
+	if err != nil {
+		v.log.Error("publish whether the guest may start", "err", err)
+	}
+}
+
+func (v *VM) clearGate() {
+	protected, allow := v.gateFiles()
+	for _, f := range []string{allow, protected} {
+		if err := os.Remove(f); err != nil && !errors.Is(err, os.ErrNotExist) {
+			v.log.Error("remove the start gate", "err", err)
+		}
+	}
+}
+
+func writeFile(path, text string) error {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return err
+	}
+	tmp := path + ".new"
+	if err := os.WriteFile(tmp, []byte(text), 0o644); err != nil {
+		return err
+	}
+	return os.Rename(tmp, path)
+}
+
+func oneLine(s string) string { return strings.Join(strings.Fields(s), " ") }
+
+// hold keeps the guest from being started; a running one is left alone.
+func (v *VM) hold(why string) {
+	v.mu.Lock()
+	changed := v.held != why
+	v.held = why
+	v.mu.Unlock()
+	if changed && why != "" {
+		v.log.Error("the guest is held back", "reason", why)
+	}
+	if changed {
+		v.publishGate()
+	}
+}
+
+func (v *VM) setTrouble(s string) {
+	v.mu.Lock()
+	v.trouble = s
+	v.mu.Unlock()
+}
+
+// openExports lets clients in.
+func (v *VM) openExports(ctx context.Context) error {
+	c, err := v.plane()
+	if err != nil {
+		return err
+	}
+	return c.Export(ctx, dataplane.ExportRequest{On: true})
+}
+
+// startGuest starts the domain; a running one is fine.
+func (v *VM) startGuest(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+	v.hold("")
+	v.publishGate()
+	if err := v.update(func(r *Record) error { r.WantRunning = true; return nil }); err != nil {
+		return err
+	}
+	st, _, err := v.deps.Hyper.DomainState(ctx, string(v.id))
+	if err != nil {
+		return fmt.Errorf("start the guest: %w", err)
+	}
+	if !off(st) {
+		return nil
+	}
+	err = v.deps.Hyper.Start(ctx, string(v.id), libvirt.StartOptions{})
+	if errors.Is(err, libvirt.ErrState) {
+		return nil // somebody was quicker
+	}
+	if err != nil {
+		return fmt.Errorf("start the guest: %w", err)
+	}
+	return nil
+}
+
+// StartGuest is the person's start: the peer is asked first.
+func (v *VM) StartGuest(ctx context.Context, force bool) error {
+	if !v.record().Lineage.MayServe() {
+		return &wire.Error{Kind: wire.KindRefused, Text: fmt.Sprintf("this host is %s for the VM", v.record().Lineage.State), Hint: "replicactl vm status " + v.record().Name}
+	}
+	if why, answered := v.askPeer(ctx); why != "" && !force {
+		return &wire.Error{Kind: wire.KindRefused, Text: why, Hint: "replicactl vm start --force only when the other copy is certainly stopped"}
+	} else if !answered && !force {
+		return &wire.Error{Kind: wire.KindRefused, Text: "the other host does not answer, so it is not known whether the VM runs there", Hint: "replicactl vm start --force when it is certainly stopped there"}
+	}
+	c, err := v.plane()
+	if err != nil {
+		return err
+	}
+	if err := c.Refuse(ctx, ""); err != nil {
+		return err
+	}
+	if err := v.openExports(ctx); err != nil {
+		return err
+	}
+	return v.startGuest(ctx)
+}
+
+// askPeer asks the other host whether the VM may run here: why not, and
+// whether it answered at all.
+func (v *VM) askPeer(ctx context.Context) (why string, answered bool) {
+	ctx, cancel := context.WithTimeout(ctx, peerTimeout)
+	defer cancel()
+	p, err := v.peer()
+	if err != nil {
+		return "", false
+	}
+	s, err := p.Status(ctx, v.id)
+	var w *wire.Error
+	switch {
+	case errors.As(err, &w) && w.Kind == wire.KindNotFound:
+		return "", true // it knows no such VM: nothing runs there
+	case err != nil:
+		return "", false
+	case s.Running:
+		return "the VM runs on the other host", true
+	case s.Role == lineage.RolePrimary && s.Generation != v.record().Lineage.Generation:
+		return "the other host was promoted and owns the VM now", true
+	}
+	return "", true
+}
+
+// bootDecision starts a guest that ran before the host went down, after asking
+// the peer. It acts once per boot and only for a guest that is off.
+func (v *VM) bootDecision(ctx context.Context) {
+	r := v.record()
+	if !r.Lineage.MayServe() {
+		v.publishGate()
+		return
+	}
+	booted := filepath.Join(v.deps.RunDir, "booted", string(v.id))
+	if _, err := os.Stat(booted); err == nil || v.guestRuns() {
+		v.publishGate()
+		v.noteBoot(booted)
+		return
+	}
+	v.hold("the other host is being asked")
+	begun := v.deps.Now()
+	for pause := newPause(); ; {
+		why, answered := v.askPeer(ctx)
+		switch {
+		case why != "":
+			v.hold(why)
+			v.refuseExports(ctx, why)
+			return
+		case answered || (v.deps.Now().Sub(begun) > silentPeerAfter && r.OnSilent != "hold"):
+			v.hold("")
+			v.noteBoot(booted)
+			if !answered {
+				v.log.Error("the other host is silent; the VM is started by policy on-silent-peer=start")
+			}
+			if r.WantRunning || r.Autostart {
+				if err := v.startGuest(ctx); err != nil {
+					v.log.Error("start the guest after the boot", "err", err)
+					v.setTrouble(err.Error())
+				}
+			}
+			return
+		case v.deps.Now().Sub(begun) > silentPeerAfter:
+			v.hold("the other host is silent and the policy is on-silent-peer=hold")
+		}
+		if !pause.wait(ctx) {
+			return
+		}
+	}
+}
+
+func (v *VM) noteBoot(path string) {
+	if err := writeFile(path, "decided\n"); err != nil {
+		v.log.Error("remember that the boot was handled", "err", err)
+	}
+}
+
+func (v *VM) refuseExports(ctx context.Context, why string) {
+	c, err := v.plane()
+	if err == nil {
+		err = c.Refuse(ctx, why)
+	}
+	if err != nil {
+		v.log.Error("close the exports", "err", err)
+	}
+}
+
+// Exports are where the VM's disks stand, for comparing block graphs.
+func (v *VM) exports() map[string]libvirt.NBDSource {
+	out := map[string]libvirt.NBDSource{}
+	for _, d := range v.record().Disks {
+		out[string(d.Name)] = libvirt.NBDSource{Socket: v.socket(), Export: string(d.Name)}
+	}
+	return out
+}
+
+// watch looks at the guest until ctx ends or the relationship does.
+func (v *VM) watch(ctx context.Context) {
+	t := time.NewTicker(watchEvery)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+		}
+		v.mu.Lock()
+		gone := v.gone
+		v.mu.Unlock()
+		if gone {
+			return
+		}
+		v.look(ctx)
+	}
+}
+
+// look is one observation: what the guest does, whether its writes pass us,
+// and whether it waits for a disk that is back.
+func (v *VM) look(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, libvirtTimeout)
+	defer cancel()
+	st, reason, err := v.deps.Hyper.DomainState(ctx, string(v.id))
+	if err != nil {
+		return // libvirtd is away; nothing can be said
+	}
+	isOff := off(st)
+	v.mu.Lock()
+	was := v.facts.running
+	v.facts.state, v.facts.running = st, !isOff
+	v.mu.Unlock()
+	r := v.record()
+	if !r.Lineage.MayServe() || !r.Placed {
+		return
+	}
+	switch {
+	case isOff:
+		v.seen("", "")
+		if was && (reason == libvirt.ReasonShutdown || reason == libvirt.ReasonDestroyed) {
+			v.want(false)
+		}
+	case st == libvirt.StatePaused && reason == libvirt.ReasonIOError:
+		v.resumeLater()
+	default:
+		v.want(true)
+		v.lookAtGraph(ctx)
+	}
+}
+
+func (v *VM) want(running bool) {
+	v.mu.Lock()
+	same, busy := v.rec.WantRunning == running, v.running != nil
+	v.mu.Unlock()
+	if same || busy {
+		return
+	}
+	if err := v.update(func(r *Record) error { r.WantRunning = running; return nil }); err != nil {
+		v.log.Error("remember whether the guest runs", "err", err)
+	}
+}
+
+func (v *VM) seen(bypass, overlay string) {
+	v.mu.Lock()
+	news := bypass != v.facts.bypass
+	v.facts.bypass, v.facts.overlay = bypass, overlay
+	v.mu.Unlock()
+	if news && bypass != "" {
+		v.log.Error("the guest writes past the tracker", "what", bypass)
+	}
+}
+
+// lookAtGraph compares the real block graph with what it should be.
+func (v *VM) lookAtGraph(ctx context.Context) {
+	g, err := v.deps.Hyper.Graph(ctx, string(v.id), v.exports())
+	if err != nil {
+		return
+	}
+	var bypass, overlay []string
+	for name := range v.exports() {
+		d, ok := g[name]
+		switch {
+		case !ok || d.Position == libvirt.PositionAbsent:
+			bypass = append(bypass, name)
+		case d.Position == libvirt.PositionBelowOverlay:
+			overlay = append(overlay, fmt.Sprintf("%s (%s)", name, strings.Join(d.Overlays, ", ")))
+		}
+	}
+	was := v.bypassed()
+	v.seen(strings.Join(bypass, ", "), strings.Join(overlay, ", "))
+	if was != "" && len(bypass) == 0 {
+		v.distrust(ctx, "the guest wrote past the tracker: "+was)
+	}
+}
+
+func (v *VM) bypassed() string {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.facts.bypass
+}
+
+// distrust marks everything: what was written past us is found by digest.
+func (v *VM) distrust(ctx context.Context, why string) {
+	c, err := v.plane()
+	if err == nil {
+		err = c.Mark(ctx, dataplane.MarkRequest{Reason: why})
+	}
+	if err != nil {
+		v.log.Error("distrust the tracker", "err", err)
+		return
+	}
+	if s := v.session(); s != nil {
+		s.Retry()
+	}
+}
+
+// resumeLater lets a guest go on that QEMU stopped because its disk was away.
+func (v *VM) resumeLater() {
+	v.mu.Lock()
+	busy := v.facts.resuming
+	v.facts.resuming = true
+	v.mu.Unlock()
+	if busy {
+		return
+	}
+	go func() {
+		ctx, cancel := context.WithTimeout(context.Background(), swapTimeout)
+		defer cancel()
+		defer func() {
+			v.mu.Lock()
+			v.facts.resuming = false
+			v.mu.Unlock()
+		}()
+		c, err := v.plane()
+		if err == nil {
+			_, err = c.Status(ctx) // never poke QEMU while our own end is away
+		}
+		n := 0
+		if err == nil {
+			n, err = v.deps.Hyper.ResumeIOError(ctx, string(v.id))
+		}
+		if err != nil {
+			v.log.Warn("resume the guest after its disk came back", "err", err)
+			return
+		}
+		v.log.Info("guest resumed after its disk came back", "resumes", n)
+	}()
+}
+
+// off reports that no guest runs: nothing of it can write.
+func off(st libvirt.State) bool { return st == libvirt.StateOff || st == libvirt.StateCrashed }

@@ -1,0 +1,198 @@
+package vm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"kvmreplica/libvirt"
+	"kvmreplica/replicad/delta"
+	"kvmreplica/replicad/lineage"
+	"kvmreplica/replicad/points"
+	"kvmreplica/replicad/wire"
+)
+
+// half is this host's half of a handshake.
+func (v *VM) half() (wire.HandshakeReply, error) {
+	r := v.record()
+	l := r.Lineage
+	h := wire.HandshakeReply{
+		VM: r.VM, Role: l.Role(), Generation: l.Generation, Ancestors: l.Ancestors,
+		Diverged: l.Diverged != nil, Running: v.guestRuns(), Discard: l.Discard,
+	}
+	for _, d := range r.Disks {
+		h.Disks = append(h.Disks, d.Name)
+	}
+	if l.State == lineage.Demoting || l.State == lineage.Demoted {
+		return h, &wire.Error{Kind: wire.KindUnavailable, Text: "a role change is under way on this host", Hint: "replicactl vm status " + r.Name}
+	}
+	if l.State != lineage.Replica {
+		h.Committed = delta.Pos{}
+		return h, nil
+	}
+	st, err := v.storeStatus()
+	if err != nil {
+		return h, err
+	}
+	h.VerifyAll = st.VerifyAll
+	switch st.State {
+	case points.Seeding:
+		h.Seeding = map[wire.DiskName]int64{}
+		for d, c := range st.Seeded {
+			h.Seeding[wire.DiskName(d)] = c
+		}
+		if l.Discard.IsZero() {
+			// the chain begins with the first epoch
+			return h, nil
+		}
+		h.Base, h.Tracked = v.released()
+		return h, nil
+	case points.Suspect, points.Damaged, points.Rolling:
+		return h, &wire.Error{Kind: wire.KindCorrupt, Text: fmt.Sprintf("the replica is %s", st.State), Hint: "on the replica host: replicactl vm status " + r.Name}
+	}
+	h.Committed = st.Committed
+	h.Generation = st.Committed.Generation
+	h.Ancestors = ancestorsOf(l, st.Committed)
+	h.Sealed = !l.Sealed.IsZero() && l.Sealed == st.Committed
+	if p := st.Partial; p != nil {
+		h.Partial = &wire.EpochKey{VM: r.VM, Generation: p.Generation, Epoch: p.Epoch, Nonce: p.Nonce}
+	}
+	return h, nil
+}
+
+// ancestorsOf are the parents of the generation a replica stands in; its
+// lineage may name a newer generation whose first epoch has not arrived.
+func ancestorsOf(l lineage.Lineage, at delta.Pos) []delta.Pos {
+	if l.Generation == at.Generation {
+		return l.Ancestors
+	}
+	for i, a := range l.Ancestors {
+		if a.Generation == at.Generation {
+			return l.Ancestors[i+1:]
+		}
+	}
+	return nil
+}
+
+// judged is the answering host's reading of a handshake: it decides whether
+// this generation may write here, and persists a divergence before it answers.
+func (v *VM) judged(q wire.HandshakeRequest, h wire.HandshakeReply) {
+	d := lineage.Decide(q, h)
+	v.mu.Lock()
+	v.facts.peerGeneration, v.facts.peerAncestors = q.Generation, q.Ancestors
+	v.facts.allowed = delta.Generation{}
+	if d.MayShip() {
+		v.facts.allowed = q.Generation
+	}
+	v.facts.heard, v.facts.peerRunning = v.deps.Now(), q.Running
+	v.mu.Unlock()
+	v.conclude(d, q.Generation)
+}
+
+// judge is the asking host's reading of the same two halves.
+func (v *VM) judge(q wire.HandshakeRequest, h wire.HandshakeReply) lineage.Decision {
+	d := lineage.Decide(q, h)
+	v.conclude(d, h.Generation)
+	v.mu.Lock()
+	v.facts.heard = v.deps.Now()
+	v.facts.decision = d
+	v.mu.Unlock()
+	if !d.MayRun(lineage.P) {
+		v.hold(d.Reason)
+	}
+	return d
+}
+
+// conclude persists what must not be forgotten.
+func (v *VM) conclude(d lineage.Decision, other delta.Generation) {
+	if d.Alarm {
+		v.log.Error("handshake", "outcome", d.Outcome.String(), "row", d.Row, "reason", d.Reason)
+	}
+	if !d.Diverged || v.record().Lineage.Diverged != nil {
+		return
+	}
+	err := v.move(lineage.Change{Event: lineage.Diverge, Diverged: &lineage.Divergence{Row: d.Row, Reason: d.Reason, Other: other}}, nil)
+	if err != nil {
+		v.log.Error("keep the finding that the copies diverged", "err", err)
+	}
+}
+
+// receiving returns the store when this generation may write into it.
+func (m *Manager) receiving(ctx context.Context, id wire.VMID, g delta.Generation) (*VM, *points.Store, error) {
+	v, err := m.ofPeer(ctx, id)
+	if err != nil {
+		return nil, nil, err
+	}
+	v.mu.Lock()
+	allowed := v.facts.allowed
+	state := v.rec.Lineage.State
+	v.mu.Unlock()
+	if state != lineage.Replica {
+		return nil, nil, &wire.Error{Kind: wire.KindRefused, Text: fmt.Sprintf("this host is %s for the VM, not its replica", state), Hint: "replicactl vm status"}
+	}
+	if g.IsZero() || allowed != g {
+		return nil, nil, &wire.Error{Kind: wire.KindUnavailable, Text: "this generation has not shaken hands since the replica started", Hint: "begin with a handshake"}
+	}
+	s, err := v.store()
+	return v, s, err
+}
+
+// committed follows the position into the generation it lies in.
+func (v *VM) committed(pos delta.Pos) error {
+	v.heard()
+	r := v.record()
+	if r.Lineage.Generation == pos.Generation && !r.Incomplete && r.Lineage.Sealed.IsZero() {
+		return nil
+	}
+	v.mu.Lock()
+	ancestors := v.facts.peerAncestors
+	v.mu.Unlock()
+	err := v.move(lineage.Change{Event: lineage.Follow, Generation: pos.Generation, At: pos, Ancestors: ancestors}, func(r *Record) {
+		r.Incomplete = false
+		r.Lineage.Sealed = delta.Pos{}
+		r.Lineage.Discard = delta.Generation{}
+	})
+	if err != nil {
+		return fmt.Errorf("follow the new generation: %w", err)
+	}
+	return nil
+}
+
+// seedFrom makes durable whose seed the images hold before its first byte.
+func (v *VM) seedFrom(g delta.Generation) error {
+	if v.record().Lineage.Generation == g {
+		return nil
+	}
+	v.mu.Lock()
+	ancestors := v.facts.peerAncestors
+	v.mu.Unlock()
+	return v.move(lineage.Change{Event: lineage.Follow, Generation: g, Ancestors: ancestors}, nil)
+}
+
+// released is what this host's own tracker knew when it gave its writes up.
+func (v *VM) released() (base delta.Pos, tracked bool) {
+	r := v.record()
+	return r.ReleasedBase, r.ReleasedTracked
+}
+
+func (v *VM) heard() {
+	v.mu.Lock()
+	v.facts.heard = v.deps.Now()
+	v.mu.Unlock()
+}
+
+// guestRuns asks libvirt; doubt counts as "as last seen".
+func (v *VM) guestRuns() bool {
+	ctx, cancel := context.WithTimeout(context.Background(), peerTimeout)
+	defer cancel()
+	st, _, err := v.deps.Hyper.DomainState(ctx, string(v.id))
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	switch {
+	case err == nil:
+		v.facts.running = !off(st)
+	case errors.Is(err, libvirt.ErrNotFound):
+		v.facts.running = false
+	}
+	return v.facts.running
+}

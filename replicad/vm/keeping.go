@@ -1,0 +1,336 @@
+package vm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"kvmreplica/internal/block"
+	"kvmreplica/internal/fsx"
+	"kvmreplica/libvirt"
+	"kvmreplica/replicad/delta"
+	"kvmreplica/replicad/points"
+	"kvmreplica/replicad/wire"
+)
+
+// keeping is the replica's machinery.
+type keeping struct {
+	store  *points.Store
+	cancel context.CancelFunc
+	done   chan struct{}
+}
+
+const storeDir = "store"
+
+// storeConfig describes the store around this host's images.
+func (v *VM) storeConfig() points.Config {
+	id, err := delta.ParseVM(string(v.id))
+	if err != nil {
+		v.log.Error("the VM's id", "err", err) // cannot happen: checked at the edge
+	}
+	dir := filepath.Join(v.deps.StateDir, "vms", string(v.id), storeDir)
+	return points.Config{
+		FS: fsx.Sub(v.fsys, storeDir), VM: id, Log: v.log, Now: v.deps.Now,
+		Bases:    v.openBase,
+		Identity: v.baseIdentity,
+		Free: func() (int64, error) {
+			var st unix.Statfs_t
+			if err := unix.Statfs(dir, &st); err != nil {
+				return 0, err
+			}
+			return int64(st.Bavail) * st.Bsize, nil
+		},
+	}
+}
+
+// openBase opens a replica's image under both locks, making it first where
+// there is none.
+func (v *VM) openBase(disk string, size int64) (block.Device, error) {
+	r := v.record()
+	d, ok := r.disk(wire.DiskName(disk))
+	if !ok {
+		return nil, fmt.Errorf("the VM has no disk %q", disk)
+	}
+	if d.Kind == "raw" {
+		if err := ensureImage(d.Path, size, v.deps.QEMUUID, v.deps.QEMUGID); err != nil {
+			return nil, err
+		}
+	}
+	f, err := block.OpenFile(d.Path, block.FileOptions{})
+	if err != nil {
+		return nil, err
+	}
+	if err := f.LockQEMU(); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	if f.Size() < size {
+		return nil, errors.Join(fmt.Errorf("image %s has %d bytes, the disk needs %d", d.Path, f.Size(), size), f.Close())
+	}
+	return f, nil
+}
+
+// ensureImage makes a sparse image, or grows one; it never shrinks.
+func ensureImage(path string, size int64, uid, gid *int) error {
+	if err := os.MkdirAll(filepath.Dir(path), 0o711); err != nil {
+		return fmt.Errorf("make the replica's directory: %w", err)
+	}
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return fmt.Errorf("make the replica's image: %w", err)
+	}
+	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	if !st.Mode().IsRegular() {
+		return fmt.Errorf("%s is not a regular file", path)
+	}
+	if uid != nil && gid != nil {
+		if err := f.Chown(*uid, *gid); err != nil {
+			return fmt.Errorf("give the image to QEMU's user: %w", err)
+		}
+	}
+	if st.Size() >= size {
+		return nil
+	}
+	if err := f.Truncate(size); err != nil {
+		return fmt.Errorf("size the replica's image: %w", err)
+	}
+	return f.Sync()
+}
+
+func (v *VM) baseIdentity(disk string) (points.Identity, error) {
+	r := v.record()
+	d, ok := r.disk(wire.DiskName(disk))
+	if !ok {
+		return points.Identity{}, fmt.Errorf("the VM has no disk %q", disk)
+	}
+	f, err := block.OpenFile(d.Path, block.FileOptions{ReadOnly: true, NoLock: true})
+	if err != nil {
+		return points.Identity{}, err
+	}
+	defer f.Close()
+	id, err := f.Identity()
+	if err != nil {
+		return points.Identity{}, err
+	}
+	return points.Identity{
+		File:  fmt.Sprintf("%v/%d/%d/%d/%d", id.Kind, id.Device, id.Inode, id.BirthTime, id.Size),
+		State: fmt.Sprintf("%d", id.MtimeNS),
+	}, nil
+}
+
+// startKeeping opens the store and applies in the background.
+func (v *VM) startKeeping(ctx context.Context) error {
+	v.mu.Lock()
+	have := v.keep != nil
+	v.mu.Unlock()
+	if have {
+		return nil
+	}
+	st, err := points.Open(v.storeConfig())
+	if err != nil {
+		return fmt.Errorf("open the replica store: %w", err)
+	}
+	run, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	k := &keeping{store: st, cancel: cancel, done: make(chan struct{})}
+	go func() {
+		defer close(k.done)
+		if err := st.Run(run); err != nil && !errors.Is(err, context.Canceled) {
+			v.log.Error("apply", "err", err)
+			v.setTrouble("applying failed: " + err.Error())
+		}
+	}()
+	v.mu.Lock()
+	v.keep = k
+	v.mu.Unlock()
+	return nil
+}
+
+// stopKeeping closes the store; what was committed and not applied stays.
+func (v *VM) stopKeeping() error {
+	v.mu.Lock()
+	k := v.keep
+	v.keep = nil
+	v.mu.Unlock()
+	if k == nil {
+		return nil
+	}
+	k.cancel()
+	<-k.done
+	if err := k.store.Close(); err != nil {
+		return fmt.Errorf("close the replica store: %w", err)
+	}
+	return nil
+}
+
+// store returns the open store.
+func (v *VM) store() (*points.Store, error) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.keep == nil {
+		return nil, &wire.Error{Kind: wire.KindUnavailable, Text: "this host does not keep a replica of the VM now", Hint: "replicactl vm status " + v.rec.Name}
+	}
+	return v.keep.store, nil
+}
+
+// storeState is what plans ask of the store.
+type storeState struct {
+	points.Status
+	CutTime time.Time
+}
+
+func (v *VM) storeStatus() (storeState, error) {
+	s, err := v.store()
+	if err != nil {
+		return storeState{}, err
+	}
+	st := s.Status()
+	out := storeState{Status: st, CutTime: st.Cut}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.facts.beat.After(out.CutTime) && v.facts.beatAt == st.Committed {
+		out.CutTime = v.facts.beat
+	}
+	return out, nil
+}
+
+// createStore makes an empty store for a VM that is to be seeded.
+func (v *VM) createStore() error {
+	s, err := points.Create(v.storeConfig(), v.deltaDisks())
+	if errors.Is(err, points.ErrExists) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("make the replica store: %w", err)
+	}
+	return s.Close()
+}
+
+// adoptBase makes a store around images that are exactly at pos, or, with
+// assume, around images that are nearly good: what differs must be sent before
+// anything counts as committed.
+func (v *VM) adoptBase(pos delta.Pos, assume bool) error {
+	if err := v.stopKeeping(); err != nil {
+		return err
+	}
+	cfg := v.storeConfig()
+	if old, err := points.Open(cfg); err == nil {
+		st := old.Status()
+		if err := old.Close(); err != nil {
+			return err
+		}
+		if st.State == points.Replica && st.Committed == pos && !assume {
+			return nil // an earlier try got this far
+		}
+	}
+	if !assume {
+		s, err := points.CreateAt(cfg, pos, v.deltaDisks())
+		if err != nil {
+			return fmt.Errorf("make the replica store: %w", err)
+		}
+		return s.Close()
+	}
+	if err := removeTree(v.fsys, storeDir); err != nil {
+		return err
+	}
+	s, err := points.Create(cfg, v.deltaDisks())
+	if err != nil {
+		return fmt.Errorf("make the replica store: %w", err)
+	}
+	for _, d := range v.record().Disks {
+		if err := s.SeedAssume(string(d.Name)); err != nil {
+			return errors.Join(err, s.Close())
+		}
+	}
+	return s.Close()
+}
+
+func (v *VM) deltaDisks() []delta.Disk {
+	var out []delta.Disk
+	for _, d := range v.record().Disks {
+		out = append(out, delta.Disk{Name: string(d.Name), Size: d.Size})
+	}
+	return out
+}
+
+func (v *VM) applyAll(ctx context.Context) (string, error) {
+	s, err := v.store()
+	if err != nil {
+		return "", err
+	}
+	before := s.Status()
+	if err := s.ApplyAll(ctx); err != nil {
+		return "", fmt.Errorf("apply what was received: %w", err)
+	}
+	return fmt.Sprintf("%d epochs, %d bytes", before.Backlog, before.Spool), nil
+}
+
+// sealStore ends the store's history at the promoted position. It keeps what
+// the later steps need of it.
+func (v *VM) sealStore(p *promoteVars) (string, error) {
+	if err := v.startKeeping(context.Background()); err != nil {
+		if errors.Is(err, points.ErrPromoted) {
+			return "", nil
+		}
+		return "", err
+	}
+	s, err := v.store()
+	if err != nil {
+		return "", err
+	}
+	blobs, err := s.Firmware(p.At)
+	if err != nil && !errors.Is(err, points.ErrPromoted) {
+		return "", fmt.Errorf("read the firmware state: %w", err)
+	}
+	if err := v.keepFirmware(blobs); err != nil {
+		return "", err
+	}
+	if s.Status().State == points.Promoted {
+		return "", nil
+	}
+	seal, err := s.Promote(p.Generation, v.record().Lineage.Forced)
+	if err != nil {
+		return "", fmt.Errorf("end the replica's history: %w", err)
+	}
+	return fmt.Sprintf("%d recovery points ended", seal.Points), nil
+}
+
+// Firmware blobs of a promotion lie in two files until they are written.
+const (
+	nvramFile = "promoted.nvram"
+	tpmFile   = "promoted.tpm"
+)
+
+func (v *VM) keepFirmware(blobs []delta.Blob) error {
+	for _, b := range blobs {
+		name := map[delta.BlobKind]string{delta.BlobNVRAM: nvramFile, delta.BlobTPM: tpmFile}[b.Kind]
+		if name == "" {
+			continue
+		}
+		if err := fsx.WriteAtomic(v.fsys, name, b.Data); err != nil {
+			return fmt.Errorf("keep the firmware state: %w", err)
+		}
+	}
+	return nil
+}
+
+func (v *VM) promotedFirmware() libvirt.FirmwareState {
+	var out libvirt.FirmwareState
+	read := func(name string, limit int64) []byte {
+		b, err := fsx.ReadFile(v.fsys, name, limit)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			v.log.Error("read the kept firmware state", "file", name, "err", err)
+		}
+		return b
+	}
+	out.NVRAM, out.TPM = read(nvramFile, libvirt.MaxNVRAM), read(tpmFile, libvirt.MaxTPM)
+	return out
+}

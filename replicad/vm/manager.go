@@ -1,0 +1,291 @@
+// Package vm owns every protected virtual machine of this host: its durable
+// record, its role, and the machinery the role needs - the data plane and a
+// session on the primary, the store on the replica.
+//
+// It guarantees that a role is durable before anything acts on it, that one
+// plan at a time changes a VM, that a plan interrupted by a crash is continued
+// or taken back at the next start, and that the guest of a host that gave its
+// role up, or was told so, is not started.
+//
+// Callers open one Manager per state directory, call Run, and hand it every
+// request of peers (Service methods) and of people (Enable, Planned, …).
+package vm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sort"
+	"strings"
+	"sync"
+
+	"kvmreplica/internal/fsx"
+	"kvmreplica/replicad/failover"
+	"kvmreplica/replicad/lineage"
+	"kvmreplica/replicad/wire"
+)
+
+// Manager is the set of all VMs. Safe for concurrent use.
+type Manager struct {
+	deps Deps
+	fsys fsx.FS // the state directory
+
+	mu  sync.Mutex
+	vms map[wire.VMID]*VM // guarded by mu
+	// broken are records that could not be read, by directory name.
+	broken map[string]error // guarded by mu
+
+	background sync.WaitGroup
+	ctx        context.Context // ends with Run
+}
+
+// Open loads every VM's record; a record that cannot be read is reported by
+// Broken and touched by nobody. Nothing runs yet.
+func Open(fsys fsx.FS, deps Deps) (*Manager, error) {
+	m := &Manager{deps: deps, fsys: fsys, vms: map[wire.VMID]*VM{}, broken: map[string]error{}}
+	if err := fsys.MkdirAll("vms"); err != nil {
+		return nil, fmt.Errorf("open the VMs' state: %w", err)
+	}
+	names, err := fsys.List("vms")
+	if err != nil {
+		return nil, fmt.Errorf("open the VMs' state: %w", err)
+	}
+	for _, n := range names {
+		sub := fsx.Sub(fsys, "vms/"+n)
+		r, err := loadRecord(sub)
+		if absent(err) {
+			continue // a leftover of an enable that never got a record
+		}
+		if err == nil && string(r.VM) != n {
+			err = fmt.Errorf("directory %s holds the record of %s", n, r.VM)
+		}
+		if err != nil {
+			m.broken[n] = err
+			continue
+		}
+		v := m.newVM(r)
+		if v.stuck, err = failover.Load(sub, planFile); err != nil {
+			m.broken[n] = err
+			continue
+		}
+		m.vms[r.VM] = v
+	}
+	return m, nil
+}
+
+func (m *Manager) newVM(r Record) *VM {
+	return &VM{
+		deps: &m.deps, id: r.VM, fsys: fsx.Sub(m.fsys, "vms/"+string(r.VM)), rec: r,
+		log: m.deps.Log.With("vm", r.Name, "id", string(r.VM)), plan: make(chan struct{}, 1),
+	}
+}
+
+// Broken returns records that could not be read, with the reason.
+func (m *Manager) Broken() map[string]error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	out := make(map[string]error, len(m.broken))
+	for k, v := range m.broken {
+		out[k] = v
+	}
+	return out
+}
+
+// All returns every VM by name.
+func (m *Manager) All() []*VM {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	out := make([]*VM, 0, len(m.vms))
+	for _, v := range m.vms {
+		out = append(out, v)
+	}
+	sort.Slice(out, func(i, j int) bool { return out[i].record().Name < out[j].record().Name })
+	return out
+}
+
+// Lookup finds a VM by name or UUID; the error is a wire.Error of KindNotFound.
+func (m *Manager) Lookup(name string) (*VM, error) {
+	for _, v := range m.All() {
+		if r := v.record(); r.Name == name || string(r.VM) == strings.ToLower(name) {
+			return v, nil
+		}
+	}
+	return nil, &wire.Error{Kind: wire.KindNotFound, Text: fmt.Sprintf("VM %q is not protected here", name), Hint: "replicactl vm list; to protect it: replicactl vm enable " + name + " --to PEER"}
+}
+
+func (m *Manager) get(id wire.VMID) (*VM, bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	v, ok := m.vms[id]
+	return v, ok
+}
+
+// add registers a new VM whose record is durable.
+func (m *Manager) add(r Record) (*VM, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if _, ok := m.vms[r.VM]; ok {
+		return nil, &wire.Error{Kind: wire.KindConflict, Text: "VM " + r.Name + " is protected already", Hint: "replicactl vm status " + r.Name}
+	}
+	dir := "vms/" + string(r.VM)
+	if err := m.fsys.MkdirAll(dir); err != nil {
+		return nil, fmt.Errorf("make the VM's state directory: %w", err)
+	}
+	v := m.newVM(r)
+	if err := saveRecord(v.fsys, r); err != nil {
+		return nil, err
+	}
+	m.vms[r.VM] = v
+	if m.ctx != nil {
+		m.background.Add(1)
+		go func() { defer m.background.Done(); v.watch(m.ctx) }()
+	}
+	return v, nil
+}
+
+// remove forgets a VM whose relationship ended; its directory is deleted.
+func (m *Manager) remove(v *VM) error {
+	v.clearGate()
+	if err := removeTree(m.fsys, "vms/"+string(v.id)); err != nil {
+		return fmt.Errorf("remove the VM's state: %w", err)
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	delete(m.vms, v.id)
+	v.mu.Lock()
+	v.gone = true
+	v.mu.Unlock()
+	return nil
+}
+
+// removeTree deletes the record first: without it the rest is a leftover that
+// Open ignores.
+func removeTree(fsys fsx.FS, dir string) error {
+	names, err := fsys.List(dir)
+	if absent(err) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	sort.Slice(names, func(i, j int) bool { return names[i] == recordFile })
+	for _, n := range names {
+		p := dir + "/" + n
+		if err := fsys.Remove(p); err == nil || absent(err) {
+			if n == recordFile {
+				if err := fsys.SyncDir(dir); err != nil {
+					return err
+				}
+			}
+			continue
+		}
+		if err := removeTree(fsys, p); err != nil {
+			return err
+		}
+	}
+	if err := fsys.Remove(dir); err != nil && !absent(err) {
+		return err
+	}
+	return nil
+}
+
+// Run brings every VM into its role, settles interrupted plans and watches the
+// guests until ctx ends. Data planes of running guests outlive it.
+func (m *Manager) Run(ctx context.Context) error {
+	m.mu.Lock()
+	m.ctx = ctx
+	m.mu.Unlock()
+	for _, v := range m.All() {
+		m.background.Add(1)
+		go func() {
+			defer m.background.Done()
+			v.begin(ctx)
+			v.watch(ctx)
+		}()
+	}
+	<-ctx.Done()
+	m.background.Wait()
+	var errs []error
+	for _, v := range m.All() {
+		errs = append(errs, v.down(context.WithoutCancel(ctx), true))
+	}
+	return errors.Join(errs...)
+}
+
+// begin settles an interrupted plan, then starts the role; what fails is tried
+// again until it works or ctx ends.
+func (v *VM) begin(ctx context.Context) {
+	for pause := newPause(); ; {
+		err := v.settle(ctx)
+		if err == nil {
+			err = v.up(ctx)
+		}
+		if err == nil {
+			v.setTrouble("")
+			v.bootDecision(ctx)
+			return
+		}
+		v.setTrouble(err.Error())
+		v.log.Error("bring the VM into its role", "err", err)
+		if !pause.wait(ctx) {
+			return
+		}
+	}
+}
+
+// settle continues a plan that has passed its point of no return and takes
+// back one that has not.
+func (v *VM) settle(ctx context.Context) error {
+	j, err := failover.Load(v.fsys, planFile)
+	if err != nil || j == nil {
+		return err
+	}
+	unlock, err := v.lock()
+	if err != nil {
+		return nil // somebody works on it already
+	}
+	defer unlock()
+	return v.settleLocked(ctx, j, !j.Committed)
+}
+
+func (v *VM) settleLocked(ctx context.Context, j *failover.Journal, back bool) error {
+	r := &failover.Runner{FS: v.fsys, Path: planFile, Now: v.deps.Now}
+	r.Resume(j)
+	v.log.Warn("plan was interrupted", "plan", string(j.Kind), "step", j.Begun, "committed", j.Committed, "request", j.Request)
+	if !back {
+		return v.drive(ctx, r, nil)
+	}
+	steps, err := v.stepsOf(r)
+	if err != nil {
+		return err
+	}
+	err = r.TakeBack(ctx, steps, nil)
+	left, lerr := failover.Load(v.fsys, planFile)
+	v.mu.Lock()
+	v.stuck = left
+	v.mu.Unlock()
+	return errors.Join(err, lerr)
+}
+
+// Settle continues (or takes back) an interrupted plan because a person asked.
+func (v *VM) Settle(ctx context.Context, back bool) error {
+	unlock, err := v.lock()
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	j, err := failover.Load(v.fsys, planFile)
+	if err != nil {
+		return err
+	}
+	if j == nil {
+		return &wire.Error{Kind: wire.KindRefused, Text: "no plan of this VM is interrupted", Hint: "replicactl vm status " + v.record().Name}
+	}
+	if err := v.settleLocked(ctx, j, back); err != nil {
+		return err
+	}
+	if v.record().Lineage.State == lineage.Replica || v.record().Lineage.MayServe() {
+		return v.up(ctx)
+	}
+	return nil
+}

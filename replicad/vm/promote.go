@@ -1,0 +1,312 @@
+package vm
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"os/exec"
+	"slices"
+	"time"
+
+	"kvmreplica/libvirt"
+	"kvmreplica/replicad/dataplane"
+	"kvmreplica/replicad/delta"
+	"kvmreplica/replicad/failover"
+	"kvmreplica/replicad/lineage"
+	"kvmreplica/replicad/wire"
+)
+
+// promoteVars is what a promotion needs after a restart.
+type promoteVars struct {
+	At         delta.Pos
+	Generation delta.Generation
+	Start      bool
+	Reverse    bool
+	Fence      bool
+}
+
+// promoteAsked answers the primary's request to take over. It is safe to
+// repeat: the correlation id says whether this promotion already happened, or
+// was declined for good.
+func (v *VM) promoteAsked(ctx context.Context, q wire.FailoverRequest) (wire.FailoverReply, error) {
+	if done, ok := v.promoted(q.Request); ok {
+		return done, nil
+	}
+	unlock, err := v.lock()
+	if err != nil {
+		return wire.FailoverReply{}, err
+	}
+	defer unlock()
+	if done, ok := v.promoted(q.Request); ok {
+		return done, nil
+	}
+	if j, err := failover.Load(v.fsys, planFile); err != nil {
+		return wire.FailoverReply{}, err
+	} else if j != nil && j.Request == q.Request {
+		return v.finishPromotion(ctx, j)
+	}
+	if why := v.mayPromote(q.At); why != "" {
+		return v.decline(q.Request, why)
+	}
+	g, err := lineage.NewGeneration(rand.Reader)
+	if err != nil {
+		return wire.FailoverReply{}, err
+	}
+	vars := &promoteVars{At: q.At, Generation: g, Start: q.Start, Reverse: q.Reverse}
+	if err := v.execute(ctx, failover.Promote, q.Request, vars, nil); err != nil {
+		if done, ok := v.promoted(q.Request); ok {
+			done.Detail = "took over, but: " + err.Error()
+			return done, nil
+		}
+		return v.decline(q.Request, err.Error())
+	}
+	done, _ := v.promoted(q.Request)
+	return done, nil
+}
+
+// finishPromotion continues a promotion that was interrupted.
+func (v *VM) finishPromotion(ctx context.Context, j *failover.Journal) (wire.FailoverReply, error) {
+	r := &failover.Runner{FS: v.fsys, Path: planFile, Now: v.deps.Now}
+	r.Resume(j)
+	err := v.drive(ctx, r, nil)
+	if done, ok := v.promoted(j.Request); ok {
+		if err != nil {
+			done.Detail = "took over, but: " + err.Error()
+		}
+		return done, nil
+	}
+	if err == nil {
+		err = errors.New("the plan ended without a promotion")
+	}
+	return v.decline(j.Request, err.Error())
+}
+
+// promoted answers for a correlation id that is already settled.
+func (v *VM) promoted(request string) (wire.FailoverReply, bool) {
+	r := v.record()
+	switch {
+	case request != "" && r.Promotion == request:
+		return wire.FailoverReply{State: statePromoted, Generation: r.Lineage.Generation, Parent: r.Lineage.Parent()}, true
+	case slices.Contains(r.Refused, request):
+		return wire.FailoverReply{State: stateRefused, Detail: "this promotion was declined before"}, true
+	}
+	return wire.FailoverReply{}, false
+}
+
+// decline makes the refusal durable before it is said.
+func (v *VM) decline(request, why string) (wire.FailoverReply, error) {
+	err := v.update(func(r *Record) error {
+		r.Refused = append(r.Refused, request)
+		return nil
+	})
+	if err != nil {
+		return wire.FailoverReply{}, err
+	}
+	return wire.FailoverReply{State: stateRefused, Detail: why}, nil
+}
+
+// mayPromote says why this host cannot take over at pos; empty = it can.
+func (v *VM) mayPromote(at delta.Pos) string {
+	r := v.record()
+	switch {
+	case r.Lineage.Diverged != nil:
+		return "the copies have diverged: " + r.Lineage.Diverged.Reason
+	case r.Lineage.State != lineage.Replica:
+		return fmt.Sprintf("this host is %s, not a replica", r.Lineage.State)
+	}
+	st, err := v.storeStatus()
+	switch {
+	case err != nil:
+		return err.Error()
+	case st.Committed.IsZero() || r.Incomplete:
+		return "the replica holds no complete copy"
+	case !at.IsZero() && st.Committed != at:
+		return fmt.Sprintf("the replica stands at %v, not at %v", st.Committed, at)
+	}
+	return ""
+}
+
+func (v *VM) promoteSteps(r *failover.Runner, p *promoteVars, kind failover.Kind) []failover.Step {
+	event := lineage.Promote
+	if kind == failover.Unplanned {
+		event = lineage.ForcePromote
+	}
+	var steps []failover.Step
+	if kind == failover.Unplanned && p.Fence {
+		steps = append(steps, failover.Step{Name: "fence", Title: "Fence the old primary", Do: v.fence})
+	}
+	return append(steps,
+		failover.Step{Name: "apply", Title: "Complete the copy", Do: func(ctx context.Context) (string, error) { return v.applyAll(ctx) }},
+		failover.Step{Name: "generation", Title: "Take the primary role", Commit: true, Do: func(context.Context) (string, error) {
+			return v.takeRole(event, p, r.Journal().Request)
+		}},
+		failover.Step{Name: "store", Title: "Close the replica's history", Do: func(context.Context) (string, error) { return v.sealStore(p) }},
+		failover.Step{Name: "tracker", Title: "Serve and track the disks", Do: func(ctx context.Context) (string, error) { return v.serveAs(ctx, p) }},
+		failover.Step{Name: "define", Title: "Define the virtual machine", Do: func(ctx context.Context) (string, error) { return v.placeDomain(ctx) }},
+		failover.Step{Name: "firmware", Title: "Restore firmware state", Do: func(ctx context.Context) (string, error) { return v.restoreFirmware(ctx) }},
+		failover.Step{Name: "start", Title: "Start the virtual machine", Do: func(ctx context.Context) (string, error) {
+			if !p.Start {
+				return "left off, as asked", nil
+			}
+			return "", v.startGuest(ctx)
+		}},
+		failover.Step{Name: "reverse", Title: "Reverse replication", Do: func(context.Context) (string, error) { return v.reverseNow(p) }},
+	)
+}
+
+func (v *VM) takeRole(event lineage.Event, p *promoteVars, request string) (string, error) {
+	if v.record().Lineage.Generation == p.Generation {
+		return "", nil
+	}
+	return p.Generation.String()[:8], v.move(lineage.Change{Event: event, Generation: p.Generation, At: p.At}, func(r *Record) {
+		r.Promotion, r.NoReverse, r.WantRunning, r.Verified, r.Placed = request, true, p.Start, true, true
+	})
+}
+
+// serveAs starts the data plane on the promoted images with a tracker that is
+// relative to the position promoted.
+func (v *VM) serveAs(ctx context.Context, p *promoteVars) (string, error) {
+	if err := v.stopKeeping(); err != nil {
+		return "", err
+	}
+	if err := v.startPlane(ctx); err != nil {
+		return "", err
+	}
+	c, err := v.plane()
+	if err != nil {
+		return "", err
+	}
+	r := v.record()
+	err = c.CreateTracker(ctx, dataplane.CreateRequest{Generation: p.Generation, Base: p.At, Parents: r.Lineage.Ancestors, Replace: true})
+	if err != nil {
+		return "", fmt.Errorf("start tracking: %w", err)
+	}
+	if err := c.Refuse(ctx, ""); err != nil {
+		return "", err
+	}
+	return "", v.openExports(ctx)
+}
+
+func (v *VM) reverseNow(p *promoteVars) (string, error) {
+	if !p.Reverse {
+		return "not asked for", nil
+	}
+	if err := v.update(func(r *Record) error { r.NoReverse = false; return nil }); err != nil {
+		return "", err
+	}
+	v.startShipping()
+	return "", nil
+}
+
+// UnplannedOptions are a person's choices.
+type UnplannedOptions struct {
+	NoStart, Force  bool
+	Request, Reason string
+}
+
+// Loss is what an unplanned failover would give up, as far as it is known.
+type Loss struct {
+	// Cut is the time of the cut that will run again; zero = there is none.
+	Cut time.Time
+	At  delta.Pos
+	// Bytes the primary reports as changed since; negative = unknown.
+	Bytes int64
+	// Primary is what the peer said, or why it could not be asked.
+	Primary wire.Check
+	// Running: the primary answered that its guest runs.
+	Running bool
+}
+
+// Loss asks the peer and reports what an unplanned failover would lose.
+func (v *VM) Loss(ctx context.Context) (Loss, error) {
+	st, err := v.storeStatus()
+	if err != nil {
+		return Loss{}, err
+	}
+	if st.Committed.IsZero() || v.record().Incomplete {
+		return Loss{}, &wire.Error{Kind: wire.KindRefused, Text: "the replica holds no complete copy", Hint: "replicactl vm status " + v.record().Name}
+	}
+	l := Loss{Cut: st.CutTime, At: st.Committed, Bytes: -1, Primary: wire.Check{Name: "Ask the primary", Result: wire.Unknown}}
+	ctx, cancel := context.WithTimeout(ctx, peerTimeout)
+	defer cancel()
+	p, err := v.peer()
+	if err == nil {
+		var s wire.PeerVM
+		if s, err = p.Status(ctx, v.id); err == nil {
+			l.Running = s.Running
+			if l.Bytes = s.Pending; s.Running {
+				l.Primary.Result, l.Primary.Detail = wire.Failed, "it answers and its guest runs"
+				l.Primary.Remedy = "replicactl failover planned " + v.record().Name
+			} else {
+				l.Primary.Result, l.Primary.Detail = wire.OK, "it answers, the guest is off there"
+			}
+		}
+	}
+	if err != nil {
+		l.Primary.Detail = "it does not answer: " + err.Error()
+		l.Primary.Remedy = "make sure that it is off, then repeat with --force"
+	}
+	return l, nil
+}
+
+// Unplanned starts the replica from its last committed cut.
+func (v *VM) Unplanned(ctx context.Context, o UnplannedOptions, event func(failover.Event)) error {
+	unlock, err := v.lock()
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if why := v.mayPromote(delta.Pos{}); why != "" {
+		return &wire.Error{Kind: wire.KindRefused, Text: why, Hint: "replicactl vm status " + v.record().Name}
+	}
+	loss, err := v.Loss(ctx)
+	if err != nil {
+		return err
+	}
+	if loss.Primary.Result != wire.OK && !o.Force {
+		return &wire.Error{Kind: wire.KindRefused, Text: "the primary: " + loss.Primary.Detail, Hint: loss.Primary.Remedy}
+	}
+	g, err := lineage.NewGeneration(rand.Reader)
+	if err != nil {
+		return err
+	}
+	v.log.Warn("unplanned failover", "request", o.Request, "reason", o.Reason, "at", loss.At.String(), "force", o.Force)
+	vars := &promoteVars{At: loss.At, Generation: g, Start: !o.NoStart, Fence: v.deps.Fence != ""}
+	return v.execute(ctx, failover.Unplanned, o.Request, vars, event)
+}
+
+const fenceTimeout = time.Minute
+
+// fence runs the configured command; it must succeed.
+func (v *VM) fence(ctx context.Context) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, fenceTimeout)
+	defer cancel()
+	r := v.record()
+	cmd := exec.CommandContext(ctx, v.deps.Fence, r.Name, string(r.VM), string(r.Peer))
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		return "", fmt.Errorf("fencing command %s: %w: %.200s", v.deps.Fence, err, out)
+	}
+	return "fenced", nil
+}
+
+// restoreFirmware writes the NVRAM and TPM state of the promoted position.
+func (v *VM) restoreFirmware(ctx context.Context) (string, error) {
+	fw := v.promotedFirmware()
+	if fw.NVRAM == nil && fw.TPM == nil {
+		return "none", nil
+	}
+	d, err := v.deps.Hyper.Domain(ctx, string(v.id))
+	if err != nil {
+		return "", err
+	}
+	if d.State == libvirt.StateRunning || d.State == libvirt.StatePaused {
+		return "the guest runs already", nil
+	}
+	paths, err := d.FirmwarePaths(v.deps.LibvirtState)
+	if err != nil {
+		return "", err
+	}
+	return fmt.Sprintf("%d bytes", len(fw.NVRAM)+len(fw.TPM)), libvirt.WriteFirmware(paths, fw)
+}

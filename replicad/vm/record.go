@@ -1,0 +1,147 @@
+package vm
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"time"
+
+	"kvmreplica/internal/fsx"
+	"kvmreplica/libvirt"
+	"kvmreplica/replicad/delta"
+	"kvmreplica/replicad/lineage"
+	"kvmreplica/replicad/session"
+	"kvmreplica/replicad/wire"
+)
+
+// Record is everything durable about one VM on one host, besides its tracker,
+// its store and a running plan's journal. It is one JSON file that a person
+// can read in a disaster, replaced atomically.
+type Record struct {
+	Version int             `json:"version"`
+	VM      wire.VMID       `json:"vm"`
+	Name    string          `json:"name"`
+	Lineage lineage.Lineage `json:"lineage"`
+	Peer    wire.HostID     `json:"peer"`
+	// Interval between cuts while this host ships; handed on when roles change.
+	Interval time.Duration `json:"interval_ns"`
+	Disks    []Disk        `json:"disks"`
+	// Spec is the allow-listed description, as made here or as the peer sent it.
+	Spec json.RawMessage `json:"spec,omitempty"`
+	// Native: the domain was this host's own before protection; it is edited,
+	// never rendered. Otherwise it was rendered here from Spec.
+	Native bool `json:"native"`
+	// Autostart is what libvirt's flag said before we took it over.
+	Autostart bool `json:"autostart"`
+	// WantRunning: the guest was running when last seen, so it is started after
+	// a reboot.
+	WantRunning bool `json:"want_running"`
+	// Placed: the persistent definition points at our exports.
+	Placed bool `json:"placed"`
+	Paused bool `json:"paused"`
+	// OnSilent is what happens after an unclean boot with a silent peer:
+	// "start" or "hold".
+	OnSilent string `json:"on_silent_peer"`
+	// Verified and Scrub are the session's progress of the full comparison.
+	Verified bool           `json:"verified"`
+	Scrub    session.Cursor `json:"scrub"`
+	// NoReverse: promoted, and nothing ships back (yet).
+	NoReverse bool `json:"no_reverse"`
+	// Incomplete: the replica's base is being overwritten and holds no
+	// consistent state until the next commit.
+	Incomplete bool `json:"incomplete"`
+	// ReleasedBase and ReleasedTracked say what the tracker of a released old
+	// primary was relative to, and whether its set was proven.
+	ReleasedBase    delta.Pos `json:"released_base,omitzero"`
+	ReleasedTracked bool      `json:"released_tracked,omitempty"`
+	// UnionMarked: what a released old primary had changed by itself is marked
+	// in this host's tracker.
+	UnionMarked bool `json:"union_marked,omitempty"`
+	// Refused are correlation ids of promotions this host declined for good.
+	Refused []string `json:"refused,omitempty"`
+	// Promotion is the correlation id that made Lineage.Generation here.
+	Promotion string `json:"promotion,omitempty"`
+	// Acked is the last position the peer committed, for display when the data
+	// plane is off.
+	Acked   delta.Pos `json:"acked,omitzero"`
+	LastCut time.Time `json:"last_cut,omitzero"`
+	Created time.Time `json:"created"`
+}
+
+// Disk is one protected disk on this host.
+type Disk struct {
+	Name wire.DiskName `json:"name"`
+	Size int64         `json:"size"`
+	Kind string        `json:"kind"` // "raw" or "block"
+	Path string        `json:"path"` // the real image; never a link
+	// Live is the disk on its own image, as QEMU had it when it was taken over.
+	Live libvirt.Disk `json:"live,omitzero"`
+	// Original is what the domain said of the disk before it pointed at our
+	// export; the way back.
+	Original *libvirt.DiskOriginal `json:"original,omitempty"`
+}
+
+const (
+	recordVersion = 1
+	recordFile    = "record.json"
+	planFile      = "plan.json"
+	maxRecord     = 4 << 20
+	maxRefused    = 64
+)
+
+// loadRecord reads and validates a VM's record. Absence is fs.ErrNotExist.
+func loadRecord(fsys fsx.FS) (Record, error) {
+	var r Record
+	b, err := fsx.ReadFile(fsys, recordFile, maxRecord)
+	if err != nil {
+		return r, fmt.Errorf("read the VM's record: %w", err)
+	}
+	if err := json.Unmarshal(b, &r); err != nil {
+		return r, fmt.Errorf("read the VM's record: %w", err)
+	}
+	if r.Version != recordVersion {
+		return r, fmt.Errorf("the VM's record has version %d, this build knows %d; install the version that wrote it", r.Version, recordVersion)
+	}
+	if r.Lineage.VM != r.VM {
+		return r, fmt.Errorf("the VM's record names %s but its lineage names %s: the state directory was copied", r.VM, r.Lineage.VM)
+	}
+	return r, r.Lineage.Validate()
+}
+
+func saveRecord(fsys fsx.FS, r Record) error {
+	r.Version = recordVersion
+	if len(r.Refused) > maxRefused {
+		r.Refused = r.Refused[len(r.Refused)-maxRefused:]
+	}
+	b, err := json.MarshalIndent(r, "", "  ")
+	if err != nil {
+		return fmt.Errorf("write the VM's record: %w", err)
+	}
+	if err := fsx.WriteAtomic(fsys, recordFile, append(b, '\n')); err != nil {
+		return fmt.Errorf("write the VM's record: %w", err)
+	}
+	return nil
+}
+
+// absent reports that a record does not exist, as against being unreadable.
+func absent(err error) bool { return errors.Is(err, fs.ErrNotExist) }
+
+// disk finds a disk of the record.
+func (r *Record) disk(name wire.DiskName) (Disk, bool) {
+	for _, d := range r.Disks {
+		if d.Name == name {
+			return d, true
+		}
+	}
+	return Disk{}, false
+}
+
+// wireDisks is what travels.
+func (r *Record) wireDisks() []wire.Disk {
+	out := make([]wire.Disk, 0, len(r.Disks))
+	for _, d := range r.Disks {
+		out = append(out, wire.Disk{Name: d.Name, Size: d.Size, Format: "raw"})
+	}
+	return out
+}

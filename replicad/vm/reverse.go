@@ -1,0 +1,206 @@
+package vm
+
+import (
+	"context"
+	"fmt"
+
+	"kvmreplica/replicad/dataplane"
+	"kvmreplica/replicad/delta"
+	"kvmreplica/replicad/failover"
+	"kvmreplica/replicad/lineage"
+	"kvmreplica/replicad/wire"
+)
+
+// reverseVars is what turning the direction after an unplanned failover needs.
+type reverseVars struct{}
+
+// Reverse replicates a promoted VM back to the old primary, which gives up
+// what it wrote by itself. It must be called on the new primary.
+func (v *VM) Reverse(ctx context.Context, request string, event func(failover.Event)) error {
+	unlock, err := v.lock()
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	r := v.record()
+	if st := r.Lineage.State; st != lineage.Promoted && st != lineage.Primary {
+		return &wire.Error{Kind: wire.KindRefused, Text: "this host is not the primary of the VM", Hint: "run the command on the host whose data is to be kept"}
+	}
+	return v.execute(ctx, failover.Reverse, request, &reverseVars{}, event)
+}
+
+func (v *VM) reverseSteps(r *failover.Runner, _ *reverseVars) []failover.Step {
+	return []failover.Step{
+		{Name: "keep", Title: "Decide for this host's data", Do: func(context.Context) (string, error) {
+			if v.record().Lineage.Diverged == nil {
+				return "", nil
+			}
+			return "the divergence is settled", v.move(lineage.Change{Event: lineage.Keep}, nil)
+		}},
+		{Name: "release", Title: "Turn the old primary into a replica", Commit: true, Do: func(ctx context.Context) (string, error) {
+			return v.askRelease(ctx, r.Journal().Request)
+		}},
+		{Name: "ship", Title: "Replicate back", Do: func(ctx context.Context) (string, error) {
+			if err := v.update(func(r *Record) error { r.NoReverse, r.Verified = false, false; return nil }); err != nil {
+				return "", err
+			}
+			if err := v.up(ctx); err != nil {
+				return "", err
+			}
+			if s := v.session(); s != nil {
+				s.Retry()
+			}
+			return "", nil
+		}},
+	}
+}
+
+// askRelease makes the old primary a replica and marks here what it had
+// changed by itself, so that the next epochs bring it to this host's content.
+func (v *VM) askRelease(ctx context.Context, request string) (string, error) {
+	peer, err := v.peer()
+	if err != nil {
+		return "", err
+	}
+	reply, err := peer.Failover(ctx, wire.FailoverRequest{VM: v.id, Step: stepRelease, Request: request, At: v.record().Lineage.Parent()})
+	if err != nil {
+		return "", fmt.Errorf("ask the old primary: %w", err)
+	}
+	if reply.State != stateAccepted {
+		return "", &wire.Error{Kind: wire.KindRefused, Text: "the old primary refuses: " + reply.Detail, Hint: "stop the VM there first"}
+	}
+	c, err := v.plane()
+	if err != nil {
+		return "", err
+	}
+	if reply.All {
+		return "everything will be compared: " + reply.Detail, c.Mark(ctx, dataplane.MarkRequest{Reason: "the old primary's changes are not known"})
+	}
+	var bytes int64
+	for disk, rs := range reply.Dirty {
+		for _, r := range rs {
+			bytes += r.Len
+		}
+		if err := c.Mark(ctx, dataplane.MarkRequest{Disk: disk, Ranges: rs, Reason: "changed on the old primary"}); err != nil {
+			return "", err
+		}
+	}
+	return fmt.Sprintf("%d bytes changed there are discarded", bytes), v.update(func(r *Record) error { r.UnionMarked = true; return nil })
+}
+
+// maxReleased bounds the ranges told; more are joined until they fit.
+const maxReleased = 32768
+
+// release gives up this host's own writes: the peer was promoted and a person
+// decided for its data.
+func (v *VM) release(ctx context.Context, q wire.FailoverRequest) (wire.FailoverReply, error) {
+	unlock, err := v.lock()
+	if err != nil {
+		return wire.FailoverReply{}, err
+	}
+	defer unlock()
+	r := v.record()
+	if v.guestRuns() {
+		return wire.FailoverReply{State: stateRefused, Detail: "the VM runs on this host"}, nil
+	}
+	if r.Lineage.State == lineage.Replica {
+		if r.Lineage.Discard.IsZero() {
+			return wire.FailoverReply{State: stateRefused, Detail: "this host is a replica and has nothing to give up"}, nil
+		}
+		// A repeated request: what was changed is not known any more.
+		return wire.FailoverReply{State: stateAccepted, All: true, Detail: "released before"}, v.startKeeping(ctx)
+	}
+	reply := wire.FailoverReply{State: stateAccepted}
+	base, tracked, why := v.ownChanges(ctx, &reply)
+	if why != "" {
+		reply.All, reply.Dirty, reply.Detail = true, nil, why
+	}
+	if err := v.stopPlane(ctx); err != nil {
+		return wire.FailoverReply{}, err
+	}
+	err = v.move(lineage.Change{Event: lineage.Discard}, func(r *Record) {
+		r.Incomplete, r.NoReverse, r.WantRunning = true, false, false
+		r.ReleasedBase, r.ReleasedTracked = base, tracked
+	})
+	if err != nil {
+		return wire.FailoverReply{}, err
+	}
+	if err := v.adoptBase(q.At, true); err != nil {
+		return wire.FailoverReply{}, err
+	}
+	v.hold("")
+	return reply, v.startKeeping(ctx)
+}
+
+// ownChanges lists what this host changed since its base.
+func (v *VM) ownChanges(ctx context.Context, reply *wire.FailoverReply) (base delta.Pos, tracked bool, why string) {
+	if err := v.startPlane(ctx); err != nil {
+		return base, false, "the data plane does not start: " + err.Error()
+	}
+	c, err := v.plane()
+	if err != nil {
+		return base, false, err.Error()
+	}
+	s, err := c.Status(ctx)
+	if err != nil {
+		return base, false, err.Error()
+	}
+	if s.TrackingLost != "" {
+		return s.Base, false, "tracking was lost: " + s.TrackingLost
+	}
+	reply.Dirty = map[wire.DiskName][]wire.Range{}
+	for _, d := range v.record().Disks {
+		rs, err := allRanges(ctx, c, d.Name)
+		if err != nil {
+			return s.Base, false, err.Error()
+		}
+		reply.Dirty[d.Name] = rs
+	}
+	return s.Base, true, ""
+}
+
+func allRanges(ctx context.Context, c *dataplane.Client, disk wire.DiskName) ([]wire.Range, error) {
+	var out []wire.Range
+	for off := int64(0); ; {
+		a, err := c.Ranges(ctx, dataplane.RangesRequest{Disk: disk, Offset: off, Bytes: 1 << 62, Max: 4096})
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, a.Ranges...)
+		for gap := int64(64 << 10); len(out) > maxReleased; gap *= 2 {
+			out = join(out, gap)
+		}
+		if a.Done {
+			return out, nil
+		}
+		off = a.Next
+	}
+}
+
+// join merges neighbours closer than gap.
+func join(rs []wire.Range, gap int64) []wire.Range {
+	out := rs[:0]
+	for _, r := range rs {
+		if n := len(out); n > 0 && r.Off-(out[n-1].Off+out[n-1].Len) < gap {
+			out[n-1].Len = r.Off + r.Len - out[n-1].Off
+			continue
+		}
+		out = append(out, r)
+	}
+	return out
+}
+
+// plannedAsked runs a planned failover because the replica's operator asked.
+func (v *VM) plannedAsked(q wire.FailoverRequest) (wire.FailoverReply, error) {
+	ctx := context.Background()
+	var steps []wire.Step
+	err := v.Planned(ctx, PlannedOptions{NoStart: !q.Start, NoReverse: !q.Reverse, ForceOff: q.Force, Request: q.Request}, func(e failover.Event) {
+		if e.Result != "" {
+			steps = append(steps, e.Step)
+		}
+	})
+	if err != nil {
+		return wire.FailoverReply{State: stateRefused, Detail: err.Error(), Steps: steps}, nil
+	}
+	return wire.FailoverReply{State: stateAccepted, Steps: steps}, nil
+}

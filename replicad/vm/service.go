@@ -1,0 +1,457 @@
+package vm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"path/filepath"
+	"strings"
+	"time"
+	"unicode"
+	"unicode/utf8"
+
+	"kvmreplica/internal/block"
+	"kvmreplica/libvirt"
+	"kvmreplica/replicad/delta"
+	"kvmreplica/replicad/lineage"
+	"kvmreplica/replicad/points"
+	"kvmreplica/replicad/wire"
+)
+
+// These methods are the per-VM half of wire.Service; the daemon adds Hello.
+
+func notFound(id wire.VMID) error {
+	return &wire.Error{Kind: wire.KindNotFound, Text: fmt.Sprintf("this host knows no VM %q", id), Hint: "replicactl vm enable on the primary"}
+}
+
+// ofPeer finds a VM and checks that the caller is its other half.
+func (m *Manager) ofPeer(ctx context.Context, id wire.VMID) (*VM, error) {
+	v, ok := m.get(id)
+	if !ok {
+		return nil, notFound(id)
+	}
+	p, ok := wire.PeerFrom(ctx)
+	if !ok || p.Host != v.record().Peer {
+		return nil, notFound(id) // a stranger learns nothing
+	}
+	return v, nil
+}
+
+// Find returns a VM by id.
+func (m *Manager) Find(id wire.VMID) (*VM, bool) { return m.get(id) }
+
+// Count is how many VMs a peer replicates to this host, and their bytes,
+// leaving one out.
+func (m *Manager) Count(host wire.HostID, except wire.VMID) (vms int, bytes int64) {
+	for _, v := range m.All() {
+		if r := v.record(); r.Peer == host && v.Receives() && r.VM != except {
+			vms++
+			bytes += r.bytes()
+		}
+	}
+	return vms, bytes
+}
+
+// Offer makes or refreshes a replica relationship.
+func (m *Manager) Offer(ctx context.Context, o wire.Offer) (wire.OfferReply, error) {
+	p, ok := wire.PeerFrom(ctx)
+	if !ok {
+		return wire.OfferReply{}, &wire.Error{Kind: wire.KindRefused, Text: "an offer needs an authenticated host"}
+	}
+	if err := checkOffer(o); err != nil {
+		return wire.OfferReply{}, err
+	}
+	if v, ok := m.get(o.VM); ok {
+		if v.record().Peer != p.Host {
+			return wire.OfferReply{}, &wire.Error{Kind: wire.KindConflict, Text: "VM " + o.Name + " is replicated here by another host", Hint: "replicactl vm list on the replica host"}
+		}
+		return v.refreshOffer(ctx, o)
+	}
+	g, err := m.deps.Grant(p.Host)
+	if err != nil {
+		return wire.OfferReply{}, err
+	}
+	if err := m.admit(ctx, p, g, o); err != nil {
+		return wire.OfferReply{}, err
+	}
+	return m.accept(ctx, p, g, o)
+}
+
+// admit checks authorisation, names and room before anything is made.
+func (m *Manager) admit(ctx context.Context, p wire.Peer, g Grant, o wire.Offer) error {
+	vms, used := m.Count(p.Host, o.VM)
+	var need int64
+	for _, d := range o.Disks {
+		need += d.Size
+	}
+	refuse := func(format string, a ...any) error {
+		return &wire.Error{Kind: wire.KindRefused, Text: fmt.Sprintf(format, a...), Hint: "on the replica host: replicactl peer allow " + p.Name + " --may-send …"}
+	}
+	switch {
+	case !g.MaySend:
+		return refuse("this host does not accept replicas from %s", p.Name)
+	case g.Root == "":
+		return refuse("no storage root is set for %s", p.Name)
+	case g.MaxVMs > 0 && vms >= g.MaxVMs:
+		return refuse("%s may send %d VMs and sends as many already", p.Name, g.MaxVMs)
+	case g.MaxDisks > 0 && len(o.Disks) > g.MaxDisks:
+		return refuse("%s may send %d disks a VM, this one has %d", p.Name, g.MaxDisks, len(o.Disks))
+	case g.MaxBytes > 0 && used+need > g.MaxBytes:
+		return refuse("%s may send %d bytes of disks, with this VM it would be %d", p.Name, g.MaxBytes, used+need)
+	}
+	if id, err := m.deps.Hyper.LookupName(ctx, o.Name); err == nil && id != string(o.VM) {
+		return &wire.Error{Kind: wire.KindConflict, Text: fmt.Sprintf("the replica host has another domain called %q", o.Name), Hint: "rename one of them"}
+	}
+	if _, _, err := m.deps.Hyper.DomainState(ctx, string(o.VM)); err == nil {
+		return &wire.Error{Kind: wire.KindConflict, Text: "a domain with this UUID exists on the replica host already", Hint: "undefine it there, or use its images: they are never overwritten"}
+	} else if !errors.Is(err, libvirt.ErrNotFound) {
+		return fmt.Errorf("ask libvirt on the replica host: %w", err)
+	}
+	return nil
+}
+
+// accept makes the record, the images, the store and the domain.
+func (m *Manager) accept(ctx context.Context, p wire.Peer, g Grant, o wire.Offer) (wire.OfferReply, error) {
+	r := Record{
+		VM: o.VM, Name: o.Name, Lineage: lineage.New(o.VM, delta.Generation{}), Peer: p.Host, Interval: o.Interval,
+		Spec: o.Spec, Created: m.deps.Now(), OnSilent: "start",
+	}
+	for _, d := range o.Disks {
+		r.Disks = append(r.Disks, Disk{Name: d.Name, Size: d.Size, Kind: "raw", Path: filepath.Join(imageDir(g.Root, o.VM), string(d.Name)+".raw")})
+	}
+	v, err := m.add(r)
+	if err != nil {
+		return wire.OfferReply{}, err
+	}
+	undo := func(err error) (wire.OfferReply, error) {
+		return wire.OfferReply{}, errors.Join(err, v.stopKeeping(), v.deleteImages(), m.remove(v))
+	}
+	if err := v.createStore(); err != nil {
+		return undo(err)
+	}
+	v.publishGate()
+	dropped, err := v.defineReplica(ctx)
+	if err != nil {
+		return undo(fmt.Errorf("define the VM on the replica host: %w", err))
+	}
+	if err := v.startKeeping(ctx); err != nil {
+		return undo(err)
+	}
+	v.log.Info("replica made", "peer", string(p.Host), "request", o.Request)
+	return wire.OfferReply{State: "created", Dropped: dropped}, nil
+}
+
+// refreshOffer follows edits of the description while this host is a replica.
+func (v *VM) refreshOffer(ctx context.Context, o wire.Offer) (wire.OfferReply, error) {
+	r := v.record()
+	if r.Lineage.State != lineage.Replica {
+		return wire.OfferReply{State: "exists"}, nil // the handshake says what is wrong
+	}
+	if string(r.Spec) == string(o.Spec) && r.Interval == o.Interval && r.Name == o.Name {
+		return wire.OfferReply{State: "exists"}, nil
+	}
+	if err := v.update(func(r *Record) error {
+		r.Spec, r.Interval = o.Spec, o.Interval
+		return nil
+	}); err != nil {
+		return wire.OfferReply{}, err
+	}
+	dropped, err := v.defineReplica(ctx)
+	if err != nil {
+		v.log.Warn("follow the primary's description", "err", err)
+	}
+	return wire.OfferReply{State: "exists", Dropped: dropped}, nil
+}
+
+const maxSpec = 1 << 20
+
+// checkOffer refuses what is malformed before anything is looked up.
+func checkOffer(o wire.Offer) error {
+	bad := func(format string, a ...any) error {
+		return &wire.Error{Kind: wire.KindInvalid, Text: "offer: " + fmt.Sprintf(format, a...)}
+	}
+	if _, err := delta.ParseVM(string(o.VM)); err != nil || strings.ToLower(string(o.VM)) != string(o.VM) {
+		return bad("%q is no VM id", o.VM)
+	}
+	if !goodName(o.Name) {
+		return bad("the name is empty, too long or not printable")
+	}
+	if len(o.Disks) == 0 || len(o.Disks) > 64 {
+		return bad("%d disks; 1 to 64 are possible", len(o.Disks))
+	}
+	if len(o.Spec) > maxSpec {
+		return bad("the description has %d bytes", len(o.Spec))
+	}
+	if o.Interval < 0 || o.Interval > 24*time.Hour {
+		return bad("interval %s", o.Interval)
+	}
+	if o.Generation.IsZero() {
+		return bad("no generation")
+	}
+	var ds []delta.Disk
+	for _, d := range o.Disks {
+		if d.Format != "raw" {
+			return bad("disk %s: format %q; only raw travels", d.Name, d.Format)
+		}
+		ds = append(ds, delta.Disk{Name: string(d.Name), Size: d.Size})
+	}
+	if err := delta.ValidateDisks(ds); err != nil {
+		return bad("%v", err)
+	}
+	return nil
+}
+
+func goodName(s string) bool {
+	if s == "" || len(s) > 255 || !utf8.ValidString(s) || strings.ContainsAny(s, "/\x00") || s[0] == '-' || s[0] == '.' {
+		return false
+	}
+	for _, r := range s {
+		if !unicode.IsPrint(r) {
+			return false
+		}
+	}
+	return true
+}
+
+// Withdraw ends a relationship.
+func (m *Manager) Withdraw(ctx context.Context, w wire.Withdraw) error {
+	v, err := m.ofPeer(ctx, w.VM)
+	if err != nil {
+		return err
+	}
+	unlock, err := v.lock()
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if st := v.record().Lineage.State; st != lineage.Replica {
+		return &wire.Error{Kind: wire.KindRefused, Text: fmt.Sprintf("this host is %s for the VM, not its replica", st), Hint: "replicactl vm disable here"}
+	}
+	v.log.Info("relationship ended by the primary", "request", w.Request, "delete", w.Delete)
+	return v.endReplica(ctx, m, w.Delete)
+}
+
+// Handshake answers with this host's half of the facts.
+func (m *Manager) Handshake(ctx context.Context, q wire.HandshakeRequest) (wire.HandshakeReply, error) {
+	v, err := m.ofPeer(ctx, q.VM)
+	if err != nil {
+		return wire.HandshakeReply{}, err
+	}
+	reply, err := v.half()
+	if err != nil {
+		return reply, err
+	}
+	v.judged(q, reply)
+	return reply, nil
+}
+
+// PutSeed writes seed chunks into the images.
+func (m *Manager) PutSeed(ctx context.Context, q wire.SeedRequest, body io.Reader) (wire.SeedReply, error) {
+	v, s, err := m.receiving(ctx, q.VM, q.Generation)
+	if err != nil {
+		return wire.SeedReply{}, err
+	}
+	have, err := s.SeedCursor(string(q.Disk))
+	if err != nil {
+		return wire.SeedReply{}, storeError(err)
+	}
+	if q.Offset > have || q.Offset < 0 {
+		return wire.SeedReply{Cursor: have}, &wire.Error{Kind: wire.KindInvalid, Text: fmt.Sprintf("seed of %s at %d, the cursor is at %d", q.Disk, q.Offset, have)}
+	}
+	d := delta.NewDecoder(body)
+	h, err := d.Header()
+	if err == nil && (!h.Seed || h.VM.String() != string(q.VM) || h.Generation != q.Generation) {
+		err = &wire.Error{Kind: wire.KindInvalid, Text: "the seed stream belongs to something else"}
+	}
+	if err == nil {
+		err = v.seedFrom(q.Generation)
+	}
+	for err == nil {
+		var frame []byte
+		if frame, _, err = d.Next(); err == nil {
+			err = s.SeedChunk(&h, frame)
+		}
+	}
+	if errors.Is(err, io.EOF) {
+		err = nil
+	}
+	cursors, ferr := s.SeedFlush()
+	v.heard()
+	return wire.SeedReply{Cursor: cursors[string(q.Disk)]}, storeError(errors.Join(err, ferr))
+}
+
+// EpochProgress is the number of verified chunks kept.
+func (m *Manager) EpochProgress(ctx context.Context, k wire.EpochKey) (uint32, error) {
+	_, s, err := m.receiving(ctx, k.VM, k.Generation)
+	if err != nil {
+		return 0, err
+	}
+	return s.Progress(k.Generation, k.Epoch, k.Nonce), nil
+}
+
+// PutEpoch receives and commits an epoch.
+func (m *Manager) PutEpoch(ctx context.Context, k wire.EpochKey, from uint32, body io.Reader) (delta.Pos, error) {
+	v, s, err := m.receiving(ctx, k.VM, k.Generation)
+	if err != nil {
+		return delta.Pos{}, err
+	}
+	d := delta.NewDecoder(body)
+	h, err := d.Header()
+	if err != nil {
+		return delta.Pos{}, storeError(err)
+	}
+	if h.Seed || h.VM.String() != string(k.VM) || h.Generation != k.Generation || h.Epoch != k.Epoch || h.Nonce != k.Nonce {
+		return delta.Pos{}, &wire.Error{Kind: wire.KindInvalid, Text: "the stream is not the epoch that was announced"}
+	}
+	rcv, err := s.Begin(h)
+	if err != nil {
+		return delta.Pos{}, storeError(err)
+	}
+	if n := rcv.Next(); n != from {
+		return delta.Pos{}, &wire.Error{Kind: wire.KindUnavailable, Text: fmt.Sprintf("the stream begins at chunk %d, chunk %d is wanted", from, n)}
+	}
+	pos, err := rcv.Stream(ctx, d)
+	if err != nil {
+		return delta.Pos{}, storeError(err)
+	}
+	if err := v.committed(pos); err != nil {
+		return delta.Pos{}, err
+	}
+	return pos, nil
+}
+
+// Beat says that nothing changed since the committed cut.
+func (m *Manager) Beat(ctx context.Context, b wire.Beat) error {
+	v, s, err := m.receiving(ctx, b.VM, b.Pos.Generation)
+	if err != nil {
+		return err
+	}
+	if c := s.Committed(); c != b.Pos {
+		return &wire.Error{Kind: wire.KindPosMismatch, Text: "the primary beats for another position", Have: &c}
+	}
+	v.mu.Lock()
+	v.facts.beat, v.facts.beatAt, v.facts.heard = v.deps.Now(), b.Pos, v.deps.Now()
+	v.mu.Unlock()
+	return nil
+}
+
+// Digests hashes committed content.
+func (m *Manager) Digests(ctx context.Context, q wire.DigestRequest) (wire.DigestReply, error) {
+	v, err := m.ofPeer(ctx, q.VM)
+	if err != nil {
+		return wire.DigestReply{}, err
+	}
+	s, err := v.store()
+	if err != nil {
+		return wire.DigestReply{}, err
+	}
+	if len(q.Ranges) > wire.MaxDigestRanges {
+		return wire.DigestReply{}, &wire.Error{Kind: wire.KindInvalid, Text: fmt.Sprintf("%d ranges, at most %d", len(q.Ranges), wire.MaxDigestRanges)}
+	}
+	rs := make([]block.Range, len(q.Ranges))
+	for i, r := range q.Ranges {
+		if r.Off < 0 || r.Len < 0 || r.Len > 1<<20 {
+			return wire.DigestReply{}, &wire.Error{Kind: wire.KindInvalid, Text: "a range is outside what one digest may cover"}
+		}
+		rs[i] = block.Range{Off: r.Off, Len: r.Len}
+	}
+	ds, err := s.Digests(ctx, q.Pos, string(q.Disk), q.Key, rs)
+	return wire.DigestReply{Digests: ds}, storeError(err)
+}
+
+// Status is this host's view of one VM.
+func (m *Manager) Status(ctx context.Context, id wire.VMID) (wire.PeerVM, error) {
+	v, err := m.ofPeer(ctx, id)
+	if err != nil {
+		return wire.PeerVM{}, err
+	}
+	return v.peerView(ctx), nil
+}
+
+// Failover carries one step of a role change.
+func (m *Manager) Failover(ctx context.Context, q wire.FailoverRequest) (wire.FailoverReply, error) {
+	v, err := m.ofPeer(ctx, q.VM)
+	if err != nil {
+		return wire.FailoverReply{}, err
+	}
+	if q.Request == "" || len(q.Request) > 128 {
+		return wire.FailoverReply{}, &wire.Error{Kind: wire.KindInvalid, Text: "a role change needs a correlation id"}
+	}
+	switch q.Step {
+	case stepPromote:
+		return v.promoteAsked(ctx, q)
+	case stepQuery:
+		if done, ok := v.promoted(q.Request); ok {
+			return done, nil
+		}
+		return wire.FailoverReply{State: stateNotPromoted}, nil
+	case stepRelease:
+		return v.release(ctx, q)
+	case stepRequest:
+		return v.plannedAsked(q)
+	}
+	return wire.FailoverReply{}, &wire.Error{Kind: wire.KindInvalid, Text: fmt.Sprintf("unknown step %.32q", q.Step)}
+}
+
+// Check answers the receiver's side of prerequisites.
+func (m *Manager) Check(ctx context.Context, q wire.CheckRequest) (wire.CheckReply, error) {
+	p, ok := wire.PeerFrom(ctx)
+	if !ok {
+		return wire.CheckReply{}, &wire.Error{Kind: wire.KindRefused, Text: "a check needs an authenticated host"}
+	}
+	return wire.CheckReply{Checks: m.checks(ctx, p, q)}, nil
+}
+
+// storeError gives errors of the store their kinds.
+func storeError(err error) error {
+	var mismatch *delta.PosMismatchError
+	var w *wire.Error
+	switch {
+	case err == nil, errors.As(err, &w):
+		return err
+	case errors.As(err, &mismatch):
+		have := mismatch.Have
+		return &wire.Error{Kind: wire.KindPosMismatch, Text: err.Error(), Have: &have}
+	case errors.Is(err, points.ErrNoSpace):
+		return &wire.Error{Kind: wire.KindNoSpace, Text: err.Error(), Hint: "free space on the replica's storage"}
+	case errors.Is(err, points.ErrBusy):
+		return &wire.Error{Kind: wire.KindUnavailable, Text: err.Error()}
+	case errors.Is(err, points.ErrFork):
+		return &wire.Error{Kind: wire.KindDiverged, Text: err.Error()}
+	case errors.Is(err, points.ErrSuspect), errors.Is(err, points.ErrDamaged):
+		return &wire.Error{Kind: wire.KindCorrupt, Text: err.Error(), Hint: "on the replica host: replicactl vm status"}
+	case errors.Is(err, points.ErrSeeding), errors.Is(err, points.ErrNotSeeding), errors.Is(err, points.ErrState), errors.Is(err, points.ErrPromoted), errors.Is(err, points.ErrDisks):
+		return &wire.Error{Kind: wire.KindRefused, Text: err.Error()}
+	case errors.Is(err, points.ErrFailed):
+		return &wire.Error{Kind: wire.KindUnavailable, Text: err.Error()}
+	case errors.Is(err, delta.ErrFormat), errors.Is(err, delta.ErrChecksum), errors.Is(err, delta.ErrVersion), errors.Is(err, delta.ErrOrder):
+		return &wire.Error{Kind: wire.KindCorrupt, Text: err.Error()}
+	}
+	return err
+}
+
+// peerView is what the other host may know.
+func (v *VM) peerView(ctx context.Context) wire.PeerVM {
+	r := v.record()
+	out := wire.PeerVM{VM: r.VM, Name: r.Name, Role: r.Lineage.Role(), State: string(r.Lineage.State), Generation: r.Lineage.Generation, Diverged: r.Lineage.Diverged != nil, Pending: -1, Committed: r.Acked}
+	lctx, cancel := context.WithTimeout(ctx, libvirtTimeout)
+	defer cancel()
+	st, _, err := v.deps.Hyper.DomainState(lctx, string(v.id))
+	out.Defined = err == nil
+	out.Running = err == nil && !off(st)
+	if st, err := v.storeStatus(); err == nil {
+		out.Committed, out.Applied = st.Committed, st.Applied
+	}
+	if c, err := v.plane(); err == nil {
+		if s, err := c.Status(ctx); err == nil {
+			out.Pending = s.Pending
+		}
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.stuck != nil {
+		out.Interrupted = string(v.stuck.Kind)
+	}
+	return out
+}

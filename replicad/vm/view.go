@@ -1,0 +1,199 @@
+package vm
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"kvmreplica/replicad/health"
+	"kvmreplica/replicad/lineage"
+	"kvmreplica/replicad/points"
+	"kvmreplica/replicad/session"
+	"kvmreplica/replicad/status"
+	"kvmreplica/replicad/wire"
+)
+
+// ID is the VM's UUID.
+func (v *VM) ID() wire.VMID { return v.id }
+
+// Peer is the other host of the relationship.
+func (v *VM) Peer() wire.HostID { return v.record().Peer }
+
+// Serves reports whether this host owns the VM's data now.
+func (v *VM) Serves() bool { return v.record().Lineage.MayServe() }
+
+// Receives reports whether this host holds, or is about to hold, the replica.
+func (v *VM) Receives() bool {
+	st := v.record().Lineage.State
+	return st == lineage.Replica || st == lineage.Demoted
+}
+
+// Status is everything shown of the VM; peerName is the other host's name.
+func (v *VM) Status(ctx context.Context, peerName string) status.VM {
+	r := v.record()
+	now := v.deps.Now()
+	out := status.VM{
+		Name: r.Name, ID: r.VM, Peer: r.Peer, Interval: r.Interval, Generation: r.Lineage.Generation.String()[:8],
+		RPO: -1, Running: v.guestRuns(),
+	}
+	f := health.Facts{Name: r.Name, Interval: r.Interval, Since: r.Created, Running: out.Running}
+	for _, d := range r.Disks {
+		out.Disks = append(out.Disks, status.Disk{Name: d.Name, Size: d.Size, Path: d.Path})
+	}
+	if r.Lineage.State == lineage.Replica {
+		out.Role, out.Primary, out.Replica = status.Replica, peerName, v.deps.HostName
+		v.viewReplica(&out, &f)
+	} else {
+		out.Role, out.Primary, out.Replica = status.Primary, v.deps.HostName, peerName
+		v.viewPrimary(ctx, &out, &f)
+	}
+	v.viewCommon(&out, &f)
+	if !out.LastCommit.IsZero() {
+		out.RPO = now.Sub(out.LastCommit)
+	}
+	f.LastCommit = out.LastCommit
+	out.Conditions, out.Health = health.Evaluate(f, now)
+	if len(out.Conditions) > 0 {
+		out.Reason = out.Conditions[0].Text
+	}
+	return out
+}
+
+func (v *VM) viewCommon(out *status.VM, f *health.Facts) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if d := v.rec.Lineage.Diverged; d != nil {
+		f.Diverged, out.State = d.Reason, status.Diverged
+	}
+	if v.running != nil {
+		j := v.running.Journal()
+		out.Plan = &status.Plan{Kind: string(j.Kind), Request: j.Request, Step: v.step, Committed: j.Committed, Started: j.Started}
+	} else if j := v.stuck; j != nil {
+		out.Plan = &status.Plan{Kind: string(j.Kind), Request: j.Request, Step: j.Begun, Committed: j.Committed, Started: j.Started, Interrupted: true, Failure: j.Failure}
+		f.Interrupted = fmt.Sprintf("the plan %q stopped at step %q: %s", j.Kind, j.Begun, j.Failure)
+	}
+	f.Bypass, f.Overlay = v.facts.bypass, v.facts.overlay
+	if v.facts.overlay != "" && out.State == status.Replicating {
+		out.State = status.Behind
+	}
+	if v.held != "" && !v.facts.running {
+		f.Held = v.held
+	}
+	if v.trouble != "" {
+		f.DataPlane = v.trouble
+		if out.State == "" {
+			out.State = status.Error
+		}
+	}
+}
+
+func (v *VM) viewReplica(out *status.VM, f *health.Facts) {
+	out.State = status.Error
+	st, err := v.storeStatus()
+	if err != nil {
+		return
+	}
+	out.State = status.Replicating
+	switch st.State {
+	case points.Seeding:
+		out.State = status.Seeding
+	case points.Suspect, points.Damaged:
+		out.State = status.Suspect
+		f.StoreSuspect = fmt.Sprint(st.Damage)
+	case points.Promoted:
+		out.State = status.FailedOver
+	}
+	f.Incomplete = st.Committed.IsZero() || v.record().Incomplete
+	out.Position, out.Epoch, out.LastCommit = st.Committed.String(), st.Committed.Epoch, st.CutTime
+	if f.Incomplete {
+		out.LastCommit = time.Time{}
+	}
+	if st.Backlog > backlogShown {
+		f.Backlog = fmt.Sprintf("%d epochs, %d bytes, the oldest %s old", st.Backlog, st.Spool, st.BacklogAge.Round(time.Second))
+	}
+}
+
+const backlogShown = 60
+
+func (v *VM) viewPrimary(ctx context.Context, out *status.VM, f *health.Facts) {
+	f.Primary = true
+	r := v.record()
+	out.Position, out.Epoch = r.Acked.String(), r.Acked.Epoch
+	switch r.Lineage.State {
+	case lineage.Demoting, lineage.Demoted:
+		out.State = status.Preparing
+	default:
+		out.State = status.Unprotected
+	}
+	f.NoReverse = r.NoReverse
+	if r.NoReverse {
+		out.State = status.FailedOver
+	}
+	c, err := v.plane()
+	if err == nil {
+		v.viewPlane(ctx, c, out, f)
+	}
+	if s := v.session(); s != nil {
+		viewSession(s.Status(), out, f)
+	}
+}
+
+func (v *VM) viewPlane(ctx context.Context, c planeStatus, out *status.VM, f *health.Facts) {
+	ctx, cancel := context.WithTimeout(ctx, viewTimeout)
+	defer cancel()
+	p, err := c.Status(ctx)
+	if err != nil {
+		f.DataPlane = err.Error()
+		return
+	}
+	out.Pending, f.SuspectBytes, f.TrackingLost = p.Pending, p.Suspect, p.TrackingLost
+	for i := range out.Disks {
+		for _, d := range p.Disks {
+			if d.Name == out.Disks[i].Name {
+				out.Disks[i].Pending, out.Disks[i].Suspect = d.Pending, d.Suspect
+			}
+		}
+	}
+}
+
+const viewTimeout = 2 * time.Second
+
+func viewSession(s session.Status, out *status.VM, f *health.Facts) {
+	switch {
+	case s.Stop != nil:
+		out.State = status.Error
+		f.Stopped = s.Stop.Reason
+	case s.Paused:
+		out.State, f.Paused = status.Paused, true
+	case s.Seeding:
+		out.State, f.Seeding = status.Seeding, true
+	case s.Verifying != "":
+		out.State, f.Verifying = status.Verifying, s.Verifying
+		f.SuspectBytes = max(f.SuspectBytes, s.Suspect)
+	case s.Protected && s.Failures > 0:
+		out.State = status.Behind
+	case s.Protected:
+		out.State = status.Replicating
+	}
+	if !s.Committed.IsZero() {
+		out.Position, out.Epoch = s.Committed.String(), s.Committed.Epoch
+	}
+	out.LastCommit = s.LastCut
+	if s.Failures > 0 {
+		f.LinkError, f.LinkSince = s.LastError, s.Since
+	}
+	for _, c := range s.Conditions {
+		if c.Code == session.CondNoSpace {
+			f.NoSpace = c.Text
+		}
+	}
+	if p := s.Progress; p != nil {
+		out.Job = &status.Job{Phase: p.Phase, Done: p.Done, Total: p.Total, Rate: p.Rate, ETA: p.ETA}
+	}
+	out.Stats = status.Stats{
+		Since: s.Stats.Since, Cycles: s.Stats.Cycles, CyclesMissed: s.Stats.CyclesMissed, Errors: s.Stats.Errors,
+		AverageBytes: s.Stats.AverageBytes, LargestBytes: s.Stats.LargestBytes, AverageLatency: s.Stats.AverageLatency,
+		RPOMedian: s.Stats.RPOMedian, RPOMax: s.Stats.RPOMax, RawBytes: s.Stats.RawBytes, SentBytes: s.Stats.SentBytes,
+		LastError: s.Stats.LastError, Abandoned: s.Stats.Abandoned,
+	}
+}

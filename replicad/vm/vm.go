@@ -1,0 +1,191 @@
+package vm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"path/filepath"
+	"sync"
+
+	"kvmreplica/internal/fsx"
+	"kvmreplica/replicad/dataplane"
+	"kvmreplica/replicad/failover"
+	"kvmreplica/replicad/lineage"
+	"kvmreplica/replicad/session"
+	"kvmreplica/replicad/wire"
+)
+
+// VM is one virtual machine's replication on this host. All methods are safe
+// for concurrent use.
+//
+// Locks, in this order: plan (held for a whole plan), mu (held for moments,
+// never across I/O but the replacement of the record file).
+type VM struct {
+	deps *Deps
+	id   wire.VMID
+	fsys fsx.FS // this VM's state directory
+	log  *slog.Logger
+
+	plan chan struct{} // holds one token; taken by whoever changes roles
+
+	mu      sync.Mutex
+	rec     Record           // guarded by mu; the file is never newer
+	running *failover.Runner // guarded by mu; the plan under way, nil = none
+	step    string           // guarded by mu; what the plan does now
+	stuck   *failover.Journal
+	facts   guestFacts // guarded by mu
+	held    string     // guarded by mu; why the guest is not started
+	trouble string     // guarded by mu; why the role is not up
+	gone    bool       // guarded by mu; the relationship ended
+
+	// The role's machinery; set while the role is up, guarded by mu.
+	ship *shipping
+	keep *keeping
+}
+
+// shipping is the primary's machinery.
+type shipping struct {
+	plane  *dataplane.Client
+	cfg    dataplane.Config
+	sess   *session.Session
+	cancel context.CancelFunc
+	done   chan struct{}
+}
+
+func (v *VM) record() Record {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.rec
+}
+
+// update changes the record; durable when it returns nil, unchanged otherwise.
+func (v *VM) update(change func(*Record) error) error {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	r := v.rec
+	if err := change(&r); err != nil {
+		return err
+	}
+	if err := saveRecord(v.fsys, r); err != nil {
+		return err
+	}
+	v.rec = r
+	return nil
+}
+
+// move applies a change of role to the durable lineage.
+func (v *VM) move(c lineage.Change, also func(*Record)) error {
+	err := v.update(func(r *Record) error {
+		l, err := r.Lineage.Apply(c)
+		if err != nil {
+			return err
+		}
+		r.Lineage = l
+		if also != nil {
+			also(r)
+		}
+		return nil
+	})
+	if err == nil {
+		v.log.Info("role changed", "event", string(c.Event), "state", string(v.record().Lineage.State))
+		v.publishGate()
+	}
+	return err
+}
+
+// lock takes the plan token, or refuses because another operation runs.
+func (v *VM) lock() (unlock func(), err error) {
+	select {
+	case v.plan <- struct{}{}:
+		return func() { <-v.plan }, nil
+	default:
+		v.mu.Lock()
+		defer v.mu.Unlock()
+		what := "another operation"
+		if v.running != nil {
+			what = "the plan " + string(v.running.Journal().Kind)
+		}
+		return nil, &wire.Error{Kind: wire.KindConflict, Text: what + " of this VM is under way", Hint: "replicactl vm status " + v.rec.Name}
+	}
+}
+
+// planeConfig is the data plane's configuration for the present record.
+func (v *VM) planeConfig() dataplane.Config {
+	r := v.record()
+	c := dataplane.Config{
+		VM: r.VM, Name: r.Name,
+		StateDir:  filepath.Join(v.deps.StateDir, "vms", string(r.VM), "track"),
+		SharedDir: filepath.Join(v.deps.RunDir, "shm", string(r.VM)),
+		RunDir:    filepath.Join(v.deps.RunDir, "vm", string(r.VM)),
+		Binary:    v.deps.Binary,
+		SocketUID: v.deps.QEMUUID, SocketGID: v.deps.QEMUGID,
+	}
+	for _, d := range r.Disks {
+		c.Disks = append(c.Disks, dataplane.DiskConfig{Name: d.Name, Kind: dataplane.Kind(d.Kind), Path: d.Path, Size: d.Size, QemuLock: r.Placed})
+	}
+	return c
+}
+
+// Socket is where QEMU finds the exports of the VM on any host of ours.
+func (v *VM) socket() string { return v.planeConfig().NBDSocket() }
+
+// peer dials the other host.
+func (v *VM) peer() (wire.Service, error) {
+	host := v.record().Peer
+	s, err := v.deps.Dial(host)
+	if err != nil {
+		return nil, fmt.Errorf("reach host %s: %w", host, err)
+	}
+	return s, nil
+}
+
+// plane returns the data plane's client while the primary role is up.
+func (v *VM) plane() (*dataplane.Client, error) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.ship == nil || v.ship.plane == nil {
+		return nil, &wire.Error{Kind: wire.KindRefused, Text: "this host does not serve the VM's disks", Hint: "replicactl vm status " + v.rec.Name}
+	}
+	return v.ship.plane, nil
+}
+
+func (v *VM) session() *session.Session {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.ship == nil {
+		return nil
+	}
+	return v.ship.sess
+}
+
+// up starts the machinery of the present role. It is a no-op for what runs
+// already.
+func (v *VM) up(ctx context.Context) error {
+	r := v.record()
+	switch {
+	case r.Lineage.State == lineage.Replica:
+		return v.startKeeping(ctx)
+	case r.Lineage.MayServe():
+		if err := v.startPlane(ctx); err != nil {
+			return err
+		}
+		if !r.NoReverse {
+			v.startShipping()
+		}
+	case r.Lineage.State == lineage.Primary || r.Lineage.State == lineage.Promoted:
+		// diverged: the disks stay served to a guest that runs, nothing ships
+		return v.startPlane(ctx)
+	}
+	return nil
+}
+
+// down stops the machinery; the data plane of a guest stays when keepPlane.
+func (v *VM) down(ctx context.Context, keepPlane bool) error {
+	v.stopShipping()
+	errs := []error{v.stopKeeping()}
+	if !keepPlane {
+		errs = append(errs, v.stopPlane(ctx))
+	}
+	return errors.Join(errs...)
+}
