@@ -22,6 +22,9 @@ const wireName = "wire"
 // startTimeout bounds a host's way up when the caller's context does not.
 const startTimeout = 60 * time.Second
 
+// runMark is the variable by which .ci/run finds what a run left behind.
+const runMark = "KVMREPLICA_RUN"
+
 // Host is one pretend host. Its methods may be called from one goroutine at a
 // time, except Exec, Command, StartDaemon, Path and the plain getters.
 type Host struct {
@@ -157,7 +160,10 @@ func (h *Host) spawn(spec inside.Spec) (*birth, error) {
 	cmd := exec.Command(h.lab.helper, "pid1", string(text))
 	cmd.Stdout, cmd.Stderr = out, out
 	// What a host runs must not depend on who made it.
-	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "LC_ALL=C.UTF-8"}
+	cmd.Env = []string{
+		"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "LC_ALL=C.UTF-8",
+		runMark + "=" + os.Getenv(runMark),
+	}
 	cmd.ExtraFiles = []*os.File{goR, statW}
 	if lifeR != nil {
 		defer lifeR.Close()

@@ -1,0 +1,92 @@
+# KVM Replica. "make" alone lists what can be made. Everything that tests needs
+# root on a Debian 12; "deps" installs what is missing.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+export PATH := $(CURDIR)/bin/tools:$(PATH):/usr/local/go/bin
+export CGO_ENABLED ?= 0
+export GOTOOLCHAIN ?= auto
+
+FUZZTIME  ?= 20s
+BENCHTIME ?= 1s
+SEEDS     ?= 2000
+LAB       ?= /tmp/kvmlab
+TESTARGS  ?=
+
+# Whole-system tests run one package at a time: each may have two guests up.
+SYSTEM = $(shell go list ./integration/... 2>/dev/null)
+UNIT   = $(filter-out kvmreplica/integration/%,$(shell go list ./... 2>/dev/null))
+
+.PHONY: help
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+.PHONY: deps
+deps: ## install packages, Go and linters, where they are missing
+	@internal/tools/deps.sh
+
+.PHONY: build
+build: ## the programs, static, into bin/
+	@mkdir -p bin
+	@for c in ./cmd/* ./integration/lab/cmd/kvmlab; do \
+	  ls $$c/*.go >/dev/null 2>&1 || continue; \
+	  echo "build $$c"; CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o bin/ $$c || exit 1; \
+	done
+
+.PHONY: lint
+lint: ## format, vet, staticcheck
+	@out=$$(gofumpt -l .); \
+	  [ -z "$$out" ] || { echo "not formatted (run: bin/tools/gofumpt -w FILE):"; echo "$$out"; exit 1; }
+	go vet ./...
+	staticcheck ./...
+	@if command -v shellcheck >/dev/null; then shellcheck -S error .ci/run internal/tools/deps.sh; fi
+
+.PHONY: check
+check: build lint ## lint, and the rules of ARCHITECTURE.md
+	go test ./internal/archtest
+	cd internal/tools && go vet ./runtests && go test ./runtests
+
+.PHONY: test
+test: deps check ## everything: unit tests under the race detector, then whole systems
+	@CGO_ENABLED=1 runtests -skips .ci/skips \
+	  -- -race -shuffle=on -timeout 12m $(TESTARGS) $(UNIT) \
+	  -- -p 1 -timeout 20m $(TESTARGS) $(SYSTEM)
+
+.PHONY: unit
+unit: ## unit tests alone, without installing anything
+	go test -shuffle=on $(TESTARGS) $(UNIT)
+
+.PHONY: fuzz
+fuzz: ## every fuzz target for FUZZTIME (20s)
+	@grep -rl --include='*_test.go' '^func Fuzz' . | grep -v -e /testdata/ -e '^./internal/tools/' | sort | while read -r f; do \
+	  grep -oE '^func Fuzz[A-Za-z0-9_]*' $$f | cut -c6- | while read -r name; do \
+	    echo "fuzz $$(dirname $$f) $$name"; \
+	    go test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) $$(dirname $$f) </dev/null || exit 1; \
+	  done || exit 1; \
+	done
+
+.PHONY: sim
+sim: ## the simulation, SEEDS histories (2000), or one with SEED=
+	KVMREPLICA_SEEDS=$(SEEDS) KVMREPLICA_SEED=$(SEED) go test -count=1 -timeout 2h ./integration/sim/...
+
+.PHONY: sweep
+sweep: ## every crash and error at every step, exhaustively
+	KVMREPLICA_SWEEP=full go test -count=1 -timeout 2h -run 'Sweep|Crash|Cut|Error|Exhaust' $(UNIT)
+
+.PHONY: bench
+bench: ## all benchmarks, BENCHTIME each (1s)
+	go test -run '^$$' -bench . -benchmem -benchtime $(BENCHTIME) $(UNIT)
+
+.PHONY: demo
+demo: deps build ## two hosts, one guest, a failover and the way back
+	integration/demo/run
+
+.PHONY: lab
+lab: build ## two pretend hosts to play with, in LAB (/tmp/kvmlab); see bin/kvmlab
+	bin/kvmlab up $(LAB)
+
+.PHONY: clean
+clean: ## remove what was made; a lab in LAB is taken down
+	@[ ! -e $(LAB)/lab.json ] || bin/kvmlab down $(LAB)
+	rm -rf bin .cache .lab

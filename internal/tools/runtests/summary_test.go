@@ -1,0 +1,53 @@
+package main
+
+import (
+	"bytes"
+	"strings"
+	"testing"
+	"time"
+)
+
+const stream = `{"Action":"run","Package":"p","Test":"TestA"}
+{"Action":"output","Package":"p","Test":"TestA","Output":"=== RUN   TestA\n"}
+{"Action":"output","Package":"p","Test":"TestA","Output":"chatter\n"}
+{"Action":"pass","Package":"p","Test":"TestA","Elapsed":0.5}
+{"Action":"output","Package":"p","Test":"TestB","Output":"    b_test.go:7: wrong: 3\n"}
+{"Action":"fail","Package":"p","Test":"TestB","Elapsed":1}
+{"Action":"output","Package":"p","Test":"TestC","Output":"    c_test.go:9: needs qemu-io\n"}
+{"Action":"skip","Package":"p","Test":"TestC","Elapsed":0}
+{"Action":"fail","Package":"p","Elapsed":2}
+{"Action":"output","Package":"q","Test":"TestD","Output":"panic: boom\n"}
+{"Action":"fail","Package":"q","Elapsed":3}
+not json
+`
+
+func TestSummaryCountsAndQuotes(t *testing.T) {
+	s := newSummary()
+	var out bytes.Buffer
+	if err := s.read(strings.NewReader(stream), &out); err != nil {
+		t.Fatal(err)
+	}
+	s.report(&out, time.Minute)
+	got := out.String()
+	for _, want := range []string{
+		"--- PASS: TestA (0.50s)\n", "b_test.go:7: wrong: 3\n--- FAIL: TestB (1.00s)\n", "--- SKIP: TestC",
+		"  p TestC: needs qemu-io\n", "FAIL\tp\t2.000s\n", "panic: boom\n", "not json\n",
+	} {
+		if !strings.Contains(got, want) {
+			t.Errorf("no %q in:\n%s", want, got)
+		}
+	}
+	if strings.Contains(got, "chatter") {
+		t.Error("a passing test's output is shown")
+	}
+	if !strings.HasSuffix(got, "\n1 passed, 2 failed, 1 skipped\n") {
+		t.Errorf("wrong last line:\n%s", got)
+	}
+}
+
+func TestGroupsAreSplitAtDashes(t *testing.T) {
+	g := split([]string{"-race", "./a", "--", "-p", "1", "./b"})
+	if len(g) != 2 || strings.Join(g[0], " ") != "-race ./a" || strings.Join(g[1], " ") != "-p 1 ./b" {
+		t.Errorf("got %q", g)
+	}
+}
