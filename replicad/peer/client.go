@@ -322,6 +322,8 @@ func transportError(ctx context.Context, err error) error {
 		return we
 	case errors.As(err, &auth):
 		return &callError{wire.Error{Kind: wire.KindRefused, Text: auth.Error()}, auth}
+	case isAlert(err):
+		return refusedByPeer(err.Error())
 	case ctx.Err() != nil:
 		return unavailable(ctx.Err(), "", "no answer: %s", ctx.Err())
 	}
@@ -339,15 +341,20 @@ func explainTLS(address string, err error) error {
 	if errors.As(err, &auth) {
 		return auth
 	}
-	var alert tls.AlertError
 	text := err.Error()
 	switch {
-	case errors.As(err, &alert) || strings.Contains(text, "remote error"):
+	case isAlert(err) && strings.Contains(text, "application protocol"):
+		return noInvitation() // the only protocol that is not always spoken
+	case isAlert(err):
 		return refusedByPeer(text)
-	case strings.Contains(text, "no application protocol"):
-		return noInvitation()
 	}
 	return unavailable(err, "", "TLS with %s: %s", address, wire.CleanText(text, 200))
+}
+
+// isAlert: the other side ended the connection with a TLS alert.
+func isAlert(err error) bool {
+	var op *net.OpError
+	return errors.As(err, &op) && op.Op == "remote error"
 }
 
 func refusedByPeer(text string) error {

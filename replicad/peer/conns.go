@@ -2,8 +2,10 @@ package peer
 
 import (
 	"errors"
+	"io"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"kvmreplica/replicad/wire"
@@ -31,6 +33,8 @@ type conn struct {
 	set    *conns
 	source string
 	once   sync.Once
+	// refused: the alert that says so must arrive before the connection ends.
+	refused atomic.Bool
 
 	// host is empty until authenticated; guarded by set.mu.
 	host wire.HostID
@@ -41,10 +45,7 @@ var errTooMany = errors.New("too many connections")
 // admit takes c in, or closes it. A full waiting room drops its oldest member:
 // honest handshakes take milliseconds, so the oldest is the likeliest silent one.
 func (s *conns) admit(c net.Conn) (*conn, error) {
-	host, _, err := net.SplitHostPort(c.RemoteAddr().String())
-	if err != nil {
-		host = c.RemoteAddr().String()
-	}
+	host := hostPart(c.RemoteAddr())
 	n := &conn{Conn: c, set: s, source: host}
 	var victim *conn
 	s.mu.Lock()
@@ -64,6 +65,14 @@ func (s *conns) admit(c net.Conn) (*conn, error) {
 		_ = victim.Close()
 	}
 	return n, nil
+}
+
+func hostPart(a net.Addr) string {
+	host, _, err := net.SplitHostPort(a.String())
+	if err != nil {
+		return a.String()
+	}
+	return host
 }
 
 // authenticated moves c from the waiting room to host's connections.
@@ -110,8 +119,24 @@ func (s *conns) closeOf(host wire.HostID) {
 	}
 }
 
+// linger is how long a refused caller has to read that it was.
+const linger = 300 * time.Millisecond
+
+// drainRefused lets the alert arrive: closing at once, with the caller's first
+// request unread, would reset the connection and lose it.
+func (c *conn) drainRefused() {
+	tcp, ok := c.Conn.(interface{ CloseWrite() error })
+	if !ok || tcp.CloseWrite() != nil || c.Conn.SetReadDeadline(time.Now().Add(linger)) != nil {
+		return
+	}
+	_, _ = io.CopyN(io.Discard, c.Conn, maxHeader)
+}
+
 // Close implements net.Conn and gives the place back.
 func (c *conn) Close() error {
+	if c.refused.CompareAndSwap(true, false) {
+		c.drainRefused()
+	}
 	c.once.Do(func() {
 		s := c.set
 		s.mu.Lock()

@@ -48,12 +48,8 @@ func (s *Server) serveOne(w http.ResponseWriter, r *http.Request) {
 		panic(http.ErrAbortHandler) // net/http closes the connection
 	}()
 	_ = rc.SetReadDeadline(time.Now().Add(controlTimeout))
-	if r.TLS == nil || len(r.TLS.PeerCertificates) == 0 {
+	if r.TLS == nil || len(r.TLS.PeerCertificates) == 0 || r.TLS.NegotiatedProtocol != protoMain {
 		panic(http.ErrAbortHandler)
-	}
-	if r.TLS.NegotiatedProtocol == protoPair {
-		s.servePairing(w, r)
-		return
 	}
 	rec, err := s.caller(r)
 	if err != nil {
@@ -117,6 +113,14 @@ func (s *Server) caller(r *http.Request) (Record, error) {
 }
 
 func writeReply(w http.ResponseWriter, reply any, err error) {
+	code, data := encodeReply(reply, err)
+	w.Header().Set("Content-Type", jsonType)
+	w.Header().Set("Content-Length", strconv.Itoa(len(data)))
+	w.WriteHeader(code)
+	_, _ = w.Write(data)
+}
+
+func encodeReply(reply any, err error) (code int, data []byte) {
 	code, v := http.StatusOK, reply
 	if err != nil {
 		e := toWire(err)
@@ -124,13 +128,9 @@ func writeReply(w http.ResponseWriter, reply any, err error) {
 	}
 	data, merr := json.Marshal(v)
 	if merr != nil {
-		code = http.StatusInternalServerError
-		data = []byte(`{"Kind":0,"Text":"the answer could not be encoded"}`)
+		return http.StatusInternalServerError, []byte(`{"Kind":0,"Text":"the answer could not be encoded"}`)
 	}
-	w.Header().Set("Content-Type", jsonType)
-	w.Header().Set("Content-Length", strconv.Itoa(len(data)))
-	w.WriteHeader(code)
-	_, _ = w.Write(data)
+	return code, data
 }
 
 // toWire makes any error fit to travel. Internal errors cross without their

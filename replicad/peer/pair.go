@@ -1,6 +1,8 @@
 package peer
 
 import (
+	"bufio"
+	"bytes"
 	"crypto/hkdf"
 	"crypto/hmac"
 	"crypto/rand"
@@ -246,28 +248,47 @@ func checkAnchor(cs tls.ConnectionState, anchor []byte, use x509.ExtKeyUsage, no
 	return a, verifyChain(cs.PeerCertificates, pinOf(a), a, use, now)
 }
 
-// servePairing answers one join. Nothing is learnt from a refusal but that it
-// was one.
-func (s *Server) servePairing(w http.ResponseWriter, r *http.Request) {
-	w.Header().Set("Connection", "close")
-	rc := http.NewResponseController(w)
-	_ = rc.SetReadDeadline(time.Now().Add(s.cfg.Limits.Handshake))
-	_ = rc.SetWriteDeadline(time.Now().Add(2 * s.cfg.Limits.Handshake))
-	if s.cfg.Pairing == nil || r.Method != http.MethodPost || r.URL.Path != pairPath {
-		writeReply(w, nil, &wire.Error{Kind: wire.KindNotFound, Text: "no such call"})
+// servePairing answers one join on a connection that speaks protoPair, and
+// ends it. A stranger never meets more of HTTP than this, and learns nothing
+// from a refusal but that it was one.
+func (s *Server) servePairing(c *tls.Conn) {
+	defer func() {
+		if p := recover(); p != nil {
+			s.cfg.Log.Error("pairing crashed", "panic", fmt.Sprint(p))
+		}
+		_ = c.Close()
+	}()
+	if c.SetDeadline(time.Now().Add(s.cfg.Limits.Handshake)) != nil {
 		return
+	}
+	r, err := http.ReadRequest(bufio.NewReader(io.LimitReader(c, maxHeader+maxPairBody)))
+	if err != nil {
+		return
+	}
+	reply, err := s.pairOne(c.ConnectionState(), r, c.RemoteAddr().String())
+	if err != nil && s.strangers.due("pair "+hostPart(c.RemoteAddr()), s.cfg.Now()) {
+		s.cfg.Log.Warn("pairing refused", "address", c.RemoteAddr().String(), "reason", wire.CleanText(err.Error(), wire.MaxText))
+	}
+	code, data := encodeReply(reply, err)
+	resp := &http.Response{
+		StatusCode: code, ProtoMajor: 1, ProtoMinor: 1, ContentLength: int64(len(data)), Close: true,
+		Header: http.Header{"Content-Type": {jsonType}}, Body: io.NopCloser(bytes.NewReader(data)),
+	}
+	_ = resp.Write(c)
+}
+
+func (s *Server) pairOne(cs tls.ConnectionState, r *http.Request, remote string) (pairReply, error) {
+	if s.cfg.Pairing == nil || r.Method != http.MethodPost || r.URL.Path != pairPath {
+		return pairReply{}, &wire.Error{Kind: wire.KindNotFound, Text: "no such call"}
+	}
+	if r.ContentLength <= 0 || r.ContentLength > maxPairBody {
+		return pairReply{}, badRoute("pairing request of %d bytes", r.ContentLength)
 	}
 	var q pairRequest
-	err := decodeStrict(http.MaxBytesReader(nil, r.Body, maxPairBody), &q)
-	if err != nil {
-		writeReply(w, nil, badRoute("request is not valid"))
-		return
+	if err := decodeStrict(r.Body, &q); err != nil {
+		return pairReply{}, badRoute("request is not valid")
 	}
-	reply, err := s.cfg.Pairing.join(*r.TLS, q, r.RemoteAddr)
-	if err != nil && s.strangers.due("pair "+r.RemoteAddr, s.cfg.Now()) {
-		s.cfg.Log.Warn("pairing refused", "address", r.RemoteAddr, "reason", wire.CleanText(err.Error(), wire.MaxText))
-	}
-	writeReply(w, reply, err)
+	return s.cfg.Pairing.join(cs, q, remote)
 }
 
 // join is the inviter's side of the exchange.

@@ -103,13 +103,17 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 			defer handlers.Done()
 			s.serveOne(w, r)
 		}),
-		ReadHeaderTimeout: s.cfg.Limits.Handshake,
-		IdleTimeout:       idleTimeout,
-		MaxHeaderBytes:    maxHeader,
-		BaseContext:       func(net.Listener) context.Context { return inner },
-		ConnContext: func(c context.Context, nc net.Conn) context.Context {
-			return context.WithValue(c, connKey{}, nc)
+		TLSNextProto: map[string]func(*http.Server, *tls.Conn, http.Handler){
+			protoPair: func(_ *http.Server, c *tls.Conn, _ http.Handler) {
+				handlers.Add(1)
+				defer handlers.Done()
+				s.servePairing(c)
+			},
 		},
+		ReadHeaderTimeout:            s.cfg.Limits.Handshake,
+		IdleTimeout:                  idleTimeout,
+		MaxHeaderBytes:               maxHeader,
+		BaseContext:                  func(net.Listener) context.Context { return inner },
 		ErrorLog:                     slog.NewLogLogger(s.cfg.Log.Handler(), slog.LevelDebug),
 		DisableGeneralOptionsHandler: true,
 	}
@@ -124,8 +128,6 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	}
 	return fmt.Errorf("serve peers on %s: %w", l.Addr(), err)
 }
-
-type connKey struct{}
 
 // listener admits connections and puts TLS on them.
 type listener struct {
@@ -176,6 +178,7 @@ func (s *Server) verify(c *conn, cs tls.ConnectionState) error {
 		// Removed between the two steps: recordChanged did not see c.
 		_, err = s.cfg.Store.trusted(rec.Host)
 	}
+	c.refused.Store(err != nil)
 	if err != nil && s.strangers.due(c.source, s.cfg.Now()) {
 		s.cfg.Log.Warn("peer connection refused", "address", c.source, "reason", wire.CleanText(err.Error(), wire.MaxText))
 	}
