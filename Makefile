@@ -80,7 +80,7 @@ bench: ## all benchmarks, BENCHTIME each (1s)
 
 .PHONY: demo
 demo: deps build ## two hosts, one guest, a failover and the way back
-	integration/demo/run
+	go run ./integration/demo
 
 .PHONY: lab
 lab: build ## two pretend hosts to play with, in LAB (/tmp/kvmlab); see bin/kvmlab

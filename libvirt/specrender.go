@@ -276,7 +276,7 @@ func (r *renderer) device(n *SpecNode) {
 		r.serials++
 		if r.serials == 1 && r.p.ConsoleLog != "" {
 			w.open("serial", at{"type", "file"})
-			w.empty("source", at{"path", r.p.ConsoleLog})
+			w.empty("source", at{"path", r.p.ConsoleLog}, at{"append", "on"})
 		} else {
 			w.open("serial", at{"type", "pty"})
 		}

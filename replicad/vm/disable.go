@@ -48,7 +48,7 @@ func (m *Manager) Disable(ctx context.Context, v *VM, o DisableOptions, event fu
 	return m.remove(v)
 }
 
-func (v *VM) disableSteps(_ *failover.Runner, p *disableVars) []failover.Step {
+func (v *VM) disableSteps(p *disableVars) []failover.Step {
 	if p.Replica {
 		return []failover.Step{
 			{Name: "undefine", Title: "Remove the replica's domain", Commit: true, Do: func(ctx context.Context) (string, error) {

@@ -75,11 +75,18 @@ func (m *Manager) PlanEnable(ctx context.Context, o EnableOptions) (EnablePlan, 
 		how = "put the exports under the running guest's disks, one by one, without a stop"
 	}
 	p.Steps = []string{
-		fmt.Sprintf("announce the VM to %s, which defines it there, off", o.Peer), "start the data plane and the change tracking", how,
+		fmt.Sprintf("announce the VM to %s, which defines it there, off", m.peerName(o.Peer)), "start the data plane and the change tracking", how,
 		"take over autostart", fmt.Sprintf("copy %d bytes of disks while the guest runs, then send changes every %s", p.rec.bytes(), o.Interval),
 		"after an unclean boot with a silent peer: " + p.rec.OnSilent,
 	}
 	return *p, nil
+}
+
+func (m *Manager) peerName(h wire.HostID) string {
+	if g, err := m.deps.Grant(h); err == nil {
+		return g.Name
+	}
+	return string(h)
 }
 
 func (r *Record) bytes() int64 {
@@ -253,7 +260,7 @@ func (m *Manager) Enable(ctx context.Context, o EnableOptions, event func(failov
 	return nil, err
 }
 
-func (v *VM) enableSteps(_ *failover.Runner, p *enableVars) []failover.Step {
+func (v *VM) enableSteps(p *enableVars) []failover.Step {
 	steps := []failover.Step{
 		{
 			Name: "offer", Title: "Announce the VM to the replica host",

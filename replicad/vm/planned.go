@@ -123,29 +123,25 @@ func (v *VM) stepsOf(r *failover.Runner) ([]failover.Step, error) {
 	j := r.Journal()
 	switch j.Kind {
 	case failover.Planned:
-		p := &plannedVars{}
-		return v.plannedSteps(r, p), decodeVars(j.Vars, p)
+		return steps(j.Vars, &plannedVars{}, func(p *plannedVars) []failover.Step { return v.plannedSteps(r, p) })
 	case failover.Promote, failover.Unplanned:
-		p := &promoteVars{}
-		return v.promoteSteps(r, p, j.Kind), decodeVars(j.Vars, p)
+		return steps(j.Vars, &promoteVars{}, func(p *promoteVars) []failover.Step { return v.promoteSteps(r, p, j.Kind) })
 	case failover.Enable:
-		p := &enableVars{}
-		return v.enableSteps(r, p), decodeVars(j.Vars, p)
+		return steps(j.Vars, &enableVars{}, v.enableSteps)
 	case failover.Disable:
-		p := &disableVars{}
-		return v.disableSteps(r, p), decodeVars(j.Vars, p)
+		return steps(j.Vars, &disableVars{}, v.disableSteps)
 	case failover.Reverse:
-		p := &reverseVars{}
-		return v.reverseSteps(r, p), decodeVars(j.Vars, p)
+		return v.reverseSteps(r), nil
 	}
 	return nil, fmt.Errorf("the journal holds an unknown plan %q", j.Kind)
 }
 
-func decodeVars(raw json.RawMessage, into any) error {
-	if err := json.Unmarshal(raw, into); err != nil {
-		return fmt.Errorf("read the plan's values: %w", err)
+// steps reads a plan's values, which decide what its steps are.
+func steps[V any](raw json.RawMessage, vars *V, build func(*V) []failover.Step) ([]failover.Step, error) {
+	if err := json.Unmarshal(raw, vars); err != nil {
+		return nil, fmt.Errorf("read the plan's values: %w", err)
 	}
-	return nil
+	return build(vars), nil
 }
 
 func (v *VM) plannedSteps(r *failover.Runner, p *plannedVars) []failover.Step {

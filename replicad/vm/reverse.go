@@ -11,9 +11,6 @@ import (
 	"kvmreplica/replicad/wire"
 )
 
-// reverseVars is what turning the direction after an unplanned failover needs.
-type reverseVars struct{}
-
 // Reverse replicates a promoted VM back to the old primary, which gives up
 // what it wrote by itself. It must be called on the new primary.
 func (v *VM) Reverse(ctx context.Context, request string, event func(failover.Event)) error {
@@ -26,10 +23,10 @@ func (v *VM) Reverse(ctx context.Context, request string, event func(failover.Ev
 	if st := r.Lineage.State; st != lineage.Promoted && st != lineage.Primary {
 		return &wire.Error{Kind: wire.KindRefused, Text: "this host is not the primary of the VM", Hint: "run the command on the host whose data is to be kept"}
 	}
-	return v.execute(ctx, failover.Reverse, request, &reverseVars{}, event)
+	return v.execute(ctx, failover.Reverse, request, struct{}{}, event)
 }
 
-func (v *VM) reverseSteps(r *failover.Runner, _ *reverseVars) []failover.Step {
+func (v *VM) reverseSteps(r *failover.Runner) []failover.Step {
 	return []failover.Step{
 		{Name: "keep", Title: "Decide for this host's data", Do: func(context.Context) (string, error) {
 			if v.record().Lineage.Diverged == nil {
