@@ -28,6 +28,9 @@ type Digest [32]byte
 // String is the lower-case hexadecimal form.
 func (d Digest) String() string { return hex.EncodeToString(d[:]) }
 
+// IsZero reports whether d is "none".
+func (d Digest) IsZero() bool { return d == Digest{} }
+
 // MarshalText is the hexadecimal form.
 func (d Digest) MarshalText() ([]byte, error) { return []byte(d.String()), nil }
 

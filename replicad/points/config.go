@@ -26,12 +26,14 @@ type Config struct {
 	// puts itself here: one call per commit.
 	Sync func(fsx.File) error
 	// VM is checked by Open unless zero.
-	VM     delta.VM
-	Policy Policy
-	Limits Limits
-	Log    *slog.Logger     // nil: none
-	Now    func() time.Time // nil: time.Now; orders nothing, spaces points
-	Rand   io.Reader        // nil: crypto/rand
+	VM delta.VM
+	// ReadOnly opens for inspection: nothing is written or repaired.
+	ReadOnly bool
+	Policy   Policy
+	Limits   Limits
+	Log      *slog.Logger     // nil: none
+	Now      func() time.Time // nil: time.Now; orders nothing, spaces points
+	Rand     io.Reader        // nil: crypto/rand
 }
 
 // Identity of an image. File changes when it is another object or size, State

@@ -3,6 +3,7 @@ package points
 import (
 	"errors"
 	"fmt"
+	"syscall"
 	"time"
 
 	"kvmreplica/replicad/delta"
@@ -80,3 +81,11 @@ func (e *BusyError) Error() string {
 
 // Is makes errors.Is(err, ErrBusy) work.
 func (e *BusyError) Is(target error) bool { return target == ErrBusy }
+
+// noSpace wraps err and marks it as ErrNoSpace when the system says so.
+func noSpace(what string, err error) error {
+	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
+		return fmt.Errorf("%s: %w: %w", what, ErrNoSpace, err)
+	}
+	return fmt.Errorf("%s: %w", what, err)
+}

@@ -74,7 +74,8 @@ type Status struct {
 	VerifyAll string
 }
 
-// Partial is an epoch that has not been committed.
+// Partial is an epoch that has not been committed. Chunks and Bytes are 0
+// while one is just being written.
 type Partial struct {
 	Generation delta.Generation
 	Epoch      uint64

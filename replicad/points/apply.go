@@ -1,0 +1,410 @@
+package points
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"kvmreplica/internal/block"
+	"kvmreplica/replicad/delta"
+)
+
+// Step does one bounded piece of background work: begin a new undo segment,
+// apply a batch, drop or thin points. did is false when there was nothing to
+// do. After an error other than ErrFailed it may be called again.
+func (s *Store) Step(ctx context.Context) (did bool, err error) {
+	s.maint.Lock()
+	defer s.maint.Unlock()
+	return s.step(ctx)
+}
+
+func (s *Store) step(ctx context.Context) (bool, error) {
+	s.mu.Lock()
+	err := s.receiving()
+	s.mu.Unlock()
+	if err != nil {
+		return false, err
+	}
+	if err := s.ensureSegment(); err != nil {
+		return false, err
+	}
+	if did, err := s.makePoint(); did || err != nil {
+		return did, s.fail(err)
+	}
+	if did, err := s.applyBatch(ctx); did || err != nil {
+		return did, s.fail(err)
+	}
+	did, err := s.thin(ctx)
+	return did, s.fail(err)
+}
+
+// Run steps until ctx ends, waiting when there is nothing to do. It returns
+// ctx's cause, or the error of a step.
+func (s *Store) Run(ctx context.Context) error {
+	for {
+		did, err := s.Step(ctx)
+		if err != nil {
+			return err
+		}
+		if did {
+			continue
+		}
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-s.wake:
+		}
+	}
+}
+
+// ApplyAll applies everything that is committed when it is called.
+func (s *Store) ApplyAll(ctx context.Context) error {
+	s.mu.Lock()
+	goal := s.committed.ordinal
+	s.mu.Unlock()
+	for {
+		s.mu.Lock()
+		at := s.sup.applied.ordinal
+		s.mu.Unlock()
+		if at >= goal {
+			return nil
+		}
+		if _, err := s.Step(ctx); err != nil {
+			return fmt.Errorf("apply: %w", err)
+		}
+	}
+}
+
+// due reports whether the state m is to become a recovery point; s.mu is held.
+func (s *Store) due(m mark) bool {
+	if s.pins[m.ordinal] > 0 {
+		return true
+	}
+	start := s.segs[len(s.segs)-1].start.at
+	return m.at.Before(start) || m.at.Sub(start) >= s.policy.MinDistance
+}
+
+// makePoint closes the open segment when the applied state is due, and opens
+// the next one. It never does so while a batch is half applied.
+func (s *Store) makePoint() (bool, error) {
+	s.mu.Lock()
+	applied, n := s.sup.applied, len(s.segs)
+	if s.lost || n == 0 || s.must > applied.ordinal {
+		s.mu.Unlock()
+		return false, nil
+	}
+	g := s.segs[n-1]
+	due := g.closed || (g.start.ordinal < applied.ordinal && s.due(applied))
+	s.mu.Unlock()
+	if !due {
+		return false, nil
+	}
+	if !g.closed {
+		if err := g.close(applied); err != nil {
+			return false, err
+		}
+	}
+	return true, s.newSegment(g.hi + 1)
+}
+
+// newSegment opens segment lo at the applied state.
+func (s *Store) newSegment(lo uint64) error {
+	g, err := createSegment(s.cfg.FS, s.sup.store, lo, s.sup.applied, sizes(s.sup.diskList(), nil))
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	s.segs = append(s.segs, g)
+	s.lost, s.nextSegment = false, lo+1
+	s.mu.Unlock()
+	return nil
+}
+
+// batch chooses the epochs to apply together: up to the next point, or all.
+// From then on no point is made before its end.
+func (s *Store) batch() []*epoch {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.epochs) == 0 {
+		return nil
+	}
+	n := len(s.epochs)
+	if !s.lost && len(s.segs) > 0 {
+		if at := s.sup.applied.ordinal; s.must <= at && s.pins[at] > 0 && s.segs[len(s.segs)-1].start.ordinal < at {
+			s.signal() // a view of exactly this state was opened: a point first
+			return nil
+		}
+		for i, e := range s.epochs {
+			if e.ordinal >= s.must && s.due(e.mark) {
+				n = i + 1
+				break
+			}
+		}
+	}
+	todo := s.epochs[:n:n]
+	s.must = max(s.must, todo[n-1].ordinal)
+	if s.lost || len(s.segs) == 0 {
+		s.floor = s.must
+	}
+	for _, e := range todo {
+		e.refs++
+	}
+	return todo
+}
+
+// applyBatch writes a batch into the images: undo first, synced; images,
+// synced; the applied record; only then the spool is recycled. Any part of it
+// may be repeated.
+func (s *Store) applyBatch(ctx context.Context) (bool, error) {
+	todo := s.batch()
+	if len(todo) == 0 {
+		return false, nil
+	}
+	defer s.unref(todo)
+	last := todo[len(todo)-1]
+	if err := s.growBases(last.sizes); err != nil {
+		return false, err
+	}
+	if err := s.storeFirmware(todo, last.mark); err != nil {
+		return false, err
+	}
+	sup := s.sup.clone()
+	if s.undoWanted() {
+		g := s.segs[len(s.segs)-1]
+		if err := s.saveUndo(ctx, g, todo, last); err != nil {
+			return false, fmt.Errorf("save undo: %w", err)
+		}
+		sup.undoLo, sup.undoEnd, sup.chain = g.lo, g.end, g.chain
+	}
+	if err := s.writeBases(ctx, todo, last); err != nil {
+		return false, err
+	}
+	sup.role, sup.applied = roleReplica, last.mark
+	if err := s.resize(sup, last.sizes); err != nil {
+		return false, err
+	}
+	if err := s.putSuper(sup); err != nil {
+		return false, err
+	}
+	s.applied(len(todo))
+	if err := s.ensureSegment(); err != nil {
+		return true, err
+	}
+	return true, nil
+}
+
+// resize records new sizes; the images' identities change with them.
+func (s *Store) resize(sup *super, want []int64) error {
+	grown := false
+	for i := range sup.disks {
+		grown = grown || sup.disks[i].size != want[i]
+		sup.disks[i].size = want[i]
+	}
+	if grown {
+		return s.identify(sup)
+	}
+	return nil
+}
+
+func (s *Store) undoWanted() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return !s.lost && len(s.segs) > 0
+}
+
+// applied takes the first n epochs out of the backlog.
+func (s *Store) applied(n int) {
+	s.mu.Lock()
+	s.epochs = s.epochs[n:]
+	close(s.done)
+	s.done = make(chan struct{})
+	s.mu.Unlock()
+	s.log.Debug("epochs applied", "pos", s.sup.applied.pos, "epochs", n)
+}
+
+// unref lets go of epochs and recycles the slots of those applied.
+func (s *Store) unref(es []*epoch) {
+	s.mu.Lock()
+	var free []*slot
+	for _, e := range es {
+		e.refs--
+		if e.refs == 0 && e.ordinal <= s.sup.applied.ordinal {
+			free = append(free, e.slot)
+		}
+	}
+	var big []*slot
+	for _, sl := range free {
+		if sl.size > s.limits.KeepSpool || len(s.free) >= 4 {
+			big = append(big, sl)
+		} else {
+			s.free = append(s.free, sl)
+		}
+	}
+	s.mu.Unlock()
+	for _, sl := range big {
+		err := errors.Join(sl.file.Close(), s.cfg.FS.Remove(slotName(sl.number)))
+		if err != nil { // found again, and freed, at the next open
+			s.log.Warn("spool file not removed", "file", slotName(sl.number), "err", err)
+		}
+	}
+}
+
+// ensureSegment makes the first undo segment, or a new one after the undo was
+// lost, once the images are exactly at the applied state.
+func (s *Store) ensureSegment() error {
+	s.mu.Lock()
+	want := s.sup.role == roleReplica && (s.lost || len(s.segs) == 0) && s.must <= s.sup.applied.ordinal
+	lo := s.nextSegment
+	s.mu.Unlock()
+	if !want {
+		return nil
+	}
+	return s.fail(s.newSegment(lo))
+}
+
+// growBases opens images again that became larger.
+func (s *Store) growBases(want []int64) error {
+	for i, d := range s.sup.disks {
+		if s.bases[i].Size() >= want[i] {
+			continue
+		}
+		dev, err := s.cfg.Bases(d.name, want[i])
+		if err == nil && dev.Size() < want[i] {
+			err = errors.Join(fmt.Errorf("%w: image has %d bytes", block.ErrRange, dev.Size()), dev.Close())
+		}
+		if err != nil {
+			return noSpace(fmt.Sprintf("grow disk %s to %d bytes", d.name, want[i]), err)
+		}
+		s.mu.Lock()
+		s.old = append(s.old, s.bases[i]) // a view may be reading it
+		s.bases[i] = dev
+		s.mu.Unlock()
+	}
+	return nil
+}
+
+// saveUndo saves what the batch is about to overwrite and the open segment has
+// not saved yet. The batch's target becomes durable with it.
+func (s *Store) saveUndo(ctx context.Context, g *segment, todo []*epoch, last *epoch) error {
+	w := newUndoWriter(g, last.ordinal)
+	u := &undoReader{w: w, buf: make([]byte, 64*granule)}
+	for disk := range s.bases {
+		u.dev, u.disk = s.bases[disk], disk
+		limit := g.sizes[disk]
+		for p := range overlay(todo, disk, 0, last.sizes[disk]) {
+			if err := ctx.Err(); err != nil {
+				return err
+			}
+			for gr := p.Off / granule; gr*granule < min(p.End(), limit); gr++ {
+				if g.has(keyOf(disk, gr)) {
+					continue
+				}
+				if err := u.want(gr); err != nil {
+					return err
+				}
+			}
+		}
+		if err := u.flush(); err != nil {
+			return err
+		}
+	}
+	if limit := s.limits.UndoBytes; limit > 0 && w.at > limit {
+		return fmt.Errorf("undo of one point exceeds %d bytes: %w", limit, ErrNoSpace)
+	}
+	return w.done()
+}
+
+// undoReader reads runs of granules together.
+type undoReader struct {
+	w     *undoWriter
+	dev   block.Device
+	disk  int
+	first int64
+	n     int
+	buf   []byte
+}
+
+func (u *undoReader) want(g int64) error {
+	if u.n > 0 && (g != u.first+int64(u.n) || u.n == len(u.buf)/granule) {
+		if err := u.flush(); err != nil {
+			return err
+		}
+	}
+	if u.n == 0 {
+		u.first = g
+	}
+	u.n++
+	return nil
+}
+
+func (u *undoReader) flush() error {
+	if u.n == 0 {
+		return nil
+	}
+	off := u.first * granule
+	p := u.buf[:min(int64(u.n)*granule, u.dev.Size()-off)]
+	if err := readFull(u.dev, p, off); err != nil {
+		return fmt.Errorf("read image of disk %d at %d: %w", u.disk, off, err)
+	}
+	for i := range u.n {
+		at := i * granule
+		if err := u.w.add(keyOf(u.disk, u.first+int64(i)), p[at:min(at+granule, len(p))]); err != nil {
+			return err
+		}
+	}
+	u.n = 0
+	return nil
+}
+
+func readFull(dev block.Device, p []byte, off int64) error {
+	n, err := dev.ReadAt(p, off)
+	if n == len(p) {
+		return nil
+	}
+	if err == nil {
+		err = block.ErrRange
+	}
+	return err
+}
+
+// writeBases writes the newest content of everything the batch changed.
+func (s *Store) writeBases(ctx context.Context, todo []*epoch, last *epoch) error {
+	buf := make([]byte, delta.MaxRaw)
+	for disk, dev := range s.bases {
+		for p := range overlay(todo, disk, 0, last.sizes[disk]) {
+			if err := ctx.Err(); err != nil {
+				return err
+			}
+			if err := s.writePiece(dev, p, buf); err != nil {
+				return noSpace(fmt.Sprintf("apply epoch %d to disk %s at %d", p.epoch.head.Epoch, s.sup.disks[disk].name, p.Off), err)
+			}
+		}
+	}
+	for i, dev := range s.bases {
+		if err := dev.Sync(); err != nil {
+			return &syncError{what: "image of disk " + s.sup.disks[i].name, err: err}
+		}
+	}
+	return nil
+}
+
+func (s *Store) writePiece(dev block.Device, p piece, buf []byte) error {
+	if p.kind != delta.KindData {
+		return dev.ZeroAt(p.Off, p.Len, p.kind == delta.KindDiscard)
+	}
+	b := buf[:p.Len]
+	if err := s.reader.read(p, b); err != nil {
+		return err
+	}
+	_, err := dev.WriteAt(b, p.Off)
+	return err
+}
+
+// BacklogAge is how long the oldest unapplied epoch has waited.
+func (s *Store) BacklogAge() time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	_, age := s.backlog(s.cfg.Now())
+	return age
+}

@@ -1,0 +1,256 @@
+package points
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"strings"
+
+	"kvmreplica/internal/fsx"
+	"kvmreplica/replicad/delta"
+)
+
+// Points lists the recovery points, oldest first. Those with Damage set cannot
+// be read. The newest committed state need not be among them; it can be viewed
+// all the same.
+func (s *Store) Points() []Point {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.sup.role != roleReplica {
+		return nil
+	}
+	var out []Point
+	for i, g := range s.segs {
+		if g.start.ordinal == 0 {
+			continue // its header is not readable
+		}
+		p := Point{
+			Pos: g.start.pos, Ordinal: g.start.ordinal, At: g.start.at, Cut: g.start.cut, Sizes: g.sizes, Config: g.start.config,
+			Bytes: g.bytes, Pinned: s.keep[g.start.pos], Damage: s.readable(i),
+		}
+		out = append(out, p)
+	}
+	return out
+}
+
+// Status is a snapshot.
+func (s *Store) Status() Status {
+	free := int64(-1)
+	if s.cfg.Free != nil {
+		if n, err := s.cfg.Free(); err == nil {
+			free = n
+		}
+	}
+	points := len(s.Points())
+	now := s.cfg.Now()
+	idle := s.recv.TryLock() // else a chunk is being written: do not wait for it
+	if idle {
+		defer s.recv.Unlock()
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	st := Status{
+		State: s.state(), VM: s.sup.vm, Disks: s.disks(), Committed: s.committed.pos, Applied: s.sup.applied.pos, Cut: s.committed.cut,
+		Backlog: len(s.epochs), Points: points, Free: free, Seeded: map[string]int64{}, Damage: append([]error(nil), s.damage...),
+	}
+	st.Spool, st.BacklogAge = s.backlog(now)
+	for _, d := range s.sup.disks {
+		st.Seeded[d.name] = d.cursor
+	}
+	for _, g := range s.segs {
+		st.Undo += g.bytes
+		if g.damage != nil {
+			st.Damage = append(st.Damage, g.damage)
+		}
+	}
+	st.Damage = append(st.Damage, s.undoBad...)
+	for _, n := range s.pins {
+		st.Views += n
+	}
+	if p := s.partial; p != nil && !idle {
+		st.Partial = &Partial{Generation: p.head.Generation, Epoch: p.head.Epoch, Nonce: p.head.Nonce}
+	} else if p != nil {
+		st.Partial = &Partial{Generation: p.head.Generation, Epoch: p.head.Epoch, Nonce: p.head.Nonce, Chunks: p.tally.Len(), Bytes: p.end}
+	}
+	if s.sup.role == rolePromoted {
+		st.Seal = s.sup.sealRecord()
+	}
+	if s.sup.flags&superVerify != 0 {
+		st.VerifyAll = "the replica's content was given up to be compared"
+	}
+	return st
+}
+
+// state is the published state; s.mu is held.
+func (s *Store) state() State {
+	switch {
+	case s.sup.role == rolePromoted:
+		return Promoted
+	case s.sup.role == roleRolling:
+		return Rolling
+	case s.sup.flags&superSuspect != 0:
+		return Suspect
+	case len(s.damage) > 0:
+		return Damaged
+	case s.committed.pos.IsZero():
+		return Seeding
+	}
+	return Replica
+}
+
+// pinsName is a text file: one pinned position per line.
+const pinsName = "pins"
+
+// Pin keeps a point from being thinned or dropped, durably.
+func (s *Store) Pin(pos delta.Pos) error { return s.pin(pos, true) }
+
+// Unpin lets go of it.
+func (s *Store) Unpin(pos delta.Pos) error { return s.pin(pos, false) }
+
+func (s *Store) pin(pos delta.Pos, on bool) error {
+	s.maint.Lock()
+	defer s.maint.Unlock()
+	s.mu.Lock()
+	err := s.receiving()
+	found := !on
+	var text strings.Builder
+	for _, g := range s.segs {
+		p := g.start.pos
+		found = found || p == pos
+		if (s.keep[p] && p != pos) || (p == pos && on) {
+			fmt.Fprintf(&text, "%v %d %v\n", p.Generation, p.Epoch, p.Digest)
+		}
+	}
+	s.mu.Unlock()
+	if err == nil && !found {
+		err = ErrNoPoint
+	}
+	if err == nil {
+		err = fsx.WriteAtomic(s.cfg.FS, pinsName, []byte(text.String()))
+	}
+	if err != nil {
+		return fmt.Errorf("pin %v: %w", pos, err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.keep[pos] = on
+	s.signal()
+	return nil
+}
+
+func (s *Store) loadPins() error {
+	b, err := fsx.ReadFile(s.cfg.FS, pinsName, 1<<20)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	for line := range strings.Lines(string(b)) {
+		f := strings.Fields(line)
+		var p delta.Pos
+		if len(f) != 3 || p.Generation.UnmarshalText([]byte(f[0])) != nil || p.Digest.UnmarshalText([]byte(f[2])) != nil {
+			s.undoBad = append(s.undoBad, &DamageError{File: pinsName, Text: fmt.Sprintf("line %q is not a position", strings.TrimSpace(line))})
+			continue
+		}
+		if _, err := fmt.Sscan(f[1], &p.Epoch); err == nil {
+			s.keep[p] = true
+		}
+	}
+	return nil
+}
+
+// Discard ends the state suspect: the caller says that what was changed from
+// outside counts for nothing. All points end, the applied position stays the
+// replica's claim, and Status.VerifyAll is set until Verified.
+func (s *Store) Discard() error {
+	s.maint.Lock()
+	defer s.maint.Unlock()
+	s.mu.Lock()
+	err := s.usable()
+	if err == nil && s.sup.flags&superSuspect == 0 {
+		err = fmt.Errorf("%w: the replica is not suspect", ErrState)
+	}
+	sup := s.sup.clone()
+	gs := s.segs
+	s.mu.Unlock()
+	if err != nil {
+		return fmt.Errorf("discard: %w", err)
+	}
+	sup.flags = sup.flags&^superSuspect | superVerify
+	if err := s.identify(sup); err != nil {
+		return fmt.Errorf("discard: %w", err)
+	}
+	for _, g := range gs { // first: points over images that somebody changed
+		if err := s.cfg.FS.Remove(g.name()); err != nil {
+			return fmt.Errorf("discard: remove point: %w", err)
+		}
+	}
+	if err := s.cfg.FS.SyncDir(undoDir); err != nil {
+		return s.fail(&syncError{what: "undo directory", err: err})
+	}
+	if err := s.putSuper(sup); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	s.segs, s.lost, s.must = nil, sup.role == roleReplica, s.committed.ordinal
+	s.floor = max(s.floor, s.committed.ordinal)
+	s.mu.Unlock()
+	for _, g := range gs {
+		_ = g.file.Close() // removed above, nothing was written
+	}
+	return nil
+}
+
+// DropDamaged gives up committed epochs that cannot be read and goes back to
+// the last good position; Status.VerifyAll is set until Verified.
+func (s *Store) DropDamaged() error {
+	s.maint.Lock()
+	defer s.maint.Unlock()
+	s.recv.Lock()
+	defer s.recv.Unlock()
+	s.mu.Lock()
+	err := s.usable()
+	sup := s.sup.clone()
+	bad := s.stranded
+	half := s.must > s.committed.ordinal
+	s.mu.Unlock()
+	switch {
+	case err != nil:
+	case len(s.damage) == 0:
+		err = fmt.Errorf("%w: nothing is damaged", ErrState)
+	case half:
+		err = fmt.Errorf("%w: the images are half way to a lost epoch: the replica must be seeded again", ErrDamaged)
+	}
+	if err != nil {
+		return fmt.Errorf("drop damaged epochs: %w", err)
+	}
+	sup.flags |= superVerify
+	if err := s.putSuper(sup); err != nil {
+		return err
+	}
+	for _, sl := range bad {
+		if err := s.invalidate(sl); err != nil {
+			return s.fail(err)
+		}
+	}
+	s.mu.Lock()
+	s.stranded, s.damage = nil, nil
+	s.mu.Unlock()
+	return s.ensureSegment()
+}
+
+// Verified ends VerifyAll after the content was compared and mended.
+func (s *Store) Verified() error {
+	s.maint.Lock()
+	defer s.maint.Unlock()
+	s.mu.Lock()
+	err := s.usable()
+	sup := s.sup.clone()
+	s.mu.Unlock()
+	if err != nil {
+		return fmt.Errorf("verified: %w", err)
+	}
+	sup.flags &^= superVerify
+	return s.putSuper(sup)
+}

@@ -1,0 +1,367 @@
+package points
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+
+	"kvmreplica/internal/block"
+	"kvmreplica/replicad/delta"
+)
+
+// View is a committed state as read-only devices: unapplied spools, newest
+// first, over undo as of the state, over the images. It stays exact while
+// epochs are applied, points are made, dropped and thinned.
+type View struct {
+	s     *Store
+	at    mark
+	sizes []int64
+
+	mu     sync.Mutex
+	reads  chan *chunkReader // idle readers; one per concurrent read
+	closed bool
+}
+
+// viewReaders bounds the chunk readers a view keeps (4 MiB each).
+const viewReaders = 4
+
+// View opens the state at pos: the committed position or a point's. Apply
+// will make a point of it when it gets there, so that it can be kept apart
+// from what follows.
+func (s *Store) View(pos delta.Pos) (*View, error) {
+	v, err := s.view(pos)
+	if err != nil {
+		return nil, fmt.Errorf("view %v: %w", pos, err)
+	}
+	return v, nil
+}
+
+func (s *Store) view(pos delta.Pos) (*View, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	at, size, err := s.viewable(pos)
+	if err != nil {
+		return nil, err
+	}
+	s.pins[at.ordinal]++
+	return &View{s: s, at: at, sizes: size, reads: make(chan *chunkReader, viewReaders)}, nil
+}
+
+// viewable finds a state that can be read exactly, now and later; s.mu is held.
+func (s *Store) viewable(pos delta.Pos) (mark, []int64, error) {
+	switch {
+	case s.closed:
+		return mark{}, nil, fmt.Errorf("%w: the store is closed", ErrState)
+	case s.sup.role == rolePromoted || s.sup.role == roleRolling:
+		return mark{}, nil, ErrPromoted
+	case s.sup.flags&superSuspect != 0:
+		return mark{}, nil, ErrSuspect
+	case s.committed.pos.IsZero():
+		return mark{}, nil, ErrSeeding
+	}
+	for i := range s.segs {
+		if g := s.segs[i]; g.damage == nil && g.start.pos == pos {
+			if err := s.readable(i); err != nil {
+				return mark{}, nil, err
+			}
+			return g.start, g.sizes, nil
+		}
+	}
+	if pos != s.committed.pos {
+		return mark{}, nil, ErrNoPoint
+	}
+	// Not a point (yet): the images may be anywhere up to it, or exactly there.
+	if len(s.epochs) == 0 && s.must > s.committed.ordinal {
+		return mark{}, nil, fmt.Errorf("%w: the images are half way to a later state", ErrDamaged)
+	}
+	return s.committed, sizes(s.disks(), nil), nil
+}
+
+// readable reports the damage that keeps the point before segment i from being
+// read; s.mu is held.
+func (s *Store) readable(i int) error {
+	for _, g := range s.segs[i:] {
+		if g.damage != nil {
+			return g.damage
+		}
+	}
+	if s.lost || s.segs[i].start.ordinal < s.floor {
+		return fmt.Errorf("%w: the undo after it is lost", ErrDamaged)
+	}
+	return nil
+}
+
+// Pos is the viewed position.
+func (v *View) Pos() delta.Pos { return v.at.pos }
+
+// Close lets go of the state. Reads under way end with their data.
+func (v *View) Close() error {
+	v.mu.Lock()
+	if v.closed {
+		v.mu.Unlock()
+		return nil
+	}
+	v.closed = true
+	v.mu.Unlock()
+	for {
+		select {
+		case r := <-v.reads:
+			r.close()
+			continue
+		default:
+		}
+		break
+	}
+	s := v.s
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.pins[v.at.ordinal]--; s.pins[v.at.ordinal] == 0 {
+		delete(s.pins, v.at.ordinal)
+	}
+	if len(s.pins) == 0 {
+		for _, g := range s.segs {
+			if g.closed {
+				g.unload()
+			}
+		}
+	}
+	s.signal()
+	return nil
+}
+
+// Disk is one disk of the view, read-only; closing it does nothing.
+func (v *View) Disk(name string) (block.Device, error) {
+	i := v.s.diskIndex(name)
+	if i < 0 {
+		return nil, fmt.Errorf("view %v: %w: no disk %s", v.at.pos, ErrDisks, name)
+	}
+	return &viewDisk{v: v, disk: i, size: v.sizes[i]}, nil
+}
+
+func (v *View) reader() (*chunkReader, error) {
+	select {
+	case r := <-v.reads:
+		return r, nil
+	default:
+		return newChunkReader(2)
+	}
+}
+
+func (v *View) release(r *chunkReader) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if !v.closed {
+		select {
+		case v.reads <- r:
+			return
+		default:
+		}
+	}
+	r.close()
+}
+
+// viewDisk is one disk of a view.
+type viewDisk struct {
+	v    *View
+	disk int
+	size int64
+}
+
+var _ block.Device = (*viewDisk)(nil)
+
+// ReadAt implements block.Device.
+func (d *viewDisk) ReadAt(p []byte, off int64) (int, error) {
+	if err := block.Check(off, int64(len(p)), d.size); err != nil {
+		return 0, err
+	}
+	r, err := d.v.reader()
+	if err != nil {
+		return 0, err
+	}
+	defer d.v.release(r)
+	done := 0
+	for done < len(p) {
+		n := min(len(p)-done, delta.MaxRaw)
+		if err := d.v.s.readAt(d.v.at.ordinal, d.disk, p[done:done+n], off+int64(done), r); err != nil {
+			return done, fmt.Errorf("read state %v: %w", d.v.at.pos, err)
+		}
+		done += n
+	}
+	return done, nil
+}
+
+// readAt reads the state at ordinal o. Where a spool up to o has the bytes,
+// they are there, immutable. Elsewhere the image is read first and the undo
+// index asked second: apply publishes undo before it overwrites, so bytes
+// without undo were read before they changed.
+func (s *Store) readAt(o uint64, disk int, p []byte, off int64, r *chunkReader) error {
+	layers, base, err := s.layers(o, disk)
+	if err != nil {
+		return err
+	}
+	defer s.unref(layers)
+	end := off + int64(len(p))
+	at := off
+	for pc := range overlay(layers, disk, off, end) {
+		if err := s.readBelow(o, disk, base, p[at-off:pc.Off-off], at); err != nil {
+			return err
+		}
+		if err := r.read(pc, p[pc.Off-off:pc.End()-off]); err != nil {
+			return err
+		}
+		at = pc.End()
+	}
+	return s.readBelow(o, disk, base, p[at-off:], at)
+}
+
+// layers takes references to the spools between the images and o.
+func (s *Store) layers(o uint64, disk int) ([]*epoch, block.Device, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := s.alive(o); err != nil {
+		return nil, nil, err
+	}
+	var out []*epoch
+	for _, e := range s.epochs {
+		if e.ordinal <= o {
+			e.refs++
+			out = append(out, e)
+		}
+	}
+	return out, s.bases[disk], nil
+}
+
+// alive reports whether a state can still be read; s.mu is held.
+func (s *Store) alive(o uint64) error {
+	switch {
+	case s.closed:
+		return block.ErrClosed
+	case s.sup.role == rolePromoted || s.sup.role == roleRolling || o < s.floor:
+		return ErrGone
+	}
+	return nil
+}
+
+// readBelow reads what no spool has.
+func (s *Store) readBelow(o uint64, disk int, base block.Device, p []byte, off int64) error {
+	if len(p) == 0 {
+		return nil
+	}
+	if have := base.Size() - off; have < int64(len(p)) {
+		have = max(have, 0)
+		clear(p[have:]) // grown in a spool that says nothing about these bytes
+		p = p[:have]
+	}
+	if len(p) > 0 {
+		if err := readFull(base, p, off); err != nil {
+			return err
+		}
+	}
+	segs, err := s.undoSince(o)
+	if err != nil {
+		return err
+	}
+	defer s.unrefSegments(segs)
+	return patch(segs, disk, p, off)
+}
+
+// undoSince takes references to the segments from the state o on, oldest first.
+func (s *Store) undoSince(o uint64) ([]*segment, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := s.alive(o); err != nil {
+		return nil, err
+	}
+	var out []*segment
+	for _, g := range s.segs {
+		if g.start.ordinal < o { // also a damaged one: a view over it is refused
+			continue
+		}
+		if g.damage != nil {
+			return nil, g.damage
+		}
+		out = append(out, g)
+	}
+	for _, g := range out {
+		g.refs++
+	}
+	return out, nil
+}
+
+// patch puts the saved granules of [off, off+len(p)) over p; the oldest
+// segment that has one counts.
+func patch(segs []*segment, disk int, p []byte, off int64) error {
+	first, last := off/granule, (off+int64(len(p))-1)/granule
+	var found []bool
+	for _, g := range segs {
+		if err := g.load(); err != nil {
+			return err
+		}
+		var hits []undoEntry
+		g.each(keyOf(disk, first), keyOf(disk, last+1), func(e undoEntry) { hits = append(hits, e) })
+		for _, e := range hits {
+			if found == nil {
+				found = make([]bool, last-first+1)
+			}
+			i := e.key.granule() - first
+			if found[i] {
+				continue
+			}
+			found[i] = true
+			if err := patchGranule(g, e, p, off); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func patchGranule(g *segment, e undoEntry, p []byte, off int64) error {
+	var b [granule]byte
+	if err := g.read(e, b[:]); err != nil {
+		return err
+	}
+	from := e.key.granule() * granule
+	lo, hi := max(off, from), min(off+int64(len(p)), from+granule)
+	copy(p[lo-off:hi-off], b[lo-from:hi-from])
+	return nil
+}
+
+// unrefSegments lets go of segments and removes those that were dropped.
+func (s *Store) unrefSegments(gs []*segment) {
+	s.mu.Lock()
+	var dead []*segment
+	for _, g := range gs {
+		if g.refs--; g.refs == 0 && g.dead {
+			dead = append(dead, g)
+		}
+	}
+	s.mu.Unlock()
+	for _, g := range dead {
+		s.removeSegment(g)
+	}
+}
+
+// removeSegment deletes a segment that nothing refers to. A failure is no harm:
+// a file covered by a merged one is found and removed at the next open, a
+// dropped oldest one is a point more.
+func (s *Store) removeSegment(g *segment) {
+	if err := errors.Join(g.file.Close(), s.cfg.FS.Remove(g.name())); err != nil {
+		s.log.Warn("undo segment not removed", "file", g.name(), "err", err)
+	}
+}
+
+// WriteAt implements block.Device.
+func (d *viewDisk) WriteAt([]byte, int64) (int, error) { return 0, block.ErrReadOnly }
+
+// ZeroAt implements block.Device.
+func (d *viewDisk) ZeroAt(int64, int64, bool) error { return block.ErrReadOnly }
+
+// Sync implements block.Device.
+func (d *viewDisk) Sync() error { return nil }
+
+// Size implements block.Device.
+func (d *viewDisk) Size() int64 { return d.size }
+
+// Close implements block.Device.
+func (d *viewDisk) Close() error { return nil }
