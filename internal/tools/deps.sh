@@ -48,6 +48,7 @@ if ! usable; then
     apt-get update -q
     DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends -t bookworm-backports golang-go || true
   fi
+  usable || go version || true # its own words, when there is one
   usable || die "Go $want or newer is needed and could not be installed.
       Debian 12's own golang is too old. Unpack the archive from https://go.dev/dl/ to
       /usr/local/go (the Makefile looks there) and run make deps again."

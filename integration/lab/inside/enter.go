@@ -140,10 +140,23 @@ func join(pid int) error {
 		defer f.Close()
 		files[i] = f
 	}
+	// "mnt" puts us at the top of the host's mounts; its process 1 may live
+	// further down, in a chroot.
+	root, err := os.Open(fmt.Sprintf("/proc/%d/root", pid))
+	if err != nil {
+		return fmt.Errorf("the host is not running: %w", err)
+	}
+	defer root.Close()
 	for i, k := range kinds {
 		if err := unix.Setns(int(files[i].Fd()), k.flag); err != nil {
 			return fmt.Errorf("enter %s namespace: %w", k.name, err)
 		}
+	}
+	if err := unix.Fchdir(int(root.Fd())); err != nil {
+		return fmt.Errorf("enter the host's root: %w", err)
+	}
+	if err := unix.Chroot("."); err != nil {
+		return fmt.Errorf("enter the host's root: %w", err)
 	}
 	return os.Chdir("/")
 }
