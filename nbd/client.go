@@ -100,6 +100,8 @@ var (
 	_ block.Device     = (*Client)(nil)
 	_ block.Mapper     = (*Client)(nil)
 	_ block.FastZeroer = (*Client)(nil)
+	_ block.TryReader  = (*Client)(nil)
+	_ block.TryWriter  = (*Client)(nil)
 )
 
 // DialURI connects to an address such as nbd://host:port/export or

@@ -232,3 +232,11 @@ func (c *Client) status(off, n int64) ([]block.Extent, error) {
 	}
 	return extents, nil
 }
+
+// TryReadAt implements block.TryReader: an answer over the network is never at
+// hand.
+func (c *Client) TryReadAt([]byte, int64) (int, error) { return 0, block.ErrWouldBlock }
+
+// TryWriteAt implements block.TryWriter; it never succeeds. It is here so that
+// a device stacked on a Client does not write inline for want of it.
+func (c *Client) TryWriteAt([]byte, int64) (int, error) { return 0, block.ErrWouldBlock }

@@ -85,7 +85,7 @@ func (f *nbdFlags) run(ctx context.Context, image string, log *slog.Logger, out 
 	}
 	defer func() { err = errors.Join(err, src.Close()) }()
 
-	dev, closeTracking, err := f.tracking.wrap(ctx, src, f.readOnly, log)
+	dev, closeTracking, err := f.tracking.wrap(src, f.readOnly, log)
 	if err != nil {
 		return err
 	}
