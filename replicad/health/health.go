@@ -64,6 +64,7 @@ type Facts struct {
 	Interrupted  string // an interrupted plan
 	StoreSuspect string // the replica image was touched from outside
 	Incomplete   bool   // replica holds no complete copy
+	NoCopy       bool   // primary: it is not known that the replica holds a complete copy
 	Backlog      string // replica apply is late
 	TrackingLost string
 	NoSpace      string
@@ -133,6 +134,9 @@ func evaluatePrimary(f Facts, now time.Time, add adder) {
 		add("paused", Warning, "replicactl vm resume "+f.Name, "replication is paused")
 	case f.Seeding:
 		add("seeding", Warning, "wait; replicactl vm watch "+f.Name, "the initial copy is not complete: the VM is not protected yet")
+	}
+	if f.NoCopy && !f.Seeding && f.Stopped == "" {
+		add("unprotected", Warning, "wait; replicactl vm watch "+f.Name, "it is not confirmed yet that the replica holds a complete copy")
 	}
 	if f.Bypass != "" {
 		add("bypass", Critical, "replicactl vm resync "+f.Name, "the guest writes past the tracker: %s", f.Bypass)

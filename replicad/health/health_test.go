@@ -28,6 +28,7 @@ func TestEveryFactBecomesItsConditionWithARemedy(t *testing.T) {
 		"session-stopped":  {func(f *health.Facts) { f.Stopped = "x" }, health.Critical},
 		"paused":           {func(f *health.Facts) { f.Paused = true }, health.Warning},
 		"seeding":          {func(f *health.Facts) { f.Seeding = true }, health.Warning},
+		"unprotected":      {func(f *health.Facts) { f.NoCopy = true }, health.Warning},
 		"bypass":           {func(f *health.Facts) { f.Bypass = "x" }, health.Critical},
 		"tracking-lost":    {func(f *health.Facts) { f.TrackingLost = "x" }, health.Critical},
 		"overlay":          {func(f *health.Facts) { f.Overlay = "x" }, health.Warning},

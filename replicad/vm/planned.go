@@ -346,5 +346,8 @@ func (v *VM) follow(ctx context.Context, p *plannedVars) (string, error) {
 		}
 	}
 	v.publishGate()
+	v.mu.Lock()
+	v.facts.beat, v.facts.beatAt = v.deps.Now(), p.At // the guest is off: the copy is as new as can be
+	v.mu.Unlock()
 	return "", v.startKeeping(ctx)
 }

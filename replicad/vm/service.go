@@ -323,7 +323,15 @@ func (m *Manager) PutEpoch(ctx context.Context, k wire.EpochKey, from uint32, bo
 
 // Beat says that nothing changed since the committed cut.
 func (m *Manager) Beat(ctx context.Context, b wire.Beat) error {
-	v, s, err := m.receiving(ctx, b.VM, b.Pos.Generation)
+	// Before the first epoch of a generation the position is its parent's.
+	v, err := m.ofPeer(ctx, b.VM)
+	if err != nil {
+		return err
+	}
+	v.mu.Lock()
+	allowed := v.facts.allowed
+	v.mu.Unlock()
+	_, s, err := m.receiving(ctx, b.VM, allowed)
 	if err != nil {
 		return err
 	}

@@ -133,8 +133,11 @@ func (v *VM) viewPrimary(ctx context.Context, out *status.VM, f *health.Facts) {
 	if err == nil {
 		v.viewPlane(ctx, c, out, f)
 	}
+	f.NoCopy = true
 	if s := v.session(); s != nil {
-		viewSession(s.Status(), out, f)
+		st := s.Status()
+		f.NoCopy = !st.Protected
+		viewSession(st, out, f)
 	}
 }
 
