@@ -36,6 +36,12 @@ type primary struct {
 	now     time.Time
 	blob    []byte
 	blobs   map[delta.Pos][]byte
+
+	// What a sweep's scenario was told before the crash.
+	created          int
+	seeded           map[string]int64
+	promoted, sealed bool
+	target           delta.Pos
 }
 
 func newPrimary(seed uint64) *primary {

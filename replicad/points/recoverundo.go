@@ -17,6 +17,9 @@ func (s *Store) recoverUndo(clean bool) error {
 	if err := s.openSegments(); err != nil {
 		return err
 	}
+	if err := s.dropUnborn(); err != nil {
+		return err
+	}
 	s.findGaps()
 	applied := s.sup.applied.ordinal
 	s.nextSegment = max(1, s.sup.undoLo+1)
@@ -53,6 +56,27 @@ func (s *Store) recoverUndo(clean bool) error {
 		return rewrite(g.file, 0, g.bytes)
 	}
 	return s.recoverOpen(g, clean)
+}
+
+// dropUnborn forgets the newest segment if the cut came while it was created:
+// no header, and nothing behind it, which would have come after the header was
+// durable.
+func (s *Store) dropUnborn() error {
+	if len(s.segs) == 0 {
+		return nil
+	}
+	g := s.segs[len(s.segs)-1]
+	if g.damage == nil || g.start.ordinal != 0 || g.lo <= s.sup.undoLo {
+		return nil
+	}
+	b := make([]byte, undoBlock)
+	if err := g.readBlock(b, undoBlock); err == nil && !allZero(b) {
+		return nil
+	} else if err != nil && !errors.Is(err, ErrDamaged) {
+		return err
+	}
+	s.segs = s.segs[:len(s.segs)-1]
+	return s.discardFiles([]*segment{g})
 }
 
 // recoverOpen reads the open segment.

@@ -1,0 +1,253 @@
+package points_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"testing"
+	"time"
+
+	"kvmreplica/internal/block/blocktest"
+	"kvmreplica/replicad/delta"
+	"kvmreplica/replicad/points"
+)
+
+// recheck opens what a crash left and holds it against p's copies: everything
+// promised before and after the backlog is applied, and that replication goes
+// on. p is not changed.
+func (p *primary) recheck(h *blocktest.Host) error {
+	s, err := points.Open(p.config(h))
+	if errors.Is(err, fs.ErrNotExist) && p.created == 0 {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("open: %w", err)
+	}
+	if err := p.judge(h, s); err != nil {
+		return errors.Join(err, s.Close())
+	}
+	return s.Close()
+}
+
+func (p *primary) judge(h *blocktest.Host, s *points.Store) error {
+	if p.promoted {
+		return p.judgePromoted(h, s)
+	}
+	if err := p.sound(s); err != nil {
+		return err
+	}
+	if s.Committed().IsZero() {
+		for d, cursor := range s.Status().Seeded {
+			if cursor < p.seeded[d] {
+				return fmt.Errorf("disk %s is seeded up to %d, was told %d", d, cursor, p.seeded[d])
+			}
+		}
+		return nil
+	}
+	if err := settle(s); err != nil {
+		return fmt.Errorf("apply: %w", err)
+	}
+	if err := p.basesAre(h, s.Committed()); err != nil {
+		return err
+	}
+	if err := p.sound(s); err != nil {
+		return fmt.Errorf("after apply: %w", err)
+	}
+	q := p.copy()
+	q.adopt(s.Committed())
+	if err := q.epochs(s, 2, 16*time.Second, true); err != nil {
+		return fmt.Errorf("next epoch: %w", err)
+	}
+	if err := q.sound(s); err != nil {
+		return fmt.Errorf("after the next epochs: %w", err)
+	}
+	return nil
+}
+
+// adopt continues from a committed cut, as a primary that asked does.
+func (p *primary) adopt(pos delta.Pos) {
+	p.parent, p.acked = pos, pos
+	for i := range p.content {
+		p.content[i] = append([]byte(nil), p.cuts[pos][i]...)
+	}
+}
+
+func (p *primary) judgePromoted(h *blocktest.Host, s *points.Store) error {
+	st := s.Status()
+	if st.State == points.Promoted {
+		return p.basesAre(h, st.Seal.At)
+	}
+	if p.sealed {
+		return fmt.Errorf("state %s after the promotion was acknowledged", st.State)
+	}
+	if st.State == points.Rolling {
+		seal, err := s.PromoteAt(context.Background(), p.target, delta.Generation{8})
+		if err != nil {
+			return err
+		}
+		return p.basesAre(h, seal.At)
+	}
+	return p.sound(s)
+}
+
+// seedAll seeds in two durable steps and remembers what was told.
+func (p *primary) seedAll(s *points.Store) error {
+	p.seeded = map[string]int64{}
+	if err := p.seed(s); err != nil {
+		return err
+	}
+	for _, d := range p.disks {
+		p.seeded[d.Name] = d.Size
+	}
+	return nil
+}
+
+type run struct {
+	p *primary
+	h *blocktest.Host
+	s *points.Store
+}
+
+func (r *run) start(h *blocktest.Host) error {
+	*r.p = *newPrimary(42)
+	s, err := points.Create(r.p.config(h), r.p.disks)
+	if err != nil {
+		return err
+	}
+	r.h, r.s = h, s
+	r.p.created++
+	return r.p.seedAll(s)
+}
+
+// life is the scripted life of a replica: first epoch, points, a view held
+// over an apply, a resumed partial, thinning, a merge, close and open.
+func life(p *primary) func(h *blocktest.Host) error {
+	return func(h *blocktest.Host) error {
+		r := &run{p: p}
+		if err := r.start(h); err != nil {
+			return err
+		}
+		s := r.s
+		defer func() {
+			if s != nil {
+				_ = s.Close()
+			}
+		}()
+		if err := p.epochs(s, 1, time.Second, false); err != nil {
+			return err
+		}
+		if err := p.epochs(s, 1, 16*time.Second, true); err != nil {
+			return err
+		}
+		v, err := s.View(s.Committed())
+		if err != nil {
+			return err
+		}
+		if err := p.epochs(s, 3, 2*time.Second, false); err != nil {
+			return err
+		}
+		if err := errors.Join(settle(s), p.same(v), v.Close()); err != nil {
+			return err
+		}
+		b := p.cut(p.touch(6))
+		hd, err := delta.ParseHeader(b.Header)
+		if err != nil {
+			return err
+		}
+		rc, err := s.Begin(hd)
+		if err != nil {
+			return err
+		}
+		if err := rc.Chunk(b.Chunks[0]); err != nil {
+			return err
+		}
+		if err := s.Close(); err != nil {
+			return err
+		}
+		cfg := p.config(h)
+		cfg.Policy.Grid = []points.Row{{Every: 0, For: time.Minute}, {Every: time.Minute, For: time.Hour}}
+		if s, err = points.Open(cfg); err != nil {
+			return err
+		}
+		if err := p.send(s, b); err != nil {
+			return err
+		}
+		return p.epochs(s, 2, 50*time.Second, true)
+	}
+}
+
+func TestSweepReceiveCommitApplyPoints(t *testing.T) {
+	p := &primary{}
+	every := 1
+	if testing.Short() {
+		every = 5
+	}
+	blocktest.SweepWith(t, blocktest.Options{MaxAll: 16, Random: 6, Every: every}, life(p), p.recheck)
+}
+
+func TestSweepRecoveryItselfCrashing(t *testing.T) {
+	p := &primary{}
+	every := 3
+	if testing.Short() {
+		every = 61
+	}
+	blocktest.SweepWith(t, blocktest.Options{MaxAll: 4, Random: 3, Every: every, Recover: func(h *blocktest.Host) error {
+		s, err := points.Open(p.config(h))
+		if errors.Is(err, fs.ErrNotExist) && p.created == 0 {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		return errors.Join(settle(s), s.Close())
+	}}, life(p), p.recheck)
+}
+
+// promotion is the end of a replica's life, at the newest state or a point.
+func promotion(p *primary, older bool) func(h *blocktest.Host) error {
+	return func(h *blocktest.Host) error {
+		r := &run{p: p}
+		err := h.Setup(func() error {
+			if err := r.start(h); err != nil {
+				return err
+			}
+			return p.epochs(r.s, 3, 20*time.Second, true)
+		})
+		if err != nil {
+			return err
+		}
+		defer func() { _ = r.s.Close() }()
+		if err := p.epochs(r.s, 1, time.Second, false); err != nil {
+			return err
+		}
+		if older {
+			p.promoted, p.target = true, r.s.Points()[1].Pos
+			_, err = r.s.PromoteAt(context.Background(), p.target, delta.Generation{8})
+		} else {
+			if err := r.s.ApplyAll(context.Background()); err != nil {
+				return err
+			}
+			p.promoted = true
+			_, err = r.s.Promote(delta.Generation{8}, true)
+		}
+		p.sealed = err == nil
+		return err
+	}
+}
+
+func TestSweepPromotion(t *testing.T) {
+	for _, older := range []bool{false, true} {
+		p := &primary{}
+		blocktest.SweepWith(t, blocktest.Options{MaxAll: 64, Random: 12}, promotion(p, older), p.recheck)
+	}
+}
+
+func TestFailSweepReceiveCommitApplyPoints(t *testing.T) {
+	p := &primary{}
+	every := 2
+	if testing.Short() {
+		every = 31
+	}
+	blocktest.FailSweepWith(t, blocktest.Options{Every: every}, life(p), p.recheck)
+}
