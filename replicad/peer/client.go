@@ -122,7 +122,7 @@ func (c *Client) dial(ctx context.Context, _, _ string) (net.Conn, error) {
 		_ = conn.Close()
 		return nil, err
 	}
-	return conn, nil
+	return &readNote{Conn: conn}, nil
 }
 
 // verify accepts the one host this client is for.
@@ -279,8 +279,12 @@ func postJSON(ctx context.Context, t *http.Transport, path string, q, a any) err
 
 // finish sends req and decodes the answer into a, or into an error.
 func finish(ctx context.Context, t *http.Transport, req *http.Request, a any) error {
-	resp, err := t.RoundTrip(req)
+	tctx, ended := noted(req.Context())
+	resp, err := t.RoundTrip(req.WithContext(tctx))
 	if err != nil {
+		if rerr := ended(); isAlert(rerr) {
+			err = rerr
+		}
 		return transportError(ctx, err)
 	}
 	defer func() { _ = resp.Body.Close() }()

@@ -1,10 +1,12 @@
 package peer
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
 	"net"
+	"net/http/httptrace"
 	"sync"
 
 	"kvmreplica/replicad/wire"
@@ -103,4 +105,47 @@ func (c *dialedConn) Close() error {
 	delete(c.owner.set, c)
 	c.owner.mu.Unlock()
 	return c.Conn.Close()
+}
+
+// readNote remembers why reading from a connection ended: when the other side
+// refuses us, a failing write may be all that the HTTP client reports.
+type readNote struct {
+	net.Conn
+	mu  sync.Mutex
+	err error // guarded by mu
+}
+
+func (n *readNote) Read(p []byte) (int, error) {
+	c, err := n.Conn.Read(p)
+	if err != nil {
+		n.mu.Lock()
+		defer n.mu.Unlock()
+		if n.err == nil {
+			n.err = err
+		}
+	}
+	return c, err
+}
+
+// noted returns a context that learns which connection a request used, and a
+// function that tells how reading from it ended.
+func noted(ctx context.Context) (context.Context, func() error) {
+	var mu sync.Mutex
+	var used *readNote
+	trace := &httptrace.ClientTrace{GotConn: func(i httptrace.GotConnInfo) {
+		mu.Lock()
+		defer mu.Unlock()
+		used, _ = i.Conn.(*readNote)
+	}}
+	return httptrace.WithClientTrace(ctx, trace), func() error {
+		mu.Lock()
+		n := used
+		mu.Unlock()
+		if n == nil {
+			return nil
+		}
+		n.mu.Lock()
+		defer n.mu.Unlock()
+		return n.err
+	}
 }

@@ -47,7 +47,7 @@ func (s *Server) serveOne(w http.ResponseWriter, r *http.Request) {
 		}
 		panic(http.ErrAbortHandler) // net/http closes the connection
 	}()
-	_ = rc.SetReadDeadline(time.Now().Add(controlTimeout))
+	_ = rc.SetReadDeadline(time.Now().Add(s.cfg.Limits.Control))
 	if r.TLS == nil || len(r.TLS.PeerCertificates) == 0 || r.TLS.NegotiatedProtocol != protoMain {
 		panic(http.ErrAbortHandler)
 	}
@@ -64,7 +64,7 @@ func (s *Server) serveOne(w http.ResponseWriter, r *http.Request) {
 	if err != nil {
 		s.cfg.Log.Debug("peer request refused", "peer", rec.Name, "path", wire.CleanText(r.URL.Path, 64), "error", wire.CleanText(err.Error(), wire.MaxText))
 	}
-	_ = rc.SetWriteDeadline(time.Now().Add(controlTimeout))
+	_ = rc.SetWriteDeadline(time.Now().Add(s.cfg.Limits.Control))
 	if r.Context().Err() != nil {
 		return
 	}
@@ -166,38 +166,53 @@ func (s *Server) dispatch(ctx context.Context, rec Record, rc *http.ResponseCont
 	if t := r.Header.Get("Content-Type"); t != jsonType {
 		return nil, badRoute("content type %.32q, want %s", t, jsonType)
 	}
-	body := http.MaxBytesReader(nil, r.Body, maxControlRequest)
+	in := incoming{http.MaxBytesReader(nil, r.Body, maxControlRequest), rc}
 	svc := s.cfg.Service
 	switch rt.call {
 	case callHello:
-		return control(ctx, body, func(q wire.HelloRequest) error { return nil }, s.hello)
+		return control(ctx, in, func(q wire.HelloRequest) error { return nil }, s.hello)
 	case callCheck:
-		return control(ctx, body, func(q wire.CheckRequest) error { return s.mayCheck(rec, q) }, svc.Check)
+		return control(ctx, in, func(q wire.CheckRequest) error { return s.mayCheck(rec, q) }, svc.Check)
 	case callOffer:
-		return s.serveOffer(ctx, rec, body)
+		return s.serveOffer(ctx, rec, in)
 	case callWithdraw:
-		return control(ctx, body, func(q wire.Withdraw) error { return s.mayWithdraw(rec, q) }, discardReply(svc.Withdraw))
+		return control(ctx, in, func(q wire.Withdraw) error { return s.mayWithdraw(rec, q) }, discardReply(svc.Withdraw))
 	case callHandshake:
-		return control(ctx, body, func(q wire.HandshakeRequest) error { return s.mayTouch(rec, q.VM) }, svc.Handshake)
+		return control(ctx, in, func(q wire.HandshakeRequest) error { return s.mayTouch(rec, q.VM) }, svc.Handshake)
 	case callProgress:
-		return control(ctx, body, func(q wire.EpochKey) error { return s.maySend(rec, q.VM) }, s.progress)
+		return control(ctx, in, func(q wire.EpochKey) error { return s.maySend(rec, q.VM) }, s.progress)
 	case callBeat:
-		return control(ctx, body, func(q wire.Beat) error { return s.maySend(rec, q.VM) }, discardReply(svc.Beat))
+		return control(ctx, in, func(q wire.Beat) error { return s.maySend(rec, q.VM) }, discardReply(svc.Beat))
 	case callDigests:
-		return control(ctx, body, func(q wire.DigestRequest) error { return s.maySend(rec, q.VM) }, svc.Digests)
+		return control(ctx, in, func(q wire.DigestRequest) error { return s.maySend(rec, q.VM) }, svc.Digests)
 	case callStatus:
-		return control(ctx, body, func(q statusRequest) error { return s.mayTouch(rec, q.VM) }, s.status)
+		return control(ctx, in, func(q statusRequest) error { return s.mayTouch(rec, q.VM) }, s.status)
 	case callFailover:
-		return control(ctx, body, func(q wire.FailoverRequest) error { return s.mayFailover(rec, q) }, svc.Failover)
+		return control(ctx, in, func(q wire.FailoverRequest) error { return s.mayFailover(rec, q) }, svc.Failover)
 	}
 	return nil, badRoute("no such call")
 }
 
+// incoming is the body of a control request.
+type incoming struct {
+	body io.Reader
+	rc   *http.ResponseController
+}
+
+// read decodes the body and lifts the deadline for reading it: left in place
+// it would cancel the call while it runs.
+func (in incoming) read(v any) error {
+	if err := decodeStrict(in.body, v); err != nil {
+		return err
+	}
+	return in.rc.SetReadDeadline(time.Time{})
+}
+
 // control reads one strict JSON request of type Q, validates it, asks may, and
 // only then calls.
-func control[Q validator, A any](ctx context.Context, body io.Reader, may func(Q) error, do func(context.Context, Q) (A, error)) (any, error) {
+func control[Q validator, A any](ctx context.Context, in incoming, may func(Q) error, do func(context.Context, Q) (A, error)) (any, error) {
 	var q Q
-	if err := decodeStrict(body, &q); err != nil {
+	if err := in.read(&q); err != nil {
 		return nil, badRoute("request is not valid: %s", wire.CleanText(err.Error(), 200))
 	}
 	if err := q.Validate(); err != nil {
@@ -240,8 +255,8 @@ func (s *Server) status(ctx context.Context, q statusRequest) (wire.PeerVM, erro
 	return s.cfg.Service.Status(ctx, q.VM)
 }
 
-func (s *Server) serveOffer(ctx context.Context, rec Record, body io.Reader) (any, error) {
-	return control(ctx, body, func(wire.Offer) error { return nil }, func(ctx context.Context, q wire.Offer) (wire.OfferReply, error) {
+func (s *Server) serveOffer(ctx context.Context, rec Record, in incoming) (any, error) {
+	return control(ctx, in, func(wire.Offer) error { return nil }, func(ctx context.Context, q wire.Offer) (wire.OfferReply, error) {
 		select {
 		case s.offers <- struct{}{}:
 			defer func() { <-s.offers }()
@@ -294,7 +309,13 @@ func (m *movingReader) Read(p []byte) (int, error) {
 		return 0, err
 	}
 	n, err := m.r.Read(p)
-	if err != nil && !errors.Is(err, io.EOF) {
+	switch {
+	case errors.Is(err, io.EOF):
+		// The commit that follows takes its own time.
+		if derr := m.rc.SetReadDeadline(time.Time{}); derr != nil {
+			return n, derr
+		}
+	case err != nil:
 		err = fmt.Errorf("read body: %w", err)
 	}
 	return n, err

@@ -161,6 +161,7 @@ type fakeService struct {
 	fail  error
 	reply any
 	put   func(ctx context.Context, body io.Reader) error
+	wait  func(ctx context.Context) error
 }
 
 func (f *fakeService) note(ctx context.Context, name string, req any) error {
@@ -264,6 +265,11 @@ func (f *fakeService) Status(ctx context.Context, vm wire.VMID) (wire.PeerVM, er
 }
 
 func (f *fakeService) Failover(ctx context.Context, r wire.FailoverRequest) (wire.FailoverReply, error) {
+	if f.wait != nil {
+		if err := f.wait(ctx); err != nil {
+			return wire.FailoverReply{}, err
+		}
+	}
 	return answer[wire.FailoverReply](f), f.note(ctx, "failover", r)
 }
 

@@ -46,9 +46,10 @@ type Limits struct {
 	// BulkPerPeer is the number of seeds and epochs one paired host may send
 	// at once (default 8).
 	BulkPerPeer int
-	// Handshake and Stall replace the deadlines of those names (default 10 s
-	// and 60 s).
-	Handshake, Stall time.Duration
+	// Handshake, Control and Stall are how long a caller may take for TLS and
+	// the header (default 10 s), for sending a control request or taking its
+	// answer (30 s), and between two pieces of a bulk body (60 s).
+	Handshake, Control, Stall time.Duration
 }
 
 func (l Limits) withDefaults() Limits {
@@ -64,6 +65,9 @@ func (l Limits) withDefaults() Limits {
 	def(&l.BulkPerPeer, 8)
 	if l.Handshake <= 0 {
 		l.Handshake = handshakeTimeout
+	}
+	if l.Control <= 0 {
+		l.Control = controlTimeout
 	}
 	if l.Stall <= 0 {
 		l.Stall = stallTimeout
