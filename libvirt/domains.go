@@ -186,7 +186,7 @@ func (h *Host) SetMetadata(ctx context.Context, uuid, text string) error {
 		}
 		val := lv.OptString{}
 		if text != "" {
-			val = lv.OptString{metadataElement(text)}
+			val = lv.OptString{"<vm>" + esc(text) + "</vm>"} // libvirt adds the namespace
 		}
 		return l.DomainSetMetadata(d, int32(lv.DomainMetadataElement), val, lv.OptString{MetadataPrefix}, lv.OptString{MetadataURI}, flags)
 	})

@@ -6,10 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"strings"
 	"time"
-
-	lv "github.com/digitalocean/go-libvirt"
 )
 
 // Deadlines of the insertion.
@@ -19,14 +16,22 @@ const (
 	greetWithin    = 2 * time.Second
 )
 
-// Probe reads from QEMU how far a disk is on its way. The request's Disk and
-// Source must be the ones of the insertion.
-func (h *Host) Probe(ctx context.Context, uuid string, req InsertRequest) (InsertState, error) {
-	p, _, err := h.plug(ctx, uuid, req)
-	if err != nil {
-		return 0, err
+// inserter walks disks in and out of one domain. It is apart from Host so that
+// the walk can be tested against a QEMU that fails at every single command.
+type inserter struct {
+	uuid string
+	// open finds a disk in the running domain and probes it.
+	open func(ctx context.Context, req InsertRequest) (p *plug, alias string, err error)
+	// explain makes QEMU's refusal more useful.
+	explain func(req InsertRequest, err error) error
+}
+
+func (h *Host) inserter(uuid string) *inserter {
+	return &inserter{
+		uuid:    uuid,
+		open:    func(ctx context.Context, r InsertRequest) (*plug, string, error) { return h.plug(ctx, uuid, r) },
+		explain: func(r InsertRequest, err error) error { return h.explain(uuid, r.Source, err) },
 	}
-	return p.state, nil
 }
 
 // plug finds a disk in a running domain and probes it.
@@ -50,33 +55,22 @@ func (h *Host) plug(ctx context.Context, uuid string, req InsertRequest) (*plug,
 	return p, live.Alias, nil
 }
 
+// Probe reads from QEMU how far a disk is on its way. The request's Disk and
+// Source must be the ones of the insertion.
+func (h *Host) Probe(ctx context.Context, uuid string, req InsertRequest) (InsertState, error) {
+	return h.inserter(uuid).probe(ctx, req)
+}
+
 // InsertStep makes one step of the way in and returns the state reached. At
 // InsertIn it does nothing.
 func (h *Host) InsertStep(ctx context.Context, uuid string, req InsertRequest) (InsertState, error) {
-	return h.step(ctx, uuid, req, (*plug).forward)
+	return h.inserter(uuid).in(ctx, req)
 }
 
 // RemoveStep makes one step of the way out and returns the state reached. At
 // InsertOut it does nothing.
 func (h *Host) RemoveStep(ctx context.Context, uuid string, req InsertRequest) (InsertState, error) {
-	return h.step(ctx, uuid, req, (*plug).backward)
-}
-
-func (h *Host) step(ctx context.Context, uuid string, req InsertRequest, move func(*plug, context.Context) error) (InsertState, error) {
-	ctx, cancel := context.WithTimeout(ctx, stepWithin)
-	defer cancel()
-	p, alias, err := h.plug(ctx, uuid, req)
-	if err != nil {
-		return 0, err
-	}
-	from := p.state
-	if err := move(p, ctx); err != nil {
-		return from, fmt.Errorf("disk %s, from state %s: %w", req.Disk.Target, from, h.explain(uuid, req.Source, err))
-	}
-	if err := p.probe(ctx, alias); err != nil {
-		return from, err
-	}
-	return p.state, nil
+	return h.inserter(uuid).out(ctx, req)
 }
 
 // InsertDisks puts exports under the disks of a running guest without
@@ -88,25 +82,7 @@ func (h *Host) InsertDisks(ctx context.Context, uuid string, reqs []InsertReques
 	if err := h.admit(ctx, uuid, reqs); err != nil {
 		return err
 	}
-	walk := func(until InsertState) error {
-		for _, r := range reqs {
-			if err := h.walk(ctx, uuid, r, until, h.InsertStep); err != nil {
-				return err
-			}
-		}
-		return nil
-	}
-	err := walk(InsertAdded)
-	if err == nil {
-		err = walk(InsertIn)
-	}
-	if err == nil {
-		return nil
-	}
-	if e := h.takeBack(ctx, uuid, reqs); e != nil {
-		return fmt.Errorf("put %s on exports: %w; and taking it back failed: %w", uuid, err, e)
-	}
-	return fmt.Errorf("put %s on exports: %w; everything was taken back", uuid, err)
+	return h.inserter(uuid).insertAll(ctx, reqs)
 }
 
 // RemoveDisks takes exports away from under a running guest, disk by disk.
@@ -118,37 +94,99 @@ func (h *Host) RemoveDisks(ctx context.Context, uuid string, reqs []InsertReques
 			return &Error{Op: "take " + uuid + " off its exports", Kind: KindUnavailable, Msg: err.Error() + "; QEMU would hang draining, so nothing was changed"}
 		}
 	}
+	return h.inserter(uuid).removeAll(ctx, reqs)
+}
+
+func (i *inserter) probe(ctx context.Context, req InsertRequest) (InsertState, error) {
+	p, _, err := i.open(ctx, req)
+	if err != nil {
+		return 0, err
+	}
+	return p.state, nil
+}
+
+func (i *inserter) in(ctx context.Context, req InsertRequest) (InsertState, error) {
+	return i.step(ctx, req, (*plug).forward)
+}
+
+func (i *inserter) out(ctx context.Context, req InsertRequest) (InsertState, error) {
+	return i.step(ctx, req, (*plug).backward)
+}
+
+func (i *inserter) step(ctx context.Context, req InsertRequest, move func(*plug, context.Context) error) (InsertState, error) {
+	ctx, cancel := context.WithTimeout(ctx, stepWithin)
+	defer cancel()
+	p, alias, err := i.open(ctx, req)
+	if err != nil {
+		return 0, err
+	}
+	from := p.state
+	if err := move(p, ctx); err != nil {
+		return from, fmt.Errorf("disk %s, from state %s: %w", req.Disk.Target, from, i.explain(req, err))
+	}
+	if err := p.probe(ctx, alias); err != nil {
+		return from, err
+	}
+	return p.state, nil
+}
+
+func (i *inserter) insertAll(ctx context.Context, reqs []InsertRequest) error {
+	err := i.proveAll(ctx, reqs)
+	for n := 0; err == nil && n < len(reqs); n++ {
+		err = i.walk(ctx, reqs[n], InsertIn, i.in)
+	}
+	if err == nil {
+		return nil
+	}
+	if e := i.takeBack(ctx, reqs); e != nil {
+		return fmt.Errorf("put %s on exports: %w; and taking it back failed: %w", i.uuid, err, e)
+	}
+	return fmt.Errorf("put %s on exports: %w; everything was taken back", i.uuid, err)
+}
+
+// proveAll connects QEMU to every export that it is not connected to yet.
+func (i *inserter) proveAll(ctx context.Context, reqs []InsertRequest) error {
 	for _, r := range reqs {
-		if err := h.walk(ctx, uuid, r, InsertOut, h.RemoveStep); err != nil {
-			return fmt.Errorf("take %s off its exports: %w", uuid, err)
+		st, err := i.probe(ctx, r)
+		if err == nil && st == InsertOut {
+			err = i.walk(ctx, r, InsertAdded, i.in)
+		}
+		if err != nil {
+			return err
 		}
 	}
 	return nil
 }
 
-// walk repeats one step until a state is reached or passed.
-func (h *Host) walk(ctx context.Context, uuid string, r InsertRequest, until InsertState, step func(context.Context, string, InsertRequest) (InsertState, error)) error {
-	st, err := h.Probe(ctx, uuid, r)
-	for n := 0; err == nil && st != until; n++ {
-		if until == InsertAdded && st > InsertAdded {
-			return nil // a continued run is already further
+func (i *inserter) removeAll(ctx context.Context, reqs []InsertRequest) error {
+	for _, r := range reqs {
+		if err := i.walk(ctx, r, InsertOut, i.out); err != nil {
+			return fmt.Errorf("take %s off its exports: %w", i.uuid, err)
 		}
+	}
+	return nil
+}
+
+// walk repeats one step until a state is reached.
+func (i *inserter) walk(ctx context.Context, r InsertRequest, until InsertState, step func(context.Context, InsertRequest) (InsertState, error)) error {
+	st, err := i.probe(ctx, r)
+	for n := 0; err == nil && st != until; n++ {
 		if n > int(InsertIn) {
 			return fmt.Errorf("disk %s does not get from %s to %s", r.Disk.Target, st, until)
 		}
-		st, err = step(ctx, uuid, r)
+		st, err = step(ctx, r)
 	}
 	return err
 }
 
 // takeBack walks all disks out again. It has its own deadline: a cancelled
 // caller must not leave half an insertion behind.
-func (h *Host) takeBack(ctx context.Context, uuid string, reqs []InsertRequest) error {
+func (i *inserter) takeBack(ctx context.Context, reqs []InsertRequest) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), takeBackWithin)
 	defer cancel()
 	var errs []error
-	for i := len(reqs) - 1; i >= 0; i-- {
-		errs = append(errs, h.walk(ctx, uuid, reqs[i], InsertOut, h.RemoveStep))
+	for n := len(reqs) - 1; n >= 0; n-- {
+		errs = append(errs, i.walk(ctx, reqs[n], InsertOut, i.out))
 	}
 	return errors.Join(errs...)
 }
@@ -205,91 +243,4 @@ func greet(ctx context.Context, socket string) error {
 		return fmt.Errorf("the server on %s speaks something else than NBD", socket)
 	}
 	return nil
-}
-
-// ConnectError says that QEMU cannot reach an export, as whom, and what to do.
-type ConnectError struct {
-	Socket string
-	Desc   string   // QEMU's words
-	Labels []string // "dac +64055:+108", "apparmor libvirt-<uuid>"
-	Remedy string
-}
-
-// Error is one line for a person.
-func (e *ConnectError) Error() string {
-	return fmt.Sprintf("qemu (%s) cannot connect to %s: %s; %s", strings.Join(e.Labels, ", "), e.Socket, e.Desc, e.Remedy)
-}
-
-// explain turns QEMU's refusal to connect into an error that names the rule to
-// add. Other errors come back as they are.
-func (h *Host) explain(uuid string, src NBDSource, err error) error {
-	var q *QMPError
-	if !errors.As(err, &q) || q.Command != "blockdev-add" || !strings.Contains(q.Desc, "connect") {
-		return err
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), stepWithin)
-	defer cancel()
-	c := &ConnectError{Socket: src.Socket, Desc: q.Desc}
-	labels, lerr := h.securityLabels(ctx, uuid)
-	if lerr != nil {
-		c.Labels = []string{"its security labels could not be read"}
-	}
-	c.Labels = append(c.Labels, labels...)
-	c.Remedy = remedyFor(src.Socket, labels)
-	return errors.Join(c, err)
-}
-
-// securityLabels are "model label" for every driver in force.
-func (h *Host) securityLabels(ctx context.Context, uuid string) ([]string, error) {
-	info, err := h.Info(ctx)
-	if err != nil {
-		return nil, err
-	}
-	return onDomain(ctx, h, "read security labels", uuid, func(l *lv.Libvirt, d lv.Domain) ([]string, error) {
-		ls, _, err := l.DomainGetSecurityLabelList(d)
-		if err != nil {
-			return nil, err
-		}
-		var out []string
-		for i, x := range ls {
-			model := "label"
-			if i < len(info.SecurityModels) {
-				model = info.SecurityModels[i]
-			}
-			out = append(out, strings.TrimSpace(model+" "+cString(x.Label)))
-		}
-		return out, nil
-	})
-}
-
-func cString(b []int8) string {
-	var s strings.Builder
-	for _, c := range b {
-		if c == 0 {
-			break
-		}
-		s.WriteByte(byte(c))
-	}
-	return s.String()
-}
-
-// remedyFor names the exact rule for the labels seen.
-func remedyFor(socket string, labels []string) string {
-	var out []string
-	for _, l := range labels {
-		model, label, _ := strings.Cut(l, " ")
-		switch model {
-		case "dac":
-			user, group, _ := strings.Cut(strings.ReplaceAll(label, "+", ""), ":")
-			out = append(out, fmt.Sprintf("let uid %s reach it: chgrp %s %s; chmod 0660 %s (and search permission on its directories)", user, group, socket, socket))
-		case "apparmor":
-			out = append(out, fmt.Sprintf("allow it in AppArmor: add the line \"%s rw,\" to /etc/apparmor.d/local/abstractions/libvirt-qemu and reload the guest's profile", socket))
-		case "selinux":
-			out = append(out, fmt.Sprintf("allow it in SELinux: chcon -t svirt_image_t %s, and let svirt_t connectto the daemon's domain", socket))
-		}
-	}
-	if len(out) == 0 {
-		return "check owner and mode of the socket and its directories, and AppArmor or SELinux"
-	}
-	return strings.Join(out, "; or ")
 }

@@ -87,7 +87,7 @@ done
 mkdir -p /var/lib/replicad; mount --bind %[1]s/replicad /var/lib/replicad
 ip link set lo up || true
 trap : TERM INT
-while :; do /usr/sbin/libvirtd -p /run/libvirt/libvirtd.pid; echo "libvirtd ended: $?"; done
+while :; do /usr/sbin/libvirtd -p /run/libvirt/libvirtd.pid || echo "libvirtd ended: $?"; rm -f /run/libvirt/libvirtd.pid; done
 `, dir))
 	h.boot()
 	return h
