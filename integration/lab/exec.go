@@ -22,12 +22,18 @@ import (
 // libvirtPoll is how often a wait for libvirtd looks again.
 const libvirtPoll = 20 * time.Millisecond
 
+// outputGrace is how long a command that was killed may have its output held
+// open by processes that it started.
+const outputGrace = 2 * time.Second
+
 // Command prepares a command that will run inside the host, as root, in "/".
 // Set its Stdin, Stdout, Stderr and Env before Start; signals sent to it reach
 // the command, and killing it kills the command.
 func (h *Host) Command(ctx context.Context, name string, args ...string) *exec.Cmd {
 	argv := append([]string{"enter", strconv.Itoa(h.Pid()), "--", name}, args...)
-	return exec.CommandContext(ctx, h.lab.helper, argv...)
+	cmd := exec.CommandContext(ctx, h.lab.helper, argv...)
+	cmd.WaitDelay = outputGrace
+	return cmd
 }
 
 // Exec runs a command inside the host and returns its standard output. The

@@ -2,6 +2,10 @@ package lab_test
 
 import (
 	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
 	"os"
 	"strings"
 	"syscall"
@@ -10,6 +14,7 @@ import (
 
 	"kvmreplica/integration/lab"
 	"kvmreplica/integration/lab/labtest"
+	"kvmreplica/integration/lab/proxy"
 )
 
 // bare makes a lab without guests' files.
@@ -136,6 +141,42 @@ func TestPulledCableAndDeadSwitchCutOneHostOff(t *testing.T) {
 		if !reaches(t, b, a) {
 			t.Errorf("%s: not reached again", name)
 		}
+	}
+}
+
+func TestRelayBetweenTheHostsCanBeCut(t *testing.T) {
+	l := bare(t, lab.Options{NoLibvirt: true})
+	a, b := l.Host("A"), l.Host("B")
+	server, err := b.Listen("tcp", b.IP()+":7000")
+	if err != nil {
+		t.Fatal(err)
+	}
+	served := make(chan string, 1)
+	go func() {
+		defer close(served)
+		c, err := server.Accept()
+		if err != nil {
+			return
+		}
+		defer c.Close()
+		text, _ := io.ReadAll(c) // ends with the cut
+		served <- fmt.Sprint(c.RemoteAddr().(*net.TCPAddr).IP, " ", string(text))
+	}()
+	ln, err := a.Listen("tcp", a.IP()+":7001")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := proxy.Serve(ln, func(ctx context.Context) (net.Conn, error) { return a.Dial(ctx, "tcp", b.IP()+":7000") })
+	p.CutAfter(proxy.Up, 5)
+	in(t, a, "sh", "-c", "echo 0123456789 | busybox nc -w 5 "+a.IP()+" 7001 || true")
+	if got := <-served; got != a.IP()+" 01234" {
+		t.Errorf("host B was sent %q, want the first 5 bytes, from host A", got)
+	}
+	if err := errors.Join(p.Close(), server.Close()); err != nil {
+		t.Error(err)
+	}
+	if _, err := a.Dial(labtest.Step(t), "tcp", b.IP()+":7000"); err == nil {
+		t.Error("a closed port answers")
 	}
 }
 

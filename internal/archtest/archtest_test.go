@@ -68,7 +68,11 @@ func broken() map[string][2]map[string]string {
 			{"a/a_test.go": "import t \"time\"\nfunc f() { t.Sleep(1) }"},
 			{"a/a.go": "import \"time\"\nfunc f() { time.Sleep(1) }"},
 		},
-		"no-init":  {{"a/a.go": "func init() {}"}, {"a/a.go": "type t int\nfunc (t) init() {}"}},
+		"no-init": {{"a/a.go": "func init() {}"}, {"a/a.go": "type t int\nfunc (t) init() {}"}},
+		"no-globals": {
+			{"a/a.go": "var x map[string]int"},
+			{"a/a.go": "import \"errors\"\nvar errX = errors.New(\"x\")\nvar _ = 1\nvar table = [2]int{1, 2}\nfunc f() { var x map[string]int; _ = x }"},
+		},
 		"no-print": {{"a/a.go": "import \"fmt\"\nfunc f() { fmt.Println() }"}, {"cmd/x/a.go": "import \"fmt\"\nfunc f() { fmt.Println() }"}},
 		"no-global-log": {
 			{"a/a.go": "import \"log/slog\"\nfunc f() { slog.Info(\"x\") }"},

@@ -25,6 +25,7 @@ func Rules() []Rule {
 		{"function-size", "a function fits a screen: at most 80 lines", functionSize},
 		{"no-sleep-in-tests", "a test that sleeps is slow and flaky; wait for a condition or use synctest", noSleep},
 		{"no-init", "what runs before main cannot be tested, ordered or refused", noInit},
+		{"no-globals", "a variable of the package is shared by every VM, test and goroutine; put it into a value", noGlobals},
 		{"no-print", "a library that prints takes its caller's voice away; return or log", noPrint},
 		{"no-global-log", "loggers are passed in, so that every line says which VM it is about", noGlobalLog},
 		{"no-embedded-device", "a layer that embeds a device lets a new mutation slip past it, and a block is lost", noEmbeddedDevice},

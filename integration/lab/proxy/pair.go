@@ -36,8 +36,7 @@ func (c *pair) cut() {
 
 // serve relays one connection until both directions have ended.
 func (p *Proxy) serve(ctx context.Context, client net.Conn) {
-	dialer := net.Dialer{Timeout: dialTimeout}
-	server, err := dialer.DialContext(ctx, "tcp", p.target)
+	server, err := p.dial(ctx)
 	if err != nil {
 		_ = client.Close()
 		return

@@ -38,7 +38,7 @@ const dialTimeout = 10 * time.Second
 
 // Proxy relays connections to one target.
 type Proxy struct {
-	target string
+	dial   func(context.Context) (net.Conn, error)
 	ln     net.Listener
 	wg     sync.WaitGroup
 	cancel context.CancelFunc
@@ -66,10 +66,17 @@ func Listen(addr, target string) (*Proxy, error) {
 	if err != nil {
 		return nil, fmt.Errorf("proxy for %s: %w", target, err)
 	}
+	dialer := net.Dialer{Timeout: dialTimeout}
+	return Serve(ln, func(ctx context.Context) (net.Conn, error) { return dialer.DialContext(ctx, "tcp", target) }), nil
+}
+
+// Serve starts a proxy on a listener of the caller's, which it will close. dial
+// makes the connection to the target; the two may be in different networks.
+func Serve(ln net.Listener, dial func(context.Context) (net.Conn, error)) *Proxy {
 	ctx, cancel := context.WithCancel(context.Background())
-	p := &Proxy{target: target, ln: ln, cancel: cancel, change: make(chan struct{}), pairs: map[*pair]bool{}}
+	p := &Proxy{dial: dial, ln: ln, cancel: cancel, change: make(chan struct{}), pairs: map[*pair]bool{}}
 	p.wg.Go(func() { p.accept(ctx) })
-	return p, nil
+	return p
 }
 
 // Addr is where to dial.

@@ -3,6 +3,7 @@
 //	kvmlab up DIR [-nonroot B]         make a lab that outlives this command
 //	kvmlab status DIR                  list the hosts
 //	kvmlab exec DIR A CMD ARGS...      run a command inside host A
+//	kvmlab daemon DIR A CMD ARGS...    start one that stays; prints its number and log
 //	kvmlab crash DIR A                 cut the power of host A
 //	kvmlab start DIR A                 boot it again
 //	kvmlab link DIR A up|down          plug or pull its network cable

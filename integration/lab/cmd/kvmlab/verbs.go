@@ -18,7 +18,7 @@ import (
 
 // errUsage is answered with the list of verbs; exit code 2.
 var errUsage = errors.New("usage: kvmlab up|status|down DIR, " +
-	"kvmlab exec DIR A|B CMD..., kvmlab crash|start DIR A|B, kvmlab link DIR A|B up|down, " +
+	"kvmlab exec|daemon DIR A|B CMD..., kvmlab crash|start DIR A|B, kvmlab link DIR A|B up|down, " +
 	"kvmlab guest DIR A|B NAME [flags], kvmlab wait|last DIR A|B NAME WORD [flags]")
 
 func run(args []string) (int, error) {
@@ -59,6 +59,8 @@ func onHost(ctx context.Context, verb string, h *lab.Host, rest []string) (int, 
 	switch {
 	case verb == "exec" && len(rest) > 0:
 		return execute(ctx, h, rest)
+	case verb == "daemon" && len(rest) > 0:
+		return 0, daemon(h, rest)
 	case verb == "crash":
 		return 0, h.Crash()
 	case verb == "start":
@@ -120,6 +122,16 @@ func status(l *lab.Lab) error {
 		}
 	}
 	return nil
+}
+
+// daemon starts a program that outlives this command; its host ends it.
+func daemon(h *lab.Host, argv []string) error {
+	d, err := h.StartDaemon(argv[0], argv[1:], nil)
+	if err != nil {
+		return err
+	}
+	_, err = fmt.Printf("%d\t%s\n", d.Pid(), d.LogPath)
+	return err
 }
 
 func execute(ctx context.Context, h *lab.Host, argv []string) (int, error) {
