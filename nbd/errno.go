@@ -75,11 +75,16 @@ func (e Errno) known() Errno {
 
 // errnoOf maps an error of a device to the number sent for command cmd.
 func errnoOf(err error, cmd uint16) Errno {
+	if err == nil {
+		return OK // before the variables below, which live on the heap
+	}
+	return errnoOfError(err, cmd)
+}
+
+func errnoOfError(err error, cmd uint16) Errno {
 	var own Errno
 	var sys syscall.Errno
 	switch {
-	case err == nil:
-		return OK
 	case errors.As(err, &own): // an upstream server's own answer
 		return own.known()
 	case errors.Is(err, block.ErrRange):
