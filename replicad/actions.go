@@ -181,6 +181,9 @@ func (d *Daemon) unplanned(ctx context.Context, v *vm.VM, a api.Action, request 
 		note(emit, "What the primary wrote since will be lost; how much is unknown.")
 	}
 	if a.DryRun {
+		if l.Primary.Result != wire.OK && !a.Force {
+			return refusedBy(&l.Primary)
+		}
 		return nil
 	}
 	err = v.Unplanned(ctx, vm.UnplannedOptions{NoStart: a.NoStart, Force: a.Force, Request: request, Reason: a.Reason}, step)

@@ -1,9 +1,7 @@
-// Package kvm tests the whole product with real guests: two hosts of package
-// lab, a replicad on each, and a guest that writes, is replicated, and is
-// failed over while power, links and processes are taken away.
+// Package kvm tests the whole product as a person uses it: two hosts with real
+// libvirtd and QEMU, real Linux guests that append fsynced records, replicactl
+// and virsh as the only levers.
 //
-// Every test ends by booting a copy and reading the guest's own verdict (see
-// packages record and console of the lab): no gap, no damage, and nothing
-// missing that was acknowledged as replicated. A test here takes 20 to 60
-// seconds; at most two guests run at once.
+// It guarantees nothing to anybody: it holds tests only. They need root and
+// the tools of "make deps", and skip with the reason where those are missing.
 package kvm

@@ -159,14 +159,15 @@ func (c *Client) Unseal(ctx context.Context) error {
 	return c.post(ctx, "unseal", syncTimeout, struct{}{}, nil)
 }
 
-// LockQEMU takes QEMU's lock bytes on every image; UnlockQEMU gives them up.
-func (c *Client) LockQEMU(ctx context.Context) error {
-	return c.post(ctx, "lock-qemu", callTimeout, struct{}{}, nil)
+// LockQEMU takes QEMU's lock bytes on a disk's image, or on all with an empty
+// name; UnlockQEMU gives them up. The choice is remembered.
+func (c *Client) LockQEMU(ctx context.Context, disk wire.DiskName) error {
+	return c.post(ctx, "lock-qemu", callTimeout, LockRequest{disk}, nil)
 }
 
 // UnlockQEMU releases QEMU's lock bytes, for a hand-over to QEMU.
-func (c *Client) UnlockQEMU(ctx context.Context) error {
-	return c.post(ctx, "unlock-qemu", callTimeout, struct{}{}, nil)
+func (c *Client) UnlockQEMU(ctx context.Context, disk wire.DiskName) error {
+	return c.post(ctx, "unlock-qemu", callTimeout, LockRequest{disk}, nil)
 }
 
 // Sync makes every image durable (the hand-over asks for it twice).

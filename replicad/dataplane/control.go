@@ -264,10 +264,16 @@ func (p *Plane) unseal() error {
 }
 
 // lockQEMU takes or gives up QEMU's lock bytes on every image, and remembers it.
-func (p *Plane) lockQEMU(on bool) error {
+func (p *Plane) lockQEMU(disk wire.DiskName, on bool) error {
 	p.exportMu.Lock()
 	defer p.exportMu.Unlock()
+	if !slices.ContainsFunc(p.images, func(i *image) bool { return disk == "" || i.cfg.Name == disk }) {
+		return &wire.Error{Kind: wire.KindNotFound, Text: fmt.Sprintf("the VM has no disk %q", disk)}
+	}
 	for _, i := range p.images {
+		if disk != "" && i.cfg.Name != disk {
+			continue
+		}
 		var err error
 		if on {
 			err = i.lock()
@@ -280,7 +286,9 @@ func (p *Plane) lockQEMU(on bool) error {
 	}
 	return p.choices.change(func(c *choices) {
 		for _, i := range p.images {
-			c.QemuLock[i.cfg.Name] = on
+			if disk == "" || i.cfg.Name == disk {
+				c.QemuLock[i.cfg.Name] = on
+			}
 		}
 	})
 }

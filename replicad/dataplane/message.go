@@ -193,6 +193,10 @@ type ExportRequest struct {
 // RefuseRequest keeps every export closed, durably, while Reason is non-empty.
 type RefuseRequest struct{ Reason string }
 
+// LockRequest names the disk whose image is locked against QEMU, or let go;
+// empty means all.
+type LockRequest struct{ Disk wire.DiskName }
+
 // SealRequest ends the generation here: Pos is the final position.
 type SealRequest struct{ Pos delta.Pos }
 

@@ -4,9 +4,9 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"io"
 	"net/http"
 	"strconv"
+	"time"
 
 	"kvmreplica/cbt"
 	"kvmreplica/internal/block"
@@ -47,8 +47,8 @@ func (p *Plane) routes() http.Handler {
 	handle(m, "mark", func(_ context.Context, r MarkRequest) (any, error) { return nil, p.mark(r) })
 	handle(m, "seal", func(ctx context.Context, r SealRequest) (any, error) { return nil, p.seal(ctx, r.Pos) })
 	handle(m, "unseal", func(context.Context, struct{}) (any, error) { return nil, p.unseal() })
-	handle(m, "lock-qemu", func(context.Context, struct{}) (any, error) { return nil, p.lockQEMU(true) })
-	handle(m, "unlock-qemu", func(context.Context, struct{}) (any, error) { return nil, p.lockQEMU(false) })
+	handle(m, "lock-qemu", func(_ context.Context, r LockRequest) (any, error) { return nil, p.lockQEMU(r.Disk, true) })
+	handle(m, "unlock-qemu", func(_ context.Context, r LockRequest) (any, error) { return nil, p.lockQEMU(r.Disk, false) })
 	handle(m, "sync", func(context.Context, struct{}) (any, error) { return nil, p.sync() })
 	handle(m, "shutdown", func(context.Context, struct{}) (any, error) { p.stop(); return nil, nil })
 	m.HandleFunc("POST /v1/epoch/{epoch}/attach", func(w http.ResponseWriter, r *http.Request) {
@@ -169,11 +169,11 @@ func mapError(err error) error {
 
 // serveStream runs write with the response as its destination and reports its
 // end in a trailer, because the status line has long gone.
-func serveStream(w http.ResponseWriter, r *http.Request, write func(ctx context.Context, w io.Writer) error) {
+func serveStream(w http.ResponseWriter, r *http.Request, write func(ctx context.Context, w *streamWriter) error) {
 	h := w.Header()
 	h.Set("Content-Type", "application/octet-stream")
 	h.Set("Trailer", trailerEnd+", "+trailerError)
-	err := write(r.Context(), w)
+	err := write(r.Context(), &streamWriter{w})
 	if err == nil {
 		h.Set(trailerEnd, "ok")
 		return
@@ -181,6 +181,17 @@ func serveStream(w http.ResponseWriter, r *http.Request, write func(ctx context.
 	if b, jerr := json.Marshal(asWire(mapError(err))); jerr == nil {
 		h.Set(trailerError, string(b))
 	}
+}
+
+// streamWriter is a response whose blocked Write can be ended: its reader may
+// have stopped reading for good.
+type streamWriter struct{ w http.ResponseWriter }
+
+func (s *streamWriter) Write(p []byte) (int, error) { return s.w.Write(p) }
+
+// interrupt makes the Write that runs, and all later ones, fail.
+func (s *streamWriter) interrupt() {
+	_ = http.NewResponseController(s.w).SetWriteDeadline(time.Unix(1, 0)) // best effort: the connection may be gone
 }
 
 func (p *Plane) serveFrames(w http.ResponseWriter, r *http.Request) {
@@ -199,7 +210,7 @@ func (p *Plane) serveFrames(w http.ResponseWriter, r *http.Request) {
 		reply(w, nil, err)
 		return
 	}
-	serveStream(w, r, func(ctx context.Context, w io.Writer) error { return f.stream(ctx, w, uint32(from)) })
+	serveStream(w, r, func(ctx context.Context, w *streamWriter) error { return f.stream(ctx, w, uint32(from)) })
 }
 
 func (p *Plane) serveSeed(w http.ResponseWriter, r *http.Request) {

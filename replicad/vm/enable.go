@@ -306,7 +306,7 @@ func (v *VM) enableSteps(p *enableVars) []failover.Step {
 			if err != nil {
 				return "", err
 			}
-			if err := c.LockQEMU(ctx); err != nil {
+			if err := c.LockQEMU(ctx, ""); err != nil {
 				return "", err
 			}
 			v.publishGate()
@@ -324,21 +324,15 @@ func (v *VM) enableSteps(p *enableVars) []failover.Step {
 func (v *VM) swaps() []libvirt.InsertRequest {
 	r := v.record()
 	var out []libvirt.InsertRequest
-	left := len(r.Disks)
 	for _, d := range r.Disks {
 		out = append(out, libvirt.InsertRequest{
 			Disk: d.Live, Source: libvirt.NBDSource{Socket: v.socket(), Export: string(d.Name)},
 			AfterRelease: func(ctx context.Context) error {
-				// The data plane locks all images at once: after the last
-				// one was let go by QEMU. Its own lock was there before.
-				if left--; left > 0 {
-					return nil
-				}
 				c, err := v.plane()
 				if err != nil {
 					return err
 				}
-				return c.LockQEMU(ctx)
+				return c.LockQEMU(ctx, d.Name)
 			},
 			BeforeReopen: func(ctx context.Context) error {
 				v.stopShipping()
@@ -349,7 +343,7 @@ func (v *VM) swaps() []libvirt.InsertRequest {
 				if err := c.Sync(ctx); err != nil {
 					return err
 				}
-				return c.UnlockQEMU(ctx)
+				return c.UnlockQEMU(ctx, d.Name)
 			},
 			AfterReopen: func(ctx context.Context) error {
 				c, err := v.plane()

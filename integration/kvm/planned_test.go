@@ -1,0 +1,76 @@
+package kvm_test
+
+import (
+	"strings"
+	"testing"
+
+	"kvmreplica/integration/estate"
+	"kvmreplica/replicad/status"
+)
+
+// The main job with two disks on an iothread: the guest is never stopped by
+// enabling, both ways lose nothing, the second one is asked for on the replica
+// host, and disabling gives the definition back byte for byte.
+func TestPlannedFailoverThereAndBackLosesNothing(t *testing.T) {
+	w := up(t, estate.Options{})
+	d := w.guest("two", 1, 2, "")
+	d.IOThread = true
+	c := w.start(d)
+	before := w.virsh("A", "dumpxml", "--inactive", d.Name)
+	w.protect(d, "2s")
+	w.noErrors("A", d, false)
+
+	on := w.virsh("A", "dumpxml", "--inactive", d.Name)
+	if !strings.Contains(on, "protocol='nbd'") || strings.Contains(on, "<source file=") {
+		t.Fatalf("the definition does not point at the exports:\n%s", on)
+	}
+	if out := w.virsh("B", "domstate", d.Name); !strings.Contains(out, "shut off") {
+		t.Fatalf("the replica's domain is %q", out)
+	}
+	if out, err := w.Lab.Host("B").Virsh(w.step(), "start", d.Name); err == nil {
+		t.Fatalf("the replica could be started by mistake: %s", out)
+	} else if !strings.Contains(err.Error(), "does not let VM") {
+		t.Fatalf("the refusal does not say why: %v", err)
+	}
+
+	b, err := w.Console("B", d, true)
+	w.must(err)
+	w.ctl("A", "failover", "planned", d.Name, "--yes")
+	last, err := c.WaitWord(w.step(), "LAST")
+	w.must(err)
+	high := w.booted(b, last.Uint("n"))
+	w.replicating("B", d.Name)
+	if v := w.status("A", d.Name); v.Role != status.Replica || v.Running {
+		t.Fatalf("the old primary is %s, running %v", v.Role, v.Running)
+	}
+	_, err = b.WaitSynced(w.step(), high+10)
+	w.must(err)
+
+	// asked for on the replica host
+	a, err := w.Console("A", d, false)
+	w.must(err)
+	w.ctl("A", "failover", "planned", d.Name, "--yes")
+	last, err = b.WaitWord(w.step(), "LAST")
+	w.must(err)
+	w.booted(a, last.Uint("n"))
+	w.replicating("A", d.Name)
+	w.noErrors("A", d, false)
+	w.noErrors("B", d, true)
+
+	_, err = a.WaitSynced(w.step(), 0)
+	w.must(err)
+	w.ctl("A", "vm", "disable", d.Name, "--delete-replica", "--yes")
+	if after := w.virsh("A", "dumpxml", "--inactive", d.Name); after != before {
+		t.Fatalf("the definition did not come back byte for byte:\n--- before\n%s\n--- after\n%s", before, after)
+	}
+	if out := w.virsh("B", "list", "--all", "--name"); strings.TrimSpace(out) != "" {
+		t.Fatalf("the replica's domain is left over: %q", out)
+	}
+	synced := a.Synced()
+	_, err = a.WaitSynced(w.step(), synced+10)
+	w.must(err)
+	w.noErrors("A", d, false)
+	if out := w.ctl("A", "--json", "vm", "list"); len(decode[[]status.VM](t, out)) != 0 {
+		t.Fatalf("still listed: %s", out)
+	}
+}
