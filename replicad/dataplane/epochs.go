@@ -5,7 +5,6 @@ import (
 	"crypto/rand"
 	"encoding/binary"
 	"fmt"
-	"io"
 	"iter"
 	"sync"
 	"time"
@@ -169,12 +168,13 @@ func (p *Plane) frozenEpoch(epoch uint64, from uint32) (*frozen, error) {
 }
 
 // stream writes the epoch from chunk from on. A newer stream ends an older one.
-func (f *frozen) stream(ctx context.Context, w io.Writer, from uint32) error {
+func (f *frozen) stream(ctx context.Context, w *streamWriter, from uint32) error {
 	ctx, err := f.enter(ctx)
 	if err != nil {
 		return err
 	}
 	defer f.leave()
+	defer context.AfterFunc(ctx, w.interrupt)() // stopped before leave ends ctx
 	enc := delta.NewEncoder(w, &f.tally)
 	if err := enc.Header(f.head, from); err != nil {
 		return err

@@ -3,7 +3,6 @@ package dataplane
 import (
 	"context"
 	"fmt"
-	"io"
 
 	"kvmreplica/internal/block"
 	"kvmreplica/replicad/delta"
@@ -39,7 +38,8 @@ func (p *Plane) seed(r SeedRequest) (*seeder, error) {
 }
 
 // stream writes header and chunks from the offset on, without a gap.
-func (s *seeder) stream(ctx context.Context, w io.Writer) error {
+func (s *seeder) stream(ctx context.Context, w *streamWriter) error {
+	defer context.AfterFunc(ctx, w.interrupt)()
 	comp, err := delta.NewChunkEncoder(delta.ChunkOptions{Discard: true})
 	if err != nil {
 		return err

@@ -1,0 +1,295 @@
+package dataplane_test
+
+import (
+	"context"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"kvmreplica/internal/block"
+	"kvmreplica/replicad/dataplane"
+	dt "kvmreplica/replicad/dataplane/dataplanetest"
+	"kvmreplica/replicad/delta"
+	"kvmreplica/replicad/wire"
+)
+
+// ensure starts a keeper as a real process and ends it with the test.
+func ensure(t *testing.T, cfg *dataplane.Config) *dataplane.Client {
+	t.Helper()
+	if cfg.Binary == "" {
+		bin, err := os.Executable()
+		if err != nil {
+			t.Fatal(err)
+		}
+		cfg.Binary = bin
+		t.Cleanup(func() {
+			ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+			defer cancel()
+			if err := dataplane.Stop(ctx, *cfg); err != nil {
+				t.Error(err)
+			}
+			if t.Failed() {
+				b, _ := os.ReadFile(cfg.RunDir + "/dataplane.log")
+				t.Logf("log:\n%s", b)
+			}
+		})
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	c, err := dataplane.Ensure(ctx, *cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(c.Close)
+	return c
+}
+
+func open(t *testing.T, c *dataplane.Client, generation byte) {
+	t.Helper()
+	ctx := context.Background()
+	if err := c.CreateTracker(ctx, dataplane.CreateRequest{Generation: dt.Generation(generation)}); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Export(ctx, dataplane.ExportRequest{On: true}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func status(t *testing.T, c *dataplane.Client) dataplane.Status {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	var err error
+	for ctx.Err() == nil {
+		var st dataplane.Status
+		if st, err = c.Status(ctx); err == nil {
+			return st
+		}
+	}
+	t.Fatal(err)
+	return dataplane.Status{}
+}
+
+func pidIn(t *testing.T, path string) int {
+	t.Helper()
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return pid
+}
+
+// kill ends a process of this test with SIGKILL and waits until it is gone.
+func kill(t *testing.T, pid int) {
+	t.Helper()
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil {
+		t.Fatal(err)
+	}
+	fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+	if _, err := unix.Poll(fds, 10_000); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestAKilledDataPlaneIsBackBeforeTheGuestNoticesAnError(t *testing.T) {
+	ctx := context.Background()
+	cfg := dt.Config(t, 16*mib)
+	c := ensure(t, &cfg)
+	open(t, c, 1)
+	g := dt.Boot(t, cfg, 7)
+	g.Scribble(50)
+	first := shipClient(t, c, delta.Pos{}, g)
+	var wg sync.WaitGroup
+	stop := make(chan struct{})
+	wg.Go(func() { // writes all the time; Do resends and fails on any error reply
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+				g.Scribble(5)
+			}
+		}
+	})
+	for range 3 {
+		before := status(t, c)
+		e, err := c.Freeze(ctx, dataplane.FreezeRequest{Parent: first})
+		if err != nil {
+			t.Fatal(err)
+		}
+		kill(t, before.PID)
+		after := status(t, c)
+		if after.Instance == before.Instance || after.PID == before.PID {
+			t.Fatalf("the killed process answers: %+v", after)
+		}
+		if after.Frozen != nil || after.Suspect != 0 || !strings.HasPrefix(after.Recovered, "shared") || after.Acked != first {
+			t.Fatalf("after a kill: %+v", after)
+		}
+		if after.Highest < e.Epoch {
+			t.Fatalf("epoch %d could be used again: highest is %d", e.Epoch, after.Highest)
+		}
+	}
+	close(stop)
+	wg.Wait()
+	g.Check()
+	shipClient(t, c, first, g)
+}
+
+// shipClient ships one epoch and checks it against the guest, which must not
+// be writing. Only the changed blocks travel: the parent's content is taken
+// from the guest's model by applying onto what was shipped before.
+func shipClient(t *testing.T, c *dataplane.Client, parent delta.Pos, g *dt.Guest) delta.Pos {
+	t.Helper()
+	ctx := context.Background()
+	want := g.Snapshot()
+	e, err := c.Freeze(ctx, dataplane.FreezeRequest{Parent: parent})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, err := c.Frames(ctx, e.Epoch, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if g.Replica == nil {
+		g.Replica = map[string]*block.Mem{}
+	}
+	pos := dt.MustApply(t, r, g.Replica).Pos
+	for n, w := range want {
+		dt.SameContent(t, "replica's "+string(n), dt.Content(t, g.Replica[string(n)]), w)
+	}
+	if err := c.Ack(ctx, pos); err != nil {
+		t.Fatal(err)
+	}
+	return pos
+}
+
+func TestAKilledKeeperLeavesTheGuestAloneAndANewOneAdopts(t *testing.T) {
+	cfg := dt.Config(t, 8*mib)
+	c := ensure(t, &cfg)
+	open(t, c, 1)
+	g := dt.Boot(t, cfg, 8)
+	g.Scribble(20)
+	before := status(t, c)
+	kill(t, pidIn(t, cfg.RunDir+"/keeper.pid"))
+	g.Scribble(20) // still served
+	c = ensure(t, &cfg)
+	if after := status(t, c); after.Instance != before.Instance {
+		t.Fatal("a running data plane was replaced")
+	}
+	g.Scribble(20)
+	// The new keeper restarts it and the sockets are the old ones.
+	kill(t, before.PID)
+	g.Scribble(20)
+	if after := status(t, c); after.Instance == before.Instance {
+		t.Fatal("the same instance after a kill")
+	}
+	g.Check()
+}
+
+func TestStopDrainsAndLeavesACleanTracker(t *testing.T) {
+	cfg := dt.Config(t, 8*mib)
+	c := ensure(t, &cfg)
+	open(t, c, 1)
+	g := dt.Boot(t, cfg, 9)
+	g.Scribble(30)
+	pending := status(t, c).Pending
+	ctx := context.Background()
+	if err := c.Shutdown(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if err := dataplane.Stop(ctx, cfg); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(cfg.NBDSocket()); !os.IsNotExist(err) {
+		t.Fatalf("the socket is still there: %v", err)
+	}
+	c = ensure(t, &cfg)
+	st := status(t, c)
+	if st.Recovered != "" || st.Suspect != 0 || st.Pending != pending || !st.Disks[0].Exported {
+		t.Fatalf("after a clean stop: %+v, want %d pending", st, pending)
+	}
+	g.Check()
+	if err := dataplane.Stop(ctx, cfg); err != nil {
+		t.Fatal(err)
+	}
+	if err := dataplane.Stop(ctx, cfg); err != nil {
+		t.Fatalf("stop twice: %v", err)
+	}
+}
+
+func TestEnsureSaysWhyTheDataPlaneCannotStart(t *testing.T) {
+	cfg := dt.Config(t, 8*mib)
+	held, err := block.OpenFile(cfg.Disks[0].Path, block.FileOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	bin, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg.Binary = bin
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	t.Cleanup(func() {
+		if err := dataplane.Stop(context.Background(), cfg); err != nil {
+			t.Error(err)
+		}
+	})
+	_, err = dataplane.Ensure(ctx, cfg)
+	if kind(err) != wire.KindConflict || !strings.Contains(err.Error(), "in use") {
+		t.Fatalf("ensure with a locked image: %v", err)
+	}
+	// It mends itself once the image is free.
+	if err := held.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for {
+		c, err := dataplane.Ensure(ctx, cfg)
+		if err == nil {
+			c.Close()
+			return
+		}
+		if ctx.Err() != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func TestARefusalKeepsExportsClosedAcrossRestarts(t *testing.T) {
+	ctx := context.Background()
+	cfg := dt.Config(t, 8*mib)
+	c := ensure(t, &cfg)
+	open(t, c, 1)
+	if err := c.Refuse(ctx, "demoted at 5"); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Export(ctx, dataplane.ExportRequest{On: true}); kind(err) != wire.KindRefused || !strings.Contains(err.Error(), "demoted at 5") {
+		t.Fatalf("export although refused: %v", err)
+	}
+	kill(t, status(t, c).PID)
+	st := status(t, c)
+	if st.Refuse != "demoted at 5" || st.Disks[0].Exported {
+		t.Fatalf("after a restart: %+v", st)
+	}
+	if err := c.Refuse(ctx, ""); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Export(ctx, dataplane.ExportRequest{On: true}); err != nil {
+		t.Fatal(err)
+	}
+	dt.Boot(t, cfg, 1).Scribble(5)
+}
