@@ -57,8 +57,15 @@ func Build(ctx context.Context) (Files, error) {
 	if err != nil {
 		return Files{}, fmt.Errorf("guest initramfs: %w", err)
 	}
-	f := Files{Kernel: k.image, Init: initBin}
-	f.Initramfs, err = keep(cache, archive)
+	program, err := os.ReadFile(initBin)
+	if err != nil {
+		return Files{}, err
+	}
+	f := Files{Kernel: k.image}
+	if f.Initramfs, err = keep(cache, "initramfs-", archive, 0o644); err != nil {
+		return Files{}, err
+	}
+	f.Init, err = keep(cache, "init-", program, 0o755)
 	return f, err
 }
 
@@ -82,24 +89,25 @@ func initramfs(k kernel, initBin string) ([]byte, error) {
 	return t.archive()
 }
 
-// keep stores the archive under a name made of its digest.
-func keep(cache string, archive []byte) (string, error) {
-	sum := sha256.Sum256(archive)
-	out := filepath.Join(cache, "initramfs-"+hex.EncodeToString(sum[:6])+".gz")
+// keep stores content under a name made of its digest.
+func keep(cache, prefix string, content []byte, mode os.FileMode) (string, error) {
+	sum := sha256.Sum256(content)
+	out := filepath.Join(cache, prefix+hex.EncodeToString(sum[:6]))
 	if _, err := os.Stat(out); err == nil {
 		return out, nil
 	}
-	old, err := filepath.Glob(filepath.Join(cache, "initramfs-*.gz"))
+	old, err := filepath.Glob(filepath.Join(cache, prefix+"*"))
 	if err != nil {
 		return "", err
 	}
-	if err := os.WriteFile(out+".new", archive, 0o644); err != nil {
+	part := filepath.Join(cache, "part-"+filepath.Base(out))
+	if err := os.WriteFile(part, content, mode); err != nil {
 		return "", err
 	}
-	if err := os.Rename(out+".new", out); err != nil {
+	if err := os.Rename(part, out); err != nil {
 		return "", err
 	}
-	// Of the earlier ones the newest stays: a lab may be starting from it.
+	// Of the earlier ones the newest stays: somebody may be using it.
 	for i, o := range byAge(old) {
 		if i > 0 {
 			_ = os.Remove(o)
