@@ -351,7 +351,7 @@ func TestALinkCutAtAnyByteNeverMakesAWholeBody(t *testing.T) {
 		return nil
 	}
 	answered, tries := 0, 0
-	for n := 0; n < len(body)+6000; n += 101 {
+	for n := 0; n < len(body)+6000; n += 211 {
 		tries++
 		c := p.client(t, r, func(cfg *ClientConfig) {
 			cfg.Dial = func(ctx context.Context, network, addr string) (net.Conn, error) {

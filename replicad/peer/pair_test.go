@@ -1,6 +1,7 @@
 package peer
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"crypto/tls"
@@ -8,6 +9,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"net/http"
 	"strings"
 	"sync"
 	"testing"
@@ -275,6 +277,61 @@ func TestAManInTheMiddleEndsPairingOnBothSides(t *testing.T) {
 	}
 	if len(r.store.Peers()) != 0 || len(p.store.Peers()) != 0 {
 		t.Error("somebody was paired")
+	}
+}
+
+// TestAManInTheMiddleWhoRewritesTheRequestGainsNothing: the attacker puts its
+// own authority, name and nonce into the joiner's request, in every
+// combination, and keeps the joiner's proof.
+func TestAManInTheMiddleWhoRewritesTheRequestGainsNothing(t *testing.T) {
+	for rewrite := range 8 {
+		r, code := inviter(t, InviteOptions{Grant: all()})
+		p, m := newHost(t, "primary"), newHost(t, "primary")
+		l, err := tls.Listen("tcp", "127.0.0.1:0", baseTLS(m.id, protoPair, func(tls.ConnectionState) error { return nil }))
+		errFatal(t, err)
+		got := make(chan error, 1)
+		go func() {
+			defer close(got)
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			defer func() { _ = c.Close() }()
+			req, err := http.ReadRequest(bufio.NewReader(c))
+			if err != nil {
+				return
+			}
+			var q pairRequest
+			if decodeStrict(req.Body, &q) != nil {
+				return
+			}
+			q.Anchor = m.id.Anchor() // else the certificate does not even fit
+			if rewrite&1 != 0 {
+				q.Address = "10.6.6.6:666"
+			}
+			if rewrite&2 != 0 {
+				q.Name = "mitm"
+			}
+			if rewrite&4 != 0 {
+				q.Nonce = make([]byte, nonceSize)
+			}
+			up, _, err := dialTLS(context.Background(), m.id, r.addr, protoPair, dialTCP, func(tls.ConnectionState) error { return nil })
+			if err != nil {
+				return
+			}
+			defer func() { _ = up.Close() }()
+			got <- roundTrip(context.Background(), up, pairPath, q, &pairReply{})
+		}()
+		if _, err := join(t, p, l.Addr().String(), code); err == nil {
+			t.Errorf("rewrite %d: the joiner believes to be paired", rewrite)
+		}
+		if err := <-got; kindOf(err) != wire.KindRefused || !strings.Contains(err.Error(), "code is wrong") {
+			t.Errorf("rewrite %d: the inviter answered the man in the middle: %v", rewrite, err)
+		}
+		if len(r.store.Peers()) != 0 || len(p.store.Peers()) != 0 {
+			t.Errorf("rewrite %d: somebody was paired", rewrite)
+		}
+		_ = l.Close()
 	}
 }
 
