@@ -263,23 +263,37 @@ func (s *Store) ensureSegment() error {
 	return s.fail(s.newSegment(lo))
 }
 
-// growBases opens images again that became larger.
+// growBases opens images again that became larger. The old device is closed
+// first, because it may hold a lock; readers wait meanwhile.
 func (s *Store) growBases(want []int64) error {
 	for i, d := range s.sup.disks {
 		if s.bases[i].Size() >= want[i] {
 			continue
 		}
-		dev, err := s.cfg.Bases(d.name, want[i])
-		if err == nil && dev.Size() < want[i] {
-			err = errors.Join(fmt.Errorf("%w: image has %d bytes", block.ErrRange, dev.Size()), dev.Close())
+		if err := s.growBase(i, d.name, want[i]); err != nil {
+			return err
 		}
-		if err != nil {
-			return noSpace(fmt.Sprintf("grow disk %s to %d bytes", d.name, want[i]), err)
-		}
-		s.mu.Lock()
-		s.old = append(s.old, s.bases[i]) // a view may be reading it
-		s.bases[i] = dev
-		s.mu.Unlock()
+	}
+	return nil
+}
+
+func (s *Store) growBase(i int, name string, want int64) error {
+	s.grow.Lock()
+	defer s.grow.Unlock()
+	err := s.bases[i].Sync()
+	if err == nil {
+		err = s.bases[i].Close()
+	}
+	if err != nil {
+		return &syncError{what: "image of disk " + name, err: err}
+	}
+	dev, err := s.cfg.Bases(name, want)
+	if err != nil { // the image is closed: only opening the store again helps
+		return &syncError{what: "image of disk " + name, err: noSpace("grow it", err)}
+	}
+	s.bases[i] = dev
+	if dev.Size() < want {
+		return fmt.Errorf("grow disk %s to %d bytes: %w: the image has %d", name, want, block.ErrRange, dev.Size())
 	}
 	return nil
 }

@@ -15,7 +15,8 @@ type Config struct {
 	// FS is the store's own directory.
 	FS fsx.FS
 	// Bases opens the raw image of a disk, creating or growing it to size
-	// (new parts read as zeros); it never shrinks one. The store closes it.
+	// (new parts read as zeros); it never shrinks one. The store closes it,
+	// and closes it first when a disk grew and it is opened again.
 	Bases func(disk string, size int64) (block.Device, error)
 	// Identity tells whether an image is still the one the store left; nil
 	// means the check is somebody else's.

@@ -256,6 +256,8 @@ func (p *primary) same(v *points.View) error {
 	return nil
 }
 
+var errDiffers = errors.New("content differs")
+
 func sameBytes(got, want []byte) error {
 	if len(got) != len(want) {
 		return fmt.Errorf("%d bytes, want %d", len(got), len(want))
@@ -263,7 +265,7 @@ func sameBytes(got, want []byte) error {
 	for g := 0; g*4096 < len(want); g++ {
 		lo, hi := g*4096, min((g+1)*4096, len(want))
 		if !bytes.Equal(got[lo:hi], want[lo:hi]) {
-			return fmt.Errorf("granule %d differs", g)
+			return fmt.Errorf("granule %d: %w", g, errDiffers)
 		}
 	}
 	return nil

@@ -72,8 +72,11 @@ func (s *Store) Status() Status {
 	} else if p != nil {
 		st.Partial = &Partial{Generation: p.head.Generation, Epoch: p.head.Epoch, Nonce: p.head.Nonce, Chunks: p.tally.Len(), Bytes: p.end}
 	}
-	if s.sup.role == rolePromoted {
+	switch s.sup.role {
+	case rolePromoted:
 		st.Seal = s.sup.sealRecord()
+	case roleRolling:
+		st.Rolling = s.sup.sealRecord()
 	}
 	if s.sup.flags&superVerify != 0 {
 		st.VerifyAll = "the replica's content was given up to be compared"

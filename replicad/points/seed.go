@@ -209,9 +209,8 @@ func (s *Store) digestSource(pos delta.Pos, disk string) (block.Device, func(), 
 	case pos != have:
 		return nil, nil, &delta.PosMismatchError{Have: have, Want: pos}
 	case seeding:
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		return s.bases[i], func() {}, nil
+		s.grow.RLock()
+		return s.bases[i], s.grow.RUnlock, nil
 	}
 	v, err := s.view(pos)
 	if err != nil {

@@ -68,6 +68,7 @@ type Status struct {
 	Free       int64 // of the file system, -1 = unknown
 	Partial    *Partial
 	Seal       *Seal
+	Rolling    *Seal // the promotion at an older point that must be ended
 	Damage     []error
 	// VerifyAll is not empty when the whole content must be compared with the
 	// primary's: see Store.Verified.

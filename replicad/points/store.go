@@ -17,10 +17,11 @@ import (
 
 // Store is the replica store of one VM. Its methods are safe for concurrent use.
 //
-// Lock order: maint, recv, mu, segment.mu. maint serialises what changes
+// Lock order: maint, recv, grow, mu, segment.mu. maint serialises what changes
 // images, superblock and undo; recv what changes the partial epoch. Both are
-// held across I/O on purpose: each is the only activity of its kind. mu is
-// never held across I/O.
+// held across I/O on purpose: each is the only activity of its kind. grow is
+// held for reading while an image is read by a view, so that it is not
+// replaced meanwhile. mu is never held across I/O.
 type Store struct {
 	cfg    Config
 	policy Policy
@@ -32,7 +33,9 @@ type Store struct {
 	reader *chunkReader
 	seeded map[int]int64 // written, not yet durable seed cursors; guarded by maint
 	unsync int64         // seed bytes since the last durable cursor
-	old    []block.Device
+
+	grow  sync.RWMutex // held by readers of bases, and while one is replaced
+	bases []block.Device
 
 	recv    sync.Mutex
 	dec     *delta.ChunkDecoder
@@ -42,7 +45,6 @@ type Store struct {
 
 	mu          sync.Mutex
 	sup         *super // what is durable
-	bases       []block.Device
 	committed   mark
 	epochs      []*epoch // committed and not applied, oldest first
 	free        []*slot
@@ -180,10 +182,10 @@ func (s *Store) openBases(sync bool) error {
 
 func (s *Store) closeBases() error {
 	var err error
-	for _, b := range append(s.old, s.bases...) {
+	for _, b := range s.bases {
 		err = errors.Join(err, b.Close())
 	}
-	s.bases, s.old = nil, nil
+	s.bases = nil
 	return err
 }
 
@@ -202,6 +204,8 @@ func (s *Store) Close() error {
 	s.closed = true
 	failed := s.failed
 	s.mu.Unlock()
+	s.grow.Lock() // readers under way end
+	defer s.grow.Unlock()
 	var err error
 	if failed == nil && !s.cfg.ReadOnly {
 		err = s.closeClean()

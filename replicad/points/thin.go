@@ -126,9 +126,7 @@ func (s *Store) writeMerged(ctx context.Context, m *segment, gs []*segment) (err
 	w := newUndoWriter(m, m.stop)
 	for _, from := range gs {
 		if err := copyUndo(ctx, w, from); errors.Is(err, ErrDamaged) {
-			s.mu.Lock()
-			from.damage = err
-			s.mu.Unlock()
+			s.markDamaged(from, err)
 			return err
 		} else if err != nil {
 			return err

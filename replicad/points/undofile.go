@@ -110,7 +110,7 @@ func (g *segment) writeEnd(entries []undoEntry, at int64, end delta.Pos, ordinal
 func (g *segment) load() error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.index != nil || g.touch != nil || g.damage != nil {
+	if g.damage != nil || g.index != nil || g.touch != nil {
 		return g.damage
 	}
 	entries, err := g.readIndex()

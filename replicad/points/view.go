@@ -195,7 +195,7 @@ func (d *viewDisk) ReadAt(p []byte, off int64) (int, error) {
 // index asked second: apply publishes undo before it overwrites, so bytes
 // without undo were read before they changed.
 func (s *Store) readAt(o uint64, disk int, p []byte, off int64, r *chunkReader) error {
-	layers, base, err := s.layers(o, disk)
+	layers, err := s.layers(o)
 	if err != nil {
 		return err
 	}
@@ -203,7 +203,7 @@ func (s *Store) readAt(o uint64, disk int, p []byte, off int64, r *chunkReader) 
 	end := off + int64(len(p))
 	at := off
 	for pc := range overlay(layers, disk, off, end) {
-		if err := s.readBelow(o, disk, base, p[at-off:pc.Off-off], at); err != nil {
+		if err := s.readBelow(o, disk, p[at-off:pc.Off-off], at); err != nil {
 			return err
 		}
 		if err := r.read(pc, p[pc.Off-off:pc.End()-off]); err != nil {
@@ -211,15 +211,15 @@ func (s *Store) readAt(o uint64, disk int, p []byte, off int64, r *chunkReader) 
 		}
 		at = pc.End()
 	}
-	return s.readBelow(o, disk, base, p[at-off:], at)
+	return s.readBelow(o, disk, p[at-off:], at)
 }
 
 // layers takes references to the spools between the images and o.
-func (s *Store) layers(o uint64, disk int) ([]*epoch, block.Device, error) {
+func (s *Store) layers(o uint64) ([]*epoch, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if err := s.alive(o); err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	var out []*epoch
 	for _, e := range s.epochs {
@@ -228,7 +228,7 @@ func (s *Store) layers(o uint64, disk int) ([]*epoch, block.Device, error) {
 			out = append(out, e)
 		}
 	}
-	return out, s.bases[disk], nil
+	return out, nil
 }
 
 // alive reports whether a state can still be read; s.mu is held.
@@ -243,19 +243,12 @@ func (s *Store) alive(o uint64) error {
 }
 
 // readBelow reads what no spool has.
-func (s *Store) readBelow(o uint64, disk int, base block.Device, p []byte, off int64) error {
+func (s *Store) readBelow(o uint64, disk int, p []byte, off int64) error {
 	if len(p) == 0 {
 		return nil
 	}
-	if have := base.Size() - off; have < int64(len(p)) {
-		have = max(have, 0)
-		clear(p[have:]) // grown in a spool that says nothing about these bytes
-		p = p[:have]
-	}
-	if len(p) > 0 {
-		if err := readFull(base, p, off); err != nil {
-			return err
-		}
+	if err := s.readBase(o, disk, p, off); err != nil {
+		return err
 	}
 	segs, err := s.undoSince(o)
 	if err != nil {
@@ -263,6 +256,22 @@ func (s *Store) readBelow(o uint64, disk int, base block.Device, p []byte, off i
 	}
 	defer s.unrefSegments(segs)
 	return patch(segs, disk, p, off)
+}
+
+// readBase reads an image; what a later size adds to it reads as zeros.
+func (s *Store) readBase(o uint64, disk int, p []byte, off int64) error {
+	s.grow.RLock()
+	defer s.grow.RUnlock()
+	s.mu.Lock()
+	err := s.alive(o)
+	s.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	base := s.bases[disk]
+	have := min(max(base.Size()-off, 0), int64(len(p)))
+	clear(p[have:])
+	return readFull(base, p[:have], off)
 }
 
 // undoSince takes references to the segments from the state o on, oldest first.

@@ -1,0 +1,287 @@
+package points_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"kvmreplica/internal/block/blocktest"
+	"kvmreplica/internal/fsx/fsxtest"
+	"kvmreplica/replicad/delta"
+	"kvmreplica/replicad/points"
+)
+
+// aged is a machine whose process died with everything a store can have: three
+// closed segments, an open one, a merged one, two committed epochs, a partial.
+func aged(t testing.TB, p *primary, clean bool) *blocktest.Host {
+	t.Helper()
+	h := blocktest.NewHost()
+	*p = *newPrimary(21)
+	s, err := p.create(h)
+	must(t, err)
+	must(t, s.Close())
+	cfg := p.config(h)
+	cfg.Policy.Grid = []points.Row{{Every: 0, For: 40 * time.Second}, {Every: 40 * time.Second, For: time.Hour}}
+	s, err = points.Open(cfg)
+	must(t, err)
+	p.blob = []byte("variables")
+	must(t, p.epochs(s, 8, 20*time.Second, true))
+	p.blob = nil
+	must(t, s.Pin(s.Points()[0].Pos))
+	must(t, p.epochs(s, 1, time.Second, true))
+	must(t, p.epochs(s, 2, time.Second, false))
+	b := p.copy().cut(p.copy().touch(5))
+	hd, err := delta.ParseHeader(b.Header)
+	must(t, err)
+	r, err := s.Begin(hd)
+	must(t, err)
+	must(t, r.Chunk(b.Chunks[0]))
+	if clean {
+		must(t, s.Close())
+	}
+	return h.Kill(fsxtest.Newest)
+}
+
+// honest opens a damaged store and fails only when wrong bytes are read or
+// something acknowledged is missing without a word.
+func (p *primary) honest(h *blocktest.Host) (detected bool, err error) {
+	s, err := points.Open(p.config(h))
+	if err != nil {
+		return true, nil
+	}
+	defer func() { _ = s.Close() }()
+	if err := p.honestViews(s); err != nil {
+		return false, err
+	}
+	c := s.Committed()
+	detected = len(s.Status().Damage) > 0 || c != p.acked
+	if err := settle(s); err != nil {
+		return true, p.honestViews(s)
+	}
+	if s.Committed() != c {
+		return detected, fmt.Errorf("apply moved the committed position")
+	}
+	if err := p.honestViews(s); err != nil {
+		return detected, fmt.Errorf("after apply: %w", err)
+	}
+	if len(s.Status().Damage) > 0 && s.Status().State == points.Damaged {
+		return true, nil
+	}
+	q := p.copy()
+	q.adopt(c)
+	q.epoch = p.epoch + 100 // burnt numbers are not used again
+	if err := q.epochs(s, 3, 20*time.Second, true); err != nil {
+		return true, nil
+	}
+	if err := q.honestViews(s); err != nil {
+		return detected, fmt.Errorf("after more epochs: %w", err)
+	}
+	if err := q.exact(s, s.Committed()); err != nil {
+		return detected, fmt.Errorf("newest state: %w", err)
+	}
+	return detected, nil
+}
+
+func (p *primary) honestViews(s *points.Store) error {
+	listed := map[delta.Pos]bool{s.Committed(): true}
+	for _, pt := range s.Points() {
+		listed[pt.Pos] = true
+	}
+	for pos := range p.cuts {
+		err := p.exact(s, pos)
+		if errors.Is(err, errDiffers) {
+			return err
+		}
+		if err == nil && !listed[pos] {
+			return fmt.Errorf("%v can be viewed but is not listed", pos)
+		}
+		if fw, ferr := s.Firmware(pos); err == nil && ferr == nil && p.blob == nil && len(fw) == 1 && string(fw[0].Data) != "variables" {
+			return fmt.Errorf("firmware at %v: %q", pos, fw[0].Data)
+		}
+	}
+	return nil
+}
+
+// damageRun applies each damage to a fresh copy of the machine.
+func damageRun(t *testing.T, every int, damages func(h *blocktest.Host, name string) []func(m *fsxtest.Mem) error) {
+	for _, clean := range []bool{false, true} {
+		p := &primary{}
+		h := aged(t, p, clean)
+		cases, found := 0, 0
+		for _, name := range h.FS.Files() {
+			for i, d := range damages(h, name) {
+				if i%every != 0 {
+					continue
+				}
+				hurt := h.Kill(fsxtest.Newest)
+				must(t, d(hurt.FS))
+				det, err := p.copy().honest(hurt)
+				if err != nil {
+					t.Errorf("%s, damage %d (clean %v): %v", name, i, clean, err)
+				}
+				cases++
+				if det {
+					found++
+				}
+			}
+		}
+		t.Logf("clean %v: %d cases, %d detected, the rest harmless", clean, cases, found)
+	}
+}
+
+func stride(t *testing.T, long, short int) int {
+	if testing.Short() {
+		return short
+	}
+	return long
+}
+
+func TestDamagedBytesAreDetectedOrHarmless(t *testing.T) {
+	damageRun(t, stride(t, 97, 1999), func(h *blocktest.Host, name string) []func(*fsxtest.Mem) error {
+		b, err := h.FS.Content(name)
+		must(t, err)
+		var out []func(*fsxtest.Mem) error
+		for off := range int64(len(b)) {
+			out = append(out, func(m *fsxtest.Mem) error {
+				return m.SetByte(name, off, func(c byte) byte { return c ^ byte(1<<(off%8)) })
+			})
+		}
+		return out
+	})
+}
+
+func TestDamagedHeadersAreDetectedOrHarmless(t *testing.T) {
+	damageRun(t, stride(t, 1, 13), func(h *blocktest.Host, name string) []func(*fsxtest.Mem) error {
+		b, err := h.FS.Content(name)
+		must(t, err)
+		var out []func(*fsxtest.Mem) error
+		for block := int64(0); block < int64(len(b)); block += 4096 {
+			for _, off := range []int64{0, 4, 5, 8, 24, 40, 50, 100, 4056, 4095} {
+				if block+off < int64(len(b)) {
+					out = append(out, func(m *fsxtest.Mem) error {
+						return m.SetByte(name, block+off, func(c byte) byte { return ^c })
+					})
+				}
+			}
+		}
+		return out
+	})
+}
+
+func TestLostSwappedAndStaleBlocksAreDetectedOrHarmless(t *testing.T) {
+	damageRun(t, stride(t, 1, 11), func(h *blocktest.Host, name string) []func(*fsxtest.Mem) error {
+		b, err := h.FS.Content(name)
+		must(t, err)
+		n := int64(len(b)+4095) / 4096
+		var out []func(*fsxtest.Mem) error
+		for i := range n {
+			out = append(out, func(m *fsxtest.Mem) error { return m.ZeroBlock(name, i) })
+			if i+1 < n && int64(len(b)) >= (i+2)*4096 {
+				out = append(out,
+					func(m *fsxtest.Mem) error { return m.SwapBlocks(name, i, i+1) },
+					func(m *fsxtest.Mem) error { return m.CopyBlock(name, i, i+1) })
+			}
+		}
+		return out
+	})
+}
+
+func TestTruncatedFilesAreDetectedOrHarmless(t *testing.T) {
+	damageRun(t, stride(t, 1, 7), func(h *blocktest.Host, name string) []func(*fsxtest.Mem) error {
+		b, err := h.FS.Content(name)
+		must(t, err)
+		var out []func(*fsxtest.Mem) error
+		for n := int64(0); n < int64(len(b)); n += 1361 {
+			out = append(out, func(m *fsxtest.Mem) error { return m.TruncateAt(name, n) })
+		}
+		out = append(out, func(m *fsxtest.Mem) error { return m.Remove(name) })
+		return out
+	})
+}
+
+func TestB24DamagedMiddleSegmentRefusesItsPointsOnly(t *testing.T) {
+	p, h, s := started(t, 31)
+	must(t, p.epochs(s, 6, 20*time.Second, true))
+	pts := s.Points()
+	must(t, s.Close())
+	var segs []string
+	for _, f := range h.FS.Files() {
+		if strings.HasPrefix(f, "undo/") {
+			segs = append(segs, f)
+		}
+	}
+	must(t, h.FS.SetByte(segs[2], 8192+100, func(b byte) byte { return ^b })) // data of a granule
+	s, err := points.Open(p.config(h))
+	must(t, err)
+	defer s.Close() //nolint:errcheck // test
+	for i, pt := range pts {
+		err := p.exact(s, pt.Pos)
+		switch {
+		case i > 2 && err != nil:
+			t.Errorf("point %d: %v", i, err)
+		case i == 2 && !errors.Is(err, points.ErrDamaged):
+			t.Errorf("point %d over the damage: %v", i, err)
+		case errors.Is(err, errDiffers):
+			t.Errorf("point %d: %v", i, err)
+		}
+	}
+	must(t, s.Check(context.Background(), func(error) {}))
+	if bad := s.Points(); bad[0].Damage == nil || bad[2].Damage == nil || bad[3].Damage != nil {
+		t.Errorf("after a check: %v %v %v", bad[0].Damage, bad[2].Damage, bad[3].Damage)
+	}
+}
+
+func TestDamagedCommittedEpochStopsEverythingUntilDropped(t *testing.T) {
+	p, h, s := started(t, 32)
+	must(t, p.epochs(s, 2, time.Second, true))
+	good := p.acked
+	must(t, p.epochs(s, 3, time.Second, false))
+	h2 := h.Kill(fsxtest.Newest)
+	hit := 0
+	for _, f := range h2.FS.Files() {
+		if !strings.HasPrefix(f, "spool/") {
+			continue
+		}
+		b, err := h2.FS.Content(f)
+		must(t, err)
+		if len(b) > 64+4096+8 && int(b[24]) == 4 { // ordinal 4: the third epoch has 3
+			must(t, h2.FS.SetByte(f, 4096+200, func(b byte) byte { return ^b }))
+			hit++
+		}
+	}
+	if hit != 1 {
+		t.Fatalf("%d spools hit", hit)
+	}
+	s, err := points.Open(p.config(h2))
+	must(t, err)
+	st := s.Status()
+	if st.State != points.Damaged || st.Committed.Epoch != good.Epoch+1 {
+		t.Fatalf("status %+v", st)
+	}
+	must(t, p.exact(s, st.Committed))
+	if err := p.send(s, p.copy().cut(p.copy().touch(1))); !errors.Is(err, points.ErrDamaged) {
+		t.Errorf("epoch: %v", err)
+	}
+	if _, err := s.Promote(delta.Generation{8}, true); !errors.Is(err, points.ErrDamaged) {
+		t.Errorf("promote: %v", err)
+	}
+	must(t, s.DropDamaged())
+	if st := s.Status(); st.State != points.Replica || st.VerifyAll == "" {
+		t.Errorf("status %+v", st)
+	}
+	q := p.copy()
+	q.adopt(s.Committed())
+	must(t, q.epochs(s, 3, 20*time.Second, true))
+	must(t, q.exact(s, s.Committed()))
+	must(t, s.Verified())
+	must(t, s.Close())
+	s, err = points.Open(p.config(h2))
+	must(t, err)
+	if st := s.Status(); st.VerifyAll != "" || len(st.Damage) > 0 {
+		t.Errorf("status %+v", st)
+	}
+	must(t, s.Close())
+}
