@@ -9,7 +9,7 @@ func forget(n *state) {
 	n.half, n.session = false, false
 	unfreeze(n)
 	n.clean, n.covered = resting, 0
-	n.sawDone = 0
+	n.sawDone, n.compared = 0, 0
 }
 
 // kill: the process dies, the kernel lives. The next one takes the exact bits

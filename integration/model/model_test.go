@@ -54,13 +54,13 @@ func TestDesignHoldsInEveryState(t *testing.T) {
 		{{1, 2}, {1}, {3}},
 		{{3}, {0}, {1}},
 	}
-	deep := [][]Target{{{0}, {3}, {0}}}
+	deep := [][]Target{{{0}, {0, 1}}}
 	if testing.Short() {
 		progs, deep = progs[:1], nil
 	}
 	if full() {
 		progs = programs(3, []Target{{0}, {1}, {2}, {3}, {0, 1}, {1, 2}})
-		deep = append(deep, []Target{{1, 2}, {1}, {3}}, []Target{{0}, {1}, {0}})
+		deep = append(deep, []Target{{0}, {3}, {0}}, []Target{{1, 2}, {1}, {3}}, []Target{{0}, {1}, {0}})
 	}
 	states, transitions := 0, 0
 	steps := map[string]int{}
@@ -75,7 +75,7 @@ func TestDesignHoldsInEveryState(t *testing.T) {
 		add(exhaust(t, Config{Program: p, Epochs: 2, Crashes: 1, Rollbacks: 1, Rules: true, Compact: true}))
 	}
 	for _, p := range deep {
-		add(exhaust(t, Config{Program: p, Epochs: 2, Crashes: 2, Rollbacks: 1, Rules: true, Compact: true}))
+		add(exhaust(t, Config{Program: p, Epochs: 2, Crashes: 2, Rollbacks: 1, Compares: true, Rules: true, Compact: true}))
 		if full() {
 			add(exhaust(t, Config{Program: p, Epochs: 3, Crashes: 2, Rollbacks: 0, Rules: true, Compact: true}))
 		}
@@ -110,6 +110,8 @@ func TestEveryMutantOfTheDesignIsFound(t *testing.T) {
 			c.Program = []Target{{0}, {1}}
 		case OpenTrustsPages:
 			c.Program, c.Crashes = []Target{{0}, {0}}, 2
+		case CompareForgetsWrites:
+			c.Program, c.Compares = []Target{{0}, {0}}, true
 		case NoLockAcrossEpochs, FreezePerDisk:
 			c.Program = []Target{{0, 1}, {1}, {3}}
 		}

@@ -16,7 +16,8 @@
 // frozen number likewise until their own sync. One epoch is frozen at a time;
 // it stays protected by copy-before-write until Ack or Abandon. The replica's
 // commit is one step; its answer may be lost. The replica may be put back to
-// the state before its last commit. A process death keeps the page cache and
+// the state before its last commit. After a crash, granules may be compared with
+// the replica and become clean. A process death keeps the page cache and
 // the exact bitmap; a power cut keeps neither.
 //
 // # Invariants
@@ -28,7 +29,8 @@
 //	I3  no write is in an older epoch than one it saw answered
 //	I4  the frozen content never changes once drained, and is the cut
 //	I5  what the replica commits is the cut, over all disks
-//	I6  a region is cleared only when idle, clean, synced and acknowledged
+//	I6  a region is cleared only when idle, clean, synced, and the last epoch
+//	    that contained it acknowledged
 //	I9  a number that left the host never names another content
 //	I10 a clear never becomes visible before the base it depends on is durable
 //
@@ -111,6 +113,8 @@ type state struct {
 	clean   phase // where the clean step stands
 	covered uint8 // the position it works for
 
+	compared uint8 // granule whose comparison is under way, plus one
+
 	sawDone uint8 // highest tag of an answered write (ghost)
 	left    uint8 // highest number of which bytes left the host (ghost)
 
@@ -128,7 +132,10 @@ type Config struct {
 	Crashes  int
 	// Rollbacks: how often the replica may be put back by one commit.
 	Rollbacks int
-	Mutant    Mutant
+	// Compares: after a crash, granules that equal the replica's committed
+	// content may be found so by digest and become clean.
+	Compares bool
+	Mutant   Mutant
 	// Rules checks I2, I6 and I10 as rules, at the step that would break
 	// them. Without it only their consequences (I1, I1d, I3, I4, I5, I9) are.
 	Rules bool
@@ -167,6 +174,7 @@ const (
 	RebaseInMemory              // going back behind the base is not made durable
 	NoHandshake                 // shipping goes on without asking where the replica is
 	RecoveredAsOld              // what a crash made dirty again counts as written long ago
+	CompareForgetsWrites        // a comparison does not notice a write that was already running
 	mutants
 )
 
@@ -179,6 +187,7 @@ func (m Mutant) String() string {
 		"no drain", "younger epoch kept after its parent was abandoned", "kill loses the frozen bits",
 		"base persisted after clears", "number persisted after shipping", "replica behind the acked position trusted",
 		"rebase in memory only", "no handshake", "recovered regions counted as old",
+		"comparison forgets a running write",
 	}
 	if int(m) < len(names) {
 		return names[m]

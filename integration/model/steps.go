@@ -27,6 +27,8 @@ const (
 	doBaseWrite
 	doBaseSync
 	doClear
+	doCompare
+	doCompareEnd
 	doKill
 	doCut
 )
@@ -72,6 +74,10 @@ func stepName(kind uint8) string {
 		return "clean step: base %d durable"
 	case doClear:
 		return "clean step: regions %03b cleared"
+	case doCompare:
+		return "granule %d is compared with the replica and found equal"
+	case doCompareEnd:
+		return "granule %d becomes clean by comparison"
 	case doKill:
 		return "the process is killed"
 	case doCut:
@@ -103,6 +109,9 @@ func (y *system) next(s *state, out emit) {
 	y.shipping(s, out)
 	y.linking(s, out)
 	y.cleaning(s, out)
+	if y.c.Compares && s.crashes > 0 {
+		y.comparing(s, out)
+	}
 	if int(s.crashes) < y.c.Crashes {
 		y.kill(s, out)
 		y.cutPower(s, out)
@@ -179,6 +188,7 @@ func (y *system) tag(n *state, w *slot, arg uint8, out emit) {
 		w.tag = n.epoch
 	}
 	n.active |= gs
+	y.touch(n, gs)
 	for r := range y.nRegions {
 		if y.touched[w.write-1]&(1<<r) != 0 {
 			n.lastTag[r] = max(n.lastTag[r], w.tag)
@@ -205,6 +215,9 @@ func (y *system) data(n *state, w *slot, arg uint8, out emit) {
 	region := uint8(1) << y.regionOf[g]
 	if y.c.Rules && (n.mayZero&region != 0 || n.mayOne&region == 0) {
 		broken = fmt.Sprintf("I2: granule %d is written, the mark of region %d is not durable", g, y.regionOf[g])
+	}
+	if y.c.Mutant != CompareForgetsWrites {
+		y.touch(n, bit)
 	}
 	v := w.write // values are write numbers; 0 is the seed
 	n.image[g] = v
@@ -240,6 +253,7 @@ func (y *system) freezing(s *state, out emit) {
 		out(n, label{doFreezeRest, s.epoch}, "")
 	case s.epoch == 0 && int(s.freezes) < y.c.Epochs && s.active != 0:
 		n.freezes++
+		n.compared = 0
 		n.epoch = s.current
 		n.current++
 		if y.c.Mutant != NumberAfterShipping {
@@ -342,7 +356,7 @@ func (y *system) linking(s *state, out emit) {
 	if !s.session && s.clean == resting && !s.half {
 		n = *s
 		if ok, broken := y.handshake(&n); ok {
-			n.session = true
+			n.session, n.compared = true, 0
 			out(n, label{doHandshake, s.committed}, broken)
 		}
 	}
@@ -350,7 +364,7 @@ func (y *system) linking(s *state, out emit) {
 		n = *s
 		n.rollbacks++
 		n.replica, n.committed = s.before, s.previous
-		n.answer = false
+		n.answer, n.compared = false, 0
 		n.session = s.session && y.c.Mutant == NoHandshake
 		out(n, label{doRollback, n.committed}, "")
 	}
@@ -380,101 +394,4 @@ func (y *system) handshake(n *state) (ok bool, broken string) {
 	}
 	n.acked = n.committed
 	return true, broken
-}
-
-// clearable lists the regions the clean step may forget.
-func (y *system) clearable(s *state, upTo uint8) uint8 {
-	var out uint8
-	busy := s.active | s.frozen | s.late
-	pinned := uint8(0)
-	for _, w := range s.slots {
-		if w.write != 0 && y.c.Mutant != ClearPinned {
-			pinned |= y.touched[w.write-1]
-		}
-	}
-	for r := range y.nRegions {
-		bit := uint8(1) << r
-		if s.durable&bit != 0 && pinned&bit == 0 && busy&y.inRegion[r] == 0 && s.lastTag[r] <= upTo {
-			out |= bit
-		}
-	}
-	return out
-}
-
-func (y *system) cleaning(s *state, out emit) {
-	n := *s
-	switch s.clean {
-	case resting:
-		if s.acked == s.base && y.clearable(s, s.acked) == 0 {
-			return
-		}
-		if y.c.Mutant != ClearWithoutSync {
-			for g := range y.n {
-				n.platter[g] = 1 << s.image[g]
-			}
-		}
-		n.clean, n.covered = imageSynced, s.acked
-		out(n, label{doImageSync, n.covered}, "")
-	case imageSynced:
-		if y.c.Mutant == ClearForLaterAck {
-			n.covered = s.acked
-		}
-		if y.c.Mutant == BaseAfterClears {
-			out(n, label{doClear, y.clearable(s, s.covered)}, y.clear(&n, cleared))
-			return
-		}
-		y.writeBase(n, out)
-	case baseWritten:
-		n.bases = 1 << s.base
-		if n.clean = baseSynced; y.c.Mutant == BaseAfterClears {
-			n.clean, n.covered = resting, 0
-		}
-		out(n, label{doBaseSync, s.base}, "")
-	case baseSynced:
-		out(n, label{doClear, y.clearable(s, s.covered)}, y.clear(&n, resting))
-	case cleared:
-		y.writeBase(n, out)
-	}
-}
-
-func (y *system) writeBase(n state, out emit) {
-	n.base = n.covered
-	n.bases |= 1 << n.base
-	n.clean = baseWritten
-	out(n, label{doBaseWrite, n.base}, "")
-}
-
-func (y *system) clear(n *state, then phase) (broken string) {
-	rs := y.clearable(n, n.covered)
-	if y.c.Rules {
-		broken = y.mayClear(n, rs)
-	}
-	n.shown &^= rs
-	n.durable &^= rs
-	n.mayZero |= rs
-	if n.clean = then; then == resting {
-		n.covered = 0
-	}
-	return broken
-}
-
-// mayClear are I6 and I10 as rules.
-func (y *system) mayClear(s *state, rs uint8) string {
-	for _, w := range s.slots {
-		if w.write != 0 && y.touched[w.write-1]&rs != 0 {
-			return fmt.Sprintf("I6: a region of write %d, which is running, is cleared", w.write)
-		}
-	}
-	for g := range y.n {
-		if y.granulesOf(rs)&(1<<g) != 0 && s.platter[g] != 1<<s.image[g] {
-			return fmt.Sprintf("I6: the region of granule %d is cleared, its content is not synced", g)
-		}
-	}
-	for r := range y.nRegions {
-		oldest := uint8(bits.TrailingZeros8(s.bases))
-		if rs&(1<<r) != 0 && oldest < s.lastTag[r] {
-			return fmt.Sprintf("I10: region %d, last written in epoch %d, is cleared while the durable base may be %d", r, s.lastTag[r], oldest)
-		}
-	}
-	return ""
 }

@@ -61,17 +61,6 @@ func (y *system) start() state {
 	return s
 }
 
-// regionsOf is the set of regions that contain one of the granules.
-func (y *system) regionsOf(granules uint8) uint8 {
-	var rs uint8
-	for g := range y.n {
-		if granules&(1<<g) != 0 {
-			rs |= 1 << y.regionOf[g]
-		}
-	}
-	return rs
-}
-
 // granulesOf is the set of granules in the regions.
 func (y *system) granulesOf(regions uint8) uint8 {
 	var gs uint8
