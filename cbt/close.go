@@ -48,14 +48,10 @@ func (g *Group) Close(ctx context.Context) error {
 // stopWriters refuses writes from now on and frees those that are held.
 func (g *Group) stopWriters() {
 	g.gate.Lock()
-	first := !errors.Is(g.refuse, block.ErrClosed)
 	g.refuse = block.ErrClosed
 	disks := g.disks
 	g.gate.Unlock()
-	if !first {
-		return
-	}
-	close(g.stop)
+	g.stopOnce.Do(func() { close(g.stop) })
 	for _, d := range disks {
 		d.st.Load().intent.shut()
 	}

@@ -127,6 +127,11 @@ func (g *Group) flushIntent(d *Disk, m *intentMap, spans []span) error {
 			}
 		}
 	}
+	g.gate.RLock()
+	for _, s := range spans {
+		st.touched(s, ^uint64(0), g.epoch) // marked ahead counts as written now
+	}
+	g.gate.RUnlock()
 	if m.void.Load() {
 		m.include(spans)
 		return nil

@@ -55,7 +55,8 @@ type Group struct {
 	sickMu sync.Mutex
 	sick   sickness // guarded by sickMu
 
-	stop chan struct{} // closed by Close; ends held writes
+	stop     chan struct{} // closed by Close; ends held writes
+	stopOnce sync.Once
 }
 
 // coolMark: at that time every write tagged epoch or lower had its tag.

@@ -132,18 +132,21 @@ func newDisk(g *Group, e superDisk, dc DiskConfig, m *intentMap) *Disk {
 	d.tryR, _ = dc.Device.(block.TryReader)
 	m.flush = func(m *intentMap, spans []span) error { return g.flushIntent(d, m, spans) }
 	st := &diskState{size: e.size, granules: uint64(e.size+GranuleSize-1) >> granuleShift, intent: m}
-	st.lastTag = tags(m.geo.regions, g.epoch)
+	st.lastTag = make([]atomic.Uint32, m.geo.regions)
+	for w := range m.next {
+		st.touched(span{uint64(w) * 64, min(uint64(w)*64+64, m.geo.regions)}, m.next[w], g.epoch)
+	}
 	d.st.Store(st)
 	return d
 }
 
-// tags says of every region that the epoch now running wrote to it.
-func tags(regions, epoch uint64) []atomic.Uint32 {
-	t := make([]atomic.Uint32, regions)
-	for r := range t {
-		t[r].Store(uint32(epoch))
+// touched says of the regions of s whose bit is in v that epoch wrote to them.
+func (st *diskState) touched(s span, v, epoch uint64) {
+	for r := s.lo; r < s.hi; r++ {
+		if v>>(r%64)&1 != 0 {
+			st.lastTag[r].Store(uint32(epoch))
+		}
 	}
-	return t
 }
 
 func setAll(words []uint64, n uint64) {

@@ -16,8 +16,7 @@ type recovery struct {
 	g      *Group
 	sb     *super // as found; becomes what is written
 	rep    *OpenReport
-	doubts []string       // any of them: verify everything
-	mended map[*Disk]bool // maps to be written anew
+	doubts []string // any of them: verify everything
 }
 
 // Open continues a tracker. On success writes may begin at once: everything
@@ -31,7 +30,7 @@ func Open(cfg Config) (*Group, *OpenReport, error) {
 	if err != nil {
 		return nil, nil, fmt.Errorf("open tracker: %w", err)
 	}
-	r := &recovery{sb: sb.clone(), mended: map[*Disk]bool{}, rep: &OpenReport{
+	r := &recovery{sb: sb.clone(), rep: &OpenReport{
 		Alarms: alarms, SuspectBytes: map[string]int64{}, DirtyBytes: map[string]int64{},
 	}}
 	g, err := build(cfg, sb, func(g *Group) error {
@@ -78,20 +77,35 @@ func (r *recovery) run() error {
 }
 
 // attach matches the configured disks with the recorded ones and reads their
-// maps.
+// maps. A disk nobody tracked so far is wholly dirty; one that is gone loses
+// its record, so that it would be wholly dirty if it came back.
 func (r *recovery) attach() error {
 	cfg := r.g.cfg
-	if len(cfg.Disks) != len(r.sb.disks) {
-		return fmt.Errorf("%w: it has %d disks, the VM %d; use AddDisk and RemoveDisk", ErrMismatch, len(r.sb.disks), len(cfg.Disks))
+	old := r.sb.disks
+	r.sb.disks = nil
+	if !slices.ContainsFunc(old, func(e superDisk) bool {
+		return slices.ContainsFunc(cfg.Disks, func(dc DiskConfig) bool { return dc.Name == e.name })
+	}) {
+		return fmt.Errorf("%w: none of its disks is configured", ErrMismatch)
 	}
-	for i := range r.sb.disks {
-		e := &r.sb.disks[i]
-		at := slices.IndexFunc(cfg.Disks, func(dc DiskConfig) bool { return dc.Name == e.name })
+	old = slices.Clone(old)
+	for _, dc := range cfg.Disks {
+		at := slices.IndexFunc(old, func(e superDisk) bool { return e.name == dc.Name })
 		if at < 0 {
-			return fmt.Errorf("%w: disk %s is not configured", ErrMismatch, e.name)
+			r.rep.Alarms = append(r.rep.Alarms, "disk "+dc.Name+" was not tracked before; all of it is dirty")
+			if err := r.g.addNew(r.sb, dc, DirtyAll); err != nil {
+				return err
+			}
+			continue
 		}
-		r.judge(e, cfg.Disks[at])
-		r.readMap(e, cfg.Disks[at])
+		e := old[at]
+		old = slices.Delete(old, at, at+1)
+		r.judge(&e, dc)
+		r.sb.disks = append(r.sb.disks, e)
+		r.readMap(&e, dc)
+	}
+	for _, e := range old {
+		r.rep.Alarms = append(r.rep.Alarms, "disk "+e.name+" is no longer there; its record is dropped")
 	}
 	return nil
 }
@@ -129,8 +143,7 @@ func (r *recovery) judge(e *superDisk, dc DiskConfig) {
 	}
 }
 
-// readMap loads a disk's map; what cannot be read is taken as marked, and the
-// map is written anew.
+// readMap loads a disk's map; what cannot be read is taken as marked.
 func (r *recovery) readMap(e *superDisk, dc DiskConfig) {
 	geo := geometry(e.size)
 	mr := mapRead{words: make([]uint64, geo.words()), seqs: make([]uint64, geo.pages)}
@@ -141,11 +154,9 @@ func (r *recovery) readMap(e *superDisk, dc DiskConfig) {
 	} else {
 		mr = loadMap(f, e.mapID, geo)
 	}
-	d := newDisk(r.g, *e, dc, newIntentMap(geo, e.mapID, f, mr.words, mr.seqs))
-	r.g.append(d)
+	r.g.append(newDisk(r.g, *e, dc, newIntentMap(geo, e.mapID, f, mr.words, mr.seqs)))
 	for _, a := range mr.alarms {
 		r.rep.Alarms = append(r.rep.Alarms, "intent map of "+e.name+": "+a)
-		r.mended[d] = true
 	}
 }
 
@@ -157,7 +168,6 @@ func (r *recovery) all() error {
 	for _, d := range r.g.disks {
 		m := d.st.Load().intent
 		setAll(m.next, m.geo.regions)
-		r.mended[d] = true
 	}
 	if err := r.live(r.sb.base); err != nil {
 		return err
@@ -180,7 +190,8 @@ func (r *recovery) sealed() error {
 			return err
 		}
 	}
-	return nil
+	// The seal may be in the page cache only; people act on what we report.
+	return r.g.meta.commit(true, func(*super) {})
 }
 
 // exact continues after a clean stop.
@@ -206,7 +217,6 @@ func (r *recovery) addExact(d *Disk, s span) {
 	if !st.intent.has(lo, hi) {
 		r.rep.Alarms = append(r.rep.Alarms, fmt.Sprintf("intent map of %s: dirty but not marked at region %d", d.name, lo))
 		st.intent.include([]span{{lo, hi}})
-		r.mended[d] = true
 		if st.shm != nil {
 			_ = st.shm.back(r.g.share, s.lo, s.hi) // void or backed; both are safe to touch
 		}
@@ -221,7 +231,7 @@ func (r *recovery) unclean() error {
 		r.rep.Source, r.rep.Reason = SourceShared, "the process was killed"
 		return r.finish(false, acked)
 	}
-	r.g.dropShareFiles()
+	r.g.dropShare()
 	r.rep.Source, r.rep.Reason = SourceRegions, "no clean stop; no exact copy in memory: "+err.Error()
 	return r.live(r.sb.base)
 }
@@ -242,10 +252,8 @@ func (r *recovery) finish(fill bool, acked Position) error {
 		if fill {
 			d.fillFromMap()
 		}
-		if r.mended[d] {
-			if err := r.mend(d); err != nil {
-				return fmt.Errorf("disk %s: %w", d.name, err)
-			}
+		if err := r.renewMap(d); err != nil {
+			return fmt.Errorf("disk %s: %w", d.name, err)
 		}
 	}
 	g.acked = acked
@@ -258,8 +266,11 @@ func (r *recovery) finish(fill bool, acked Position) error {
 	return nil
 }
 
-// mend writes a disk's map to a new file; the superblock will name it.
-func (r *recovery) mend(d *Disk) error {
+// renewMap writes a disk's map to a new file, which the superblock will name.
+// What was read may be in the page cache only, left by a process that was
+// killed before its sync returned or whose sync failed: nobody may rely on it
+// before it was written again.
+func (r *recovery) renewMap(d *Disk) error {
 	m := d.st.Load().intent
 	id, err := newID()
 	if err != nil {
@@ -309,8 +320,8 @@ func (r *recovery) sharedDisk(d *Disk, h sharedHeader) error {
 	}
 	st.shm = shm
 	for slot := range slots {
-		if err := shm.scan(slot, func(w, v uint64) {}); err != nil {
-			return err
+		if err := shm.scan(slot, func(uint64, uint64) {}); err != nil {
+			return err // notes what is backed, before anything is touched
 		}
 	}
 	if err := st.makeBitmaps(r.g.share); err != nil {
@@ -338,10 +349,6 @@ func (r *recovery) sharedDisk(d *Disk, h sharedHeader) error {
 	}
 	return nil
 }
-
-// dropShareFiles forgets shared files that proved useless; their bitmaps are
-// replaced with the next session.
-func (g *Group) dropShareFiles() { g.dropShare() }
 
 // Inspect reads a tracker without changing anything, for status and
 // replicafsck.

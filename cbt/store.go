@@ -53,7 +53,7 @@ func readSuper(fsys fsx.FS) (s *super, alarms []string, err error) {
 	}
 	defer func() { err = errors.Join(err, f.Close()) }()
 	b := make([]byte, superSize)
-	for i, off := range []int64{0, superSlotB} {
+	for i, off := range []int64{superSlotA, superSlotB} {
 		n, rerr := f.ReadAt(b, off)
 		if n != superSize {
 			if rerr == nil || rerr == io.EOF {
@@ -116,19 +116,24 @@ func (m *metaStore) current() *super {
 	return m.cur
 }
 
-// writeSlots writes the slot that is not the newest, or both.
+// writeSlots writes the slot that is not the newest, then, with both, the
+// other one. Each write is synced before the next: a power cut tears one slot
+// at most.
 func (m *metaStore) writeSlots(s *super, both bool) error {
 	m.seq++
 	s.seq = m.seq
 	s.encode(m.buf)
-	offs := []int64{0, superSlotB}
-	if !both {
-		offs = offs[m.seq%2:][:1]
+	offs := [...]int64{superSlotA, superSlotB}
+	first := m.seq % 2
+	if err := m.writeSlot(offs[first]); err != nil || !both {
+		return err
 	}
-	for _, off := range offs {
-		if _, err := m.file.WriteAt(m.buf, off); err != nil {
-			return err
-		}
+	return m.writeSlot(offs[1-first])
+}
+
+func (m *metaStore) writeSlot(off int64) error {
+	if _, err := m.file.WriteAt(m.buf, off); err != nil {
+		return err
 	}
 	m.syncs++
 	return m.file.Sync()

@@ -17,7 +17,8 @@ const (
 	superMagic   = "KVRCBT1\n"
 	superVersion = 1
 	superSize    = 16 << 10
-	superSlotB   = 64 << 10 // offset of the second slot
+	superSlotA   = 0
+	superSlotB   = 64 << 10
 	superHash    = 16352
 	superCRC     = 16368
 	diskEntryAt  = 2048

@@ -1,0 +1,116 @@
+package cbt_test
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"slices"
+	"testing"
+
+	"kvmreplica/cbt"
+	"kvmreplica/internal/block/blocktest"
+)
+
+// A power cut at any persistence operation, whatever survives it, loses no
+// changed block.
+func TestNoPowerCutLosesABlock(t *testing.T) {
+	var w *world
+	scenario := func(h *blocktest.Host) error {
+		w = newWorld(storySizes())
+		defer func() {
+			if w.g != nil {
+				cbt.Kill(w.g)
+			}
+		}()
+		return w.story(h)
+	}
+	blocktest.SweepWith(t, blocktest.Options{MaxAll: 64, Random: 16, NoKill: true}, scenario, func(h *blocktest.Host) error {
+		return w.judge(h, false)
+	})
+}
+
+// The same with garbage in the sector that was hit.
+func TestNoTornSectorLosesABlock(t *testing.T) {
+	var w *world
+	scenario := func(h *blocktest.Host) error {
+		w = newWorld(storySizes())
+		return w.story(h)
+	}
+	blocktest.SweepWith(t, blocktest.Options{MaxAll: 16, Random: 6, NoKill: true, Torn: true, Seed: 5}, scenario, func(h *blocktest.Host) error {
+		return w.judge(h, false)
+	})
+}
+
+// Recovery that is itself cut, again and again, recovers the same (B2).
+func TestRecoveryMayCrashAtEveryStep(t *testing.T) {
+	var w *world
+	scenario := func(h *blocktest.Host) error {
+		w = newWorld(storySizes())
+		return w.story(h)
+	}
+	recover := func(h *blocktest.Host) error {
+		if !slices.Contains(h.FS.Files(), "super") {
+			return nil
+		}
+		g, _, err := cbt.Open(w.config(h))
+		if err != nil {
+			return err
+		}
+		cbt.Kill(g)
+		return nil
+	}
+	blocktest.SweepWith(t, blocktest.Options{MaxAll: 2, Random: 2, Every: 13, Recover: recover}, scenario, func(h *blocktest.Host) error {
+		return w.judge(h, false)
+	})
+}
+
+// After a kill the exact set is found, A and F both, nothing more or less.
+func TestAKillCostsNothing(t *testing.T) {
+	var w *world
+	shm := shmDir(t)
+	fresh := func(name string) string {
+		dir := filepath.Join(shm, name)
+		if err := errors.Join(os.RemoveAll(dir), os.MkdirAll(dir, 0o700)); err != nil {
+			t.Fatal(err)
+		}
+		return dir
+	}
+	scenario := func(h *blocktest.Host) error {
+		w = newWorld(storySizes())
+		w.dir = fresh("live")
+		died := &death{fn: func() { copyDir(t, w.dir, filepath.Join(shm, "left")) }}
+		w.edit = func(c *cbt.Config) { mortal(c, died) }
+		defer func() {
+			died.once.Do(died.fn)
+			if w.g != nil {
+				cbt.Kill(w.g)
+			}
+		}()
+		return w.story(h)
+	}
+	blocktest.SweepWith(t, blocktest.Options{MaxAll: 2, Random: 2, NoCut: true}, scenario, func(h *blocktest.Host) error {
+		copyDir(t, filepath.Join(shm, "left"), filepath.Join(shm, "copy"))
+		w.dir, w.edit = filepath.Join(shm, "copy"), nil
+		return w.judge(h, true)
+	})
+}
+
+// Whatever storage call fails, once or for good: no block is missed.
+func TestNoFailingCallLosesABlock(t *testing.T) {
+	for _, peer := range []bool{true, false} {
+		var w *world
+		scenario := func(h *blocktest.Host) error {
+			w = newWorld(storySizes())
+			if peer {
+				w.tellPeer()
+			}
+			return w.story(h)
+		}
+		blocktest.FailSweepWith(t, blocktest.Options{}, scenario, func(h *blocktest.Host) error {
+			if len(w.told) > 0 {
+				return nil // the peer demands that everything is verified
+			}
+			return w.judge(h, false)
+		})
+	}
+}
