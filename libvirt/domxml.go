@@ -297,8 +297,8 @@ func InsertMetadata(doc []byte, text string) ([]byte, error) {
 	return apply(doc, []splice{{span{m.inner.hi, m.inner.hi}, "\n" + el}})
 }
 
-// RemoveMetadata takes our element out of a document. A document without it
-// comes back as it is.
+// RemoveMetadata takes our element out of a document, and a <metadata> that
+// holds nothing but blanks then. A document without it comes back as it is.
 func RemoveMetadata(doc []byte) ([]byte, error) {
 	root, err := domainRoot(doc)
 	if err != nil {
@@ -322,6 +322,15 @@ func RemoveMetadata(doc []byte) ([]byte, error) {
 		at := k.whole
 		if at.lo > m.inner.lo && doc[at.lo-1] == '\n' {
 			at.lo--
+		}
+		rest := append(append([]byte(nil), doc[m.inner.lo:at.lo]...), doc[at.hi:m.inner.hi]...)
+		if len(rest) > 0 && len(bytes.TrimSpace(rest)) == 0 {
+			// libvirt made the wrapper for us and indented it.
+			lo := m.whole.lo
+			for lo > 0 && isSpace(doc[lo-1]) {
+				lo--
+			}
+			return apply(doc, []splice{{span{lo, m.whole.hi}, ""}})
 		}
 		return apply(doc, []splice{{at, ""}})
 	}

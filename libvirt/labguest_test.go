@@ -79,7 +79,7 @@ func (g *guest) text() string {
 	return string(b)
 }
 
-var syncedLine = regexp.MustCompile(`SYNCED (\d+) \(last [^,]*, worst ([^)]*)\)`)
+var syncedLine = regexp.MustCompile(`SYNCED n=(\d+) last_ms=\d+ worst_ms=(\d+)`)
 
 // synced is the last record the guest announced as durable.
 func (g *guest) synced() int {
@@ -95,7 +95,7 @@ func (g *guest) synced() int {
 func (g *guest) worst() time.Duration {
 	var w time.Duration
 	for _, m := range syncedLine.FindAllStringSubmatch(g.text(), -1) {
-		d, _ := time.ParseDuration(m[2])
+		d, _ := time.ParseDuration(m[2] + "ms")
 		w = max(w, d)
 	}
 	return w
@@ -135,14 +135,14 @@ func (g *guest) finish(image string) {
 	if err != nil {
 		g.t.Fatalf("verify boot: %v: %s", err, tail(string(out)))
 	}
-	m := regexp.MustCompile(`BOOT highest=(\d+) bad=(-?\d+) trailing=(\d+) err=(\S+)`).FindStringSubmatch(string(out))
-	if m == nil || m[2] != "-1" || m[3] != "0" || m[4] != "<nil>" {
+	m := regexp.MustCompile(`BOOT highest=(\d+) bad=(-?\d+) boots=\d+ trailing=(\d+)`).FindStringSubmatch(string(out))
+	if m == nil || m[2] != "-1" || m[3] != "0" {
 		g.t.Fatalf("the records are damaged: %v: %s", m, tail(string(out)))
 	}
 	if n, _ := strconv.Atoi(m[1]); n < announced {
 		g.t.Fatalf("%d records on disk, %d were announced as durable", n, announced)
 	}
-	if !strings.Contains(string(out), "FSCK err=<nil>") {
+	if !strings.Contains(string(out), "FSCK dev=/dev/vda clean=true") {
 		g.t.Fatalf("e2fsck is not happy: %s", tail(string(out)))
 	}
 	g.t.Logf("verified: %s records, %d announced, worst fsync %v", m[1], announced, g.worst())

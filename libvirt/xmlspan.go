@@ -7,7 +7,9 @@ import (
 	"fmt"
 	"io"
 	"sort"
+	"strconv"
 	"strings"
+	"unicode/utf8"
 )
 
 // Limits on documents, ours or derived from a peer's description.
@@ -171,22 +173,55 @@ func attrText(doc []byte, e *elem, name string) string {
 	return unescape(doc[a.value.lo:a.value.hi])
 }
 
+// unescape resolves the five named entities and character references; there
+// are no others without a document type.
 func unescape(b []byte) string {
-	if bytes.IndexByte(b, '&') < 0 {
-		return string(b)
+	s := string(b)
+	if !strings.Contains(s, "&") {
+		return s
 	}
-	var s struct {
-		V string `xml:"v,attr"`
+	var out strings.Builder
+	for {
+		before, rest, found := strings.Cut(s, "&")
+		out.WriteString(before)
+		if !found {
+			return out.String()
+		}
+		ref, after, closed := strings.Cut(rest, ";")
+		r, known := entity(ref)
+		if !closed || !known {
+			out.WriteByte('&')
+			s = rest
+			continue
+		}
+		out.WriteRune(r)
+		s = after
 	}
-	q := []byte(`"`)
-	if bytes.IndexByte(b, '"') >= 0 {
-		q = []byte(`'`)
+}
+
+func entity(ref string) (rune, bool) {
+	switch ref {
+	case "lt":
+		return '<', true
+	case "gt":
+		return '>', true
+	case "amp":
+		return '&', true
+	case "apos":
+		return '\'', true
+	case "quot":
+		return '"', true
 	}
-	doc := append(append(append([]byte("<a v="), q...), b...), append(q, "/>"...)...)
-	if xml.Unmarshal(doc, &s) != nil {
-		return string(b)
+	num, isRef := strings.CutPrefix(ref, "#")
+	if !isRef || len(num) > 8 {
+		return 0, false
 	}
-	return s.V
+	base := 10
+	if hex, isHex := strings.CutPrefix(num, "x"); isHex {
+		num, base = hex, 16
+	}
+	n, err := strconv.ParseUint(num, base, 21)
+	return rune(n), err == nil && utf8.ValidRune(rune(n))
 }
 
 func isSpace(c byte) bool { return c == ' ' || c == '\t' || c == '\n' || c == '\r' }
