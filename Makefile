@@ -11,6 +11,7 @@ export GOTOOLCHAIN ?= auto
 FUZZTIME  ?= 20s
 BENCHTIME ?= 1s
 SEEDS     ?= 2000
+GUEST     := $(CURDIR)/.cache/guest
 LAB       ?= /tmp/kvmlab
 TESTARGS  ?=
 DEMOARGS  ?=
@@ -50,7 +51,8 @@ check: build lint ## lint, and the rules of ARCHITECTURE.md
 
 .PHONY: test
 test: deps check ## everything: unit tests under the race detector, then whole systems
-	@CGO_ENABLED=1 runtests -skips .ci/skips \
+	@bin/kvmlab files $(GUEST)
+	@KVMREPLICA_LAB=1 KVMREPLICA_GUEST=$(GUEST) CGO_ENABLED=1 runtests -skips .ci/skips \
 	  -- -race -shuffle=on -timeout 12m $(TESTARGS) $(UNIT) \
 	  -- -p 1 -timeout 20m $(TESTARGS) $(SYSTEM)
 

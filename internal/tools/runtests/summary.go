@@ -114,7 +114,9 @@ func (s *summary) endPackage(e event, key string, out io.Writer) {
 			s.broken++
 		}
 		for _, l := range s.output[key] {
-			fmt.Fprint(out, l)
+			if !strings.HasPrefix(l, "FAIL") { // said below
+				fmt.Fprint(out, l)
+			}
 		}
 		for k, lines := range s.output { // tests that never ended: a panic, a timeout
 			if strings.HasPrefix(k, e.Package+" ") && k != key {

@@ -15,6 +15,8 @@ const stream = `{"Action":"run","Package":"p","Test":"TestA"}
 {"Action":"fail","Package":"p","Test":"TestB","Elapsed":1}
 {"Action":"output","Package":"p","Test":"TestC","Output":"    c_test.go:9: needs qemu-io\n"}
 {"Action":"skip","Package":"p","Test":"TestC","Elapsed":0}
+{"Action":"output","Package":"p","Output":"FAIL\tp\t2.0s\n"}
+{"Action":"output","Package":"p","Output":"exit status 1\n"}
 {"Action":"fail","Package":"p","Elapsed":2}
 {"Action":"output","Package":"q","Test":"TestD","Output":"panic: boom\n"}
 {"Action":"fail","Package":"q","Elapsed":3}
@@ -31,11 +33,14 @@ func TestSummaryCountsAndQuotes(t *testing.T) {
 	got := out.String()
 	for _, want := range []string{
 		"--- PASS: TestA (0.50s)\n", "b_test.go:7: wrong: 3\n--- FAIL: TestB (1.00s)\n", "--- SKIP: TestC",
-		"  p TestC: needs qemu-io\n", "FAIL\tp\t2.000s\n", "panic: boom\n", "not json\n",
+		"  p TestC: needs qemu-io\n", "exit status 1\nFAIL\tp\t2.000s\n", "panic: boom\n", "not json\n",
 	} {
 		if !strings.Contains(got, want) {
 			t.Errorf("no %q in:\n%s", want, got)
 		}
+	}
+	if strings.Count(got, "FAIL\tp") != 1 {
+		t.Errorf("package p is not said to have failed just once:\n%s", got)
 	}
 	if strings.Contains(got, "chatter") {
 		t.Error("a passing test's output is shown")

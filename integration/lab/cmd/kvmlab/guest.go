@@ -6,6 +6,8 @@ import (
 	"flag"
 	"fmt"
 	"io/fs"
+	"os"
+	"path/filepath"
 	"time"
 
 	"kvmreplica/integration/lab"
@@ -97,4 +99,26 @@ func last(h *lab.Host, name, word string) error {
 	}
 	_, err := fmt.Println(l.Word, l.Text)
 	return err
+}
+
+// linkFiles links the guest's kernel and initramfs, as vmlinuz and rd.gz, into
+// a folder, for whoever boots them without a lab.
+func linkFiles(ctx context.Context, dir string) error {
+	files, err := guest.Build(ctx)
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	for name, from := range map[string]string{"vmlinuz": files.Kernel, "rd.gz": files.Initramfs} {
+		to := filepath.Join(dir, name)
+		if err := os.Remove(to); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		if err := os.Symlink(from, to); err != nil {
+			return err
+		}
+	}
+	return nil
 }

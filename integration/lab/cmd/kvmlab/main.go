@@ -10,6 +10,7 @@
 //	kvmlab guest DIR A NAME [flags]    make disks and define the test guest
 //	kvmlab wait DIR A NAME WORD [-n N] wait for the guest to announce WORD
 //	kvmlab last DIR A NAME WORD        its latest announcement of WORD
+//	kvmlab files DIR                   link the guest's kernel and initramfs into DIR
 //	kvmlab down DIR                    remove everything
 //
 // Exit codes: 0 done, 1 failed, 2 wrong usage; exec passes the command's on.

@@ -17,7 +17,7 @@ import (
 )
 
 // errUsage is answered with the list of verbs; exit code 2.
-var errUsage = errors.New("usage: kvmlab up|status|down DIR, " +
+var errUsage = errors.New("usage: kvmlab up|status|down|files DIR, " +
 	"kvmlab exec|daemon DIR A|B CMD..., kvmlab crash|start DIR A|B, kvmlab link DIR A|B up|down, " +
 	"kvmlab guest DIR A|B NAME [flags], kvmlab wait|last DIR A|B NAME WORD [flags]")
 
@@ -35,6 +35,8 @@ func run(args []string) (int, error) {
 		return enter(args)
 	case "become":
 		return 127, inside.Become(args)
+	case "files":
+		return 0, linkFiles(ctx, args[0])
 	case "up":
 		return 0, up(ctx, args[0], args[1:])
 	}
