@@ -86,7 +86,7 @@ func (p *primary) honest(h *blocktest.Host) (detected bool, err error) {
 }
 
 func (p *primary) honestViews(s *points.Store) error {
-	listed := map[delta.Pos]bool{s.Committed(): true}
+	listed := map[delta.Pos]bool{s.Committed(): true, s.Status().Applied: true}
 	for _, pt := range s.Points() {
 		listed[pt.Pos] = true
 	}

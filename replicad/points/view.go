@@ -25,8 +25,8 @@ type View struct {
 // viewReaders bounds the chunk readers a view keeps (4 MiB each).
 const viewReaders = 4
 
-// View opens the state at pos: the committed position or a point's. Apply
-// will make a point of it when it gets there, so that it can be kept apart
+// View opens the state at pos: the committed position, a point's, or the
+// applied one unless a batch is under way. Apply will make a point of it when it gets there, so that it can be kept apart
 // from what follows.
 func (s *Store) View(pos delta.Pos) (*View, error) {
 	v, err := s.view(pos)
@@ -67,14 +67,16 @@ func (s *Store) viewable(pos delta.Pos) (mark, []int64, error) {
 			return g.start, g.sizes, nil
 		}
 	}
-	if pos != s.committed.pos {
-		return mark{}, nil, ErrNoPoint
+	switch {
+	case pos == s.committed.pos && len(s.epochs) > 0:
+		return s.committed, sizes(s.disks(), nil), nil
+	case pos == s.sup.applied.pos && s.must <= s.sup.applied.ordinal:
+		// The images are exactly there; apply makes a point of it first.
+		return s.sup.applied, sizes(s.sup.diskList(), nil), nil
+	case pos == s.sup.applied.pos:
+		return mark{}, nil, fmt.Errorf("%w: the images are half way to a later state", ErrNoPoint)
 	}
-	// Not a point (yet): the images may be anywhere up to it, or exactly there.
-	if len(s.epochs) == 0 && s.must > s.committed.ordinal {
-		return mark{}, nil, fmt.Errorf("%w: the images are half way to a later state", ErrDamaged)
-	}
-	return s.committed, sizes(s.disks(), nil), nil
+	return mark{}, nil, ErrNoPoint
 }
 
 // readable reports the damage that keeps the point before segment i from being

@@ -1,0 +1,202 @@
+package main
+
+import (
+	"bytes"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"kvmreplica/internal/block"
+	"kvmreplica/replicad/delta"
+	"kvmreplica/replicad/points"
+)
+
+const diskSize = 64*4096 + 512
+
+// replica makes a replica directory with three committed epochs, the last one
+// not applied, and returns it with the content after each.
+func replica(t *testing.T) (dir string, cuts [][]byte, stream []byte) {
+	t.Helper()
+	dir = t.TempDir()
+	now := time.Unix(1_700_000_000, 0)
+	cfg := points.Config{VM: delta.VM{1}, Now: func() time.Time { return now }}
+	d := &points.Dir{Path: dir}
+	must(t, d.Configure(&cfg))
+	disks := []delta.Disk{{Name: "vda", Size: diskSize}}
+	s, err := points.Create(cfg, disks)
+	must(t, err)
+	must(t, s.SeedAssume("vda"))
+	content := make([]byte, diskSize)
+	var parent delta.Pos
+	for e := uint64(1); e <= 3; e++ {
+		now = now.Add(time.Minute)
+		off := int64(e) * 3 * 4096
+		copy(content[off:], bytes.Repeat([]byte{byte(e)}, 8192))
+		content[diskSize-1] = byte(e)
+		spec := delta.Spec{
+			Header:  delta.Header{VM: cfg.VM, Generation: delta.Generation{2}, Epoch: e, Nonce: 1, Parent: parent, Disks: disks},
+			Changed: [][]block.Range{{{Off: off, Len: 8192}, {Off: diskSize - 512, Len: 512}}}, Content: [][]byte{content},
+			Info: delta.ManifestInfo{Cut: now},
+		}
+		b, err := spec.Build()
+		must(t, err)
+		r, err := s.Begin(spec.Header)
+		must(t, err)
+		for _, c := range b.Chunks {
+			must(t, r.Chunk(c))
+		}
+		parent, err = r.Commit(b.Manifest)
+		must(t, err)
+		cuts, stream = append(cuts, bytes.Clone(content)), b.Bytes()
+		if e < 3 {
+			must(t, s.ApplyAll(t.Context()))
+			_, err = s.Step(t.Context()) // makes the point
+			must(t, err)
+		}
+	}
+	must(t, s.Close())
+	return dir, cuts, stream
+}
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// fsck runs the command and returns its exit status and both outputs.
+func fsck(args ...string) (int, string) {
+	var out bytes.Buffer
+	code := run(args, &out, &out)
+	return code, out.String()
+}
+
+func wantImage(t *testing.T, path string, want []byte) {
+	t.Helper()
+	got, err := os.ReadFile(path)
+	must(t, err)
+	if !bytes.Equal(got, want) {
+		t.Errorf("%s is not the expected state", path)
+	}
+}
+
+func TestReadOnlyCopyChangesNothing(t *testing.T) {
+	dir, cuts, _ := replica(t)
+	before := tree(t, dir)
+	out := filepath.Join(t.TempDir(), "copy")
+	if code, text := fsck("recover", dir, "--read-only-copy", out); code != 0 || !strings.Contains(text, "not promoted") {
+		t.Fatalf("%d %s", code, text)
+	}
+	wantImage(t, out+"/vda.raw", cuts[2])
+	if code, text := fsck("recover", "--point", "2", dir, "--read-only-copy", out+"2"); code != 0 {
+		t.Fatalf("%d %s", code, text)
+	}
+	wantImage(t, out+"2/vda.raw", cuts[1])
+	if code, text := fsck("check", dir); code != 0 || !strings.Contains(text, "backlog     1 epochs") {
+		t.Fatalf("%d %s", code, text)
+	}
+	if after := tree(t, dir); after != before {
+		t.Error("the replica was changed")
+	}
+}
+
+func tree(t *testing.T, dir string) string {
+	t.Helper()
+	var b strings.Builder
+	must(t, filepath.WalkDir(dir, func(path string, e os.DirEntry, err error) error {
+		if err != nil || e.IsDir() {
+			return err
+		}
+		data, err := os.ReadFile(path)
+		b.WriteString(path + "\n" + string(data))
+		return err
+	}))
+	return b.String()
+}
+
+func TestRecoverInPlaceRecordsAForcedPromotion(t *testing.T) {
+	dir, cuts, _ := replica(t)
+	code, first := fsck("recover", dir, "--in-place")
+	if code != 0 || !strings.Contains(first, "(forced)") {
+		t.Fatalf("%d %s", code, first)
+	}
+	wantImage(t, dir+"/vda.raw", cuts[2])
+	if code, again := fsck("recover", dir, "--in-place"); code != 0 || again != first {
+		t.Errorf("repeated: %d\n%s\nwant\n%s", code, again, first)
+	}
+	if code, text := fsck("check", dir); code != 0 || !strings.Contains(text, "state       promoted") {
+		t.Errorf("%d %s", code, text)
+	}
+	if code, text := fsck("recover", dir, "--read-only-copy", t.TempDir()); code != 1 || !strings.Contains(text, "promoted") {
+		t.Errorf("copy after the promotion: %d %s", code, text)
+	}
+}
+
+func TestRecoverOutAtAnOlderPoint(t *testing.T) {
+	dir, cuts, _ := replica(t)
+	out := filepath.Join(t.TempDir(), "out")
+	if code, text := fsck("recover", dir, "--out", out, "--point=1"); code != 0 {
+		t.Fatalf("%d %s", code, text)
+	}
+	wantImage(t, out+"/vda.raw", cuts[0])
+	wantImage(t, dir+"/vda.raw", cuts[0])
+}
+
+func TestCheckFindsDamageAndOutsideChanges(t *testing.T) {
+	dir, _, _ := replica(t)
+	segs, err := filepath.Glob(dir + "/undo/u*")
+	must(t, err)
+	f, err := os.OpenFile(segs[0], os.O_RDWR, 0)
+	must(t, err)
+	_, err = f.WriteAt([]byte("x"), 4096+70)
+	must(t, err)
+	st, err := f.Stat()
+	must(t, err)
+	_, err = f.WriteAt([]byte("x"), st.Size()-8192)
+	must(t, err)
+	must(t, f.Close())
+	if code, text := fsck("check", dir); code != 1 || !strings.Contains(text, "damage: undo/") {
+		t.Errorf("%d %s", code, text)
+	}
+	img, err := os.OpenFile(dir+"/vda.raw", os.O_RDWR, 0)
+	must(t, err)
+	_, err = img.WriteAt([]byte("x"), 100)
+	must(t, err)
+	must(t, img.Close())
+	if code, text := fsck("check", dir); code != 1 || !strings.Contains(text, "changed from outside") {
+		t.Errorf("%d %s", code, text)
+	}
+	if code, text := fsck("recover", dir, "--in-place"); code != 1 {
+		t.Errorf("recover of a suspect replica: %d %s", code, text)
+	}
+}
+
+func TestDumpShowsStoreAndStream(t *testing.T) {
+	dir, _, stream := replica(t)
+	if code, text := fsck("dump", dir); code != 0 || !strings.Contains(text, "point       epoch 2") {
+		t.Errorf("%d %s", code, text)
+	}
+	file := filepath.Join(t.TempDir(), "epoch.delta")
+	must(t, os.WriteFile(file, stream, 0o600))
+	if code, text := fsck("dump", file); code != 0 || !strings.Contains(text, "manifest    1 chunks") {
+		t.Errorf("%d %s", code, text)
+	}
+	must(t, os.WriteFile(file, stream[:len(stream)-1], 0o600))
+	if code, text := fsck("dump", file); code != 1 {
+		t.Errorf("cut stream: %d %s", code, text)
+	}
+}
+
+func TestWrongUsage(t *testing.T) {
+	for _, args := range [][]string{{}, {"check"}, {"mend", "x"}, {"recover", "x"}, {"recover", "x", "--in-place", "--out", "y"}, {"check", "x", "--disk", "y"}} {
+		if code, _ := fsck(args...); code != 2 {
+			t.Errorf("%v: exit status %d", args, code)
+		}
+	}
+	if code, text := fsck("check", t.TempDir()); code != 1 || !strings.Contains(text, "directory of a replica") {
+		t.Errorf("empty directory: %d %s", code, text)
+	}
+}
