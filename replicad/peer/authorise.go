@@ -122,7 +122,7 @@ func (s *Server) mayTakeOver(rec Record, rel Relation) error {
 	if ok && rel.Receives && rec.Allow.Group != "" && other.Allow.Group == rec.Allow.Group {
 		return nil
 	}
-	return &wire.Error{Kind: wire.KindConflict, Text: "a VM with this id is protected by another host", Hint: "put both hosts into one group: replicactl peer allow --group"}
+	return &wire.Error{Kind: wire.KindConflict, Text: "a VM with this id is protected by another host", Hint: "end that protection first, or put both hosts into one group on the receiving host"}
 }
 
 func quota(format string, args ...any) error {

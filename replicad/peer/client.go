@@ -104,7 +104,7 @@ func (c *Client) dial(ctx context.Context, _, _ string) (net.Conn, error) {
 	if rec.Address == "" {
 		return nil, &wire.Error{
 			Kind: wire.KindUnavailable, Text: "no address is known for " + rec.Name,
-			Hint: "it must connect to this host, or give it one: replicactl peer allow --address",
+			Hint: "pair the hosts again with listen set there, or let that host do the calling",
 		}
 	}
 	raw := func(ctx context.Context, network, address string) (net.Conn, error) {
