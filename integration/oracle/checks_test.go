@@ -317,3 +317,19 @@ func TestHistorySavesOneLinePerEvent(t *testing.T) {
 		t.Errorf("%d lines, want 3:\n%s", got, b.String())
 	}
 }
+
+func BenchmarkCheckCut(b *testing.B) {
+	const size = 16 << 20
+	d := &plain{b: make([]byte, size)}
+	l := &Load{History: NewHistory(testVM, Images{d.b}), Disks: []Disk{d}}
+	if err := l.Run(1, 4, 3000); err != nil {
+		b.Fatal(err)
+	}
+	w, _ := l.History.During("freeze", 1, func() error { return nil })
+	b.SetBytes(size)
+	for b.Loop() {
+		if err := CheckCut(l.History, Images{d.b}, w); err != nil {
+			b.Fatal(err)
+		}
+	}
+}

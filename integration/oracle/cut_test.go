@@ -131,11 +131,23 @@ func TestCutCheckerAcceptsWhatIsAllowed(t *testing.T) {
 	}
 }
 
+// fault is a wrong image for a history, or a wrong history for an image.
+type fault struct {
+	name, want string
+	run        func(s *script) error
+}
+
 func TestCutCheckerFindsEachFault(t *testing.T) {
-	for _, c := range []struct {
-		name, want string
-		run        func(s *script) error
-	}{
+	for _, c := range append(faultsOfTheCut(), faultsOfTheContent()...) {
+		err := c.run(newScript(2, 16))
+		if !errors.Is(err, ErrViolation) || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s: %v, want a violation with %q", c.name, err, c.want)
+		}
+	}
+}
+
+func faultsOfTheCut() []fault {
+	return []fault{
 		{"an answered write is missing", "came later", func(s *script) error {
 			o := s.issue(OpWrite, 0, 0, 4)
 			s.h.Done(o.Seq, nil)
@@ -200,6 +212,11 @@ func TestCutCheckerFindsEachFault(t *testing.T) {
 			w, img := s.freeze()
 			return CheckCut(s.h, img, w)
 		}},
+	}
+}
+
+func faultsOfTheContent() []fault {
+	return []fault{
 		{"half a sector", "garbage", func(s *script) error {
 			s.do(OpWrite, 0, 0, 4)
 			old := s.copy()
@@ -253,11 +270,6 @@ func TestCutCheckerFindsEachFault(t *testing.T) {
 			w, img := s.freeze()
 			return CheckCut(s.h, img[:1], w)
 		}},
-	} {
-		err := c.run(newScript(2, 16))
-		if !errors.Is(err, ErrViolation) || !strings.Contains(err.Error(), c.want) {
-			t.Errorf("%s: %v, want a violation with %q", c.name, err, c.want)
-		}
 	}
 }
 
