@@ -139,7 +139,7 @@ func TestALineCutAtManyOffsetsAndLostAnswersLoseNothing(t *testing.T) {
 	}
 	p.line.loseReply = func(n int) bool { return n%4 == 1 || n%6 == 2 }
 	p.run(nil)
-	for range 4 {
+	for range 2 {
 		want := p.sess.Status().Stats.Cycles + 2
 		p.until("further", func(s session.Status) bool {
 			p.guest.Scribble(2)
@@ -153,28 +153,29 @@ func TestALineCutAtManyOffsetsAndLostAnswersLoseNothing(t *testing.T) {
 }
 
 func TestTwentyCutsCostLittleMoreThanOneTransfer(t *testing.T) {
+	const changed = 210 * mib
 	carried := func(cuts int) (int64, session.Stats) {
-		p := newPair(t, 5, 96*mib)
+		p := newPair(t, 5, 220*mib)
 		p.guest.Scribble(20)
 		p.run(nil)
 		p.until("protected", func(s session.Status) bool { return s.Protected })
 		p.sess.Pause()
 		p.until("paused", func(s session.Status) bool { return s.Phase == session.PausedPhase })
-		for off := int64(0); off < 60*mib; off += mib {
+		for off := int64(0); off < changed; off += mib {
 			p.guest.Write("vda", random(uint64(off), mib), off)
 		}
 		p.line.mu.Lock()
 		p.line.bytes, p.line.n = 0, 0
 		p.line.cut = func(n int) int64 {
 			if n < cuts {
-				return 2*mib + 700*1024 + int64(n)*12345
+				return 9*mib + 300*1024 + int64(n)*54321
 			}
 			return -1
 		}
 		p.line.mu.Unlock()
 		p.sess.Resume()
-		p.until("shipped", func(s session.Status) bool { return s.Stats.RawBytes >= 60*mib })
-		p.final()
+		p.until("shipped", func(s session.Status) bool { return s.Stats.RawBytes >= changed })
+		p.stop()
 		return p.line.bytes, p.sess.Status().Stats
 	}
 	plain, _ := carried(0)
@@ -183,18 +184,15 @@ func TestTwentyCutsCostLittleMoreThanOneTransfer(t *testing.T) {
 	if stats.Errors < 20 {
 		t.Fatalf("only %d cuts", stats.Errors)
 	}
-	// A cut loses the chunk that was on its way: half of one on average.
-	if float64(cut) > 1.5*float64(plain) {
+	// A cut loses the chunk that was on its way, never one that was verified.
+	if float64(cut) > 1.1*float64(plain) {
 		t.Fatalf("%d bytes instead of %d", cut, plain)
 	}
 }
 
 func random(seed uint64, n int) []byte {
 	p := make([]byte, n)
-	r := rand.New(rand.NewPCG(seed, 99))
-	for i := range p {
-		p[i] = byte(r.Uint32())
-	}
+	_, _ = rand.NewChaCha8([32]byte{byte(seed), byte(seed >> 8), byte(seed >> 16), byte(seed >> 24), 99}).Read(p)
 	return p
 }
 
