@@ -67,6 +67,10 @@ func Up(ctx context.Context, dir string, o Options) (*Estate, error) {
 		if err := e.prepare(h); err != nil {
 			return nil, errors.Join(err, l.Down())
 		}
+		// libvirtd looks for hooks only when it starts.
+		if err := errors.Join(h.Crash(), h.Start(ctx)); err != nil {
+			return nil, errors.Join(err, l.Down())
+		}
 		if err := e.StartDaemon(ctx, h.Name()); err != nil {
 			return nil, errors.Join(err, l.Down())
 		}
@@ -226,13 +230,18 @@ func (e *Estate) Status(ctx context.Context, host, vm string) (status.VM, error)
 func (e *Estate) WaitStatus(ctx context.Context, host, vm, what string, want func(status.VM) bool) (status.VM, error) {
 	tick := time.NewTicker(100 * time.Millisecond)
 	defer tick.Stop()
+	var last status.VM
 	for {
 		v, err := e.Status(ctx, host, vm)
 		if err == nil && want(v) {
 			return v, nil
 		}
+		if err == nil {
+			last = v
+		}
 		select {
 		case <-ctx.Done():
+			v = last
 			return v, fmt.Errorf("wait on host %s for %s to be %s: %w; last: state %s health %s because %q (%v)", host, vm, what, ctx.Err(), v.State, v.Health, v.Reason, err)
 		case <-tick.C:
 		}

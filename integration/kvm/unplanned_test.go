@@ -42,7 +42,7 @@ func TestUnplannedFailoverAndTheReturnOfTheOldPrimary(t *testing.T) {
 
 	w.restart("A")
 	_, err = w.WaitStatus(w.step(), "A", d.Name, "held back", func(v status.VM) bool {
-		return !v.Running && strings.Contains(v.Reason+fmtConditions(v), "other host")
+		return !v.Running && strings.Contains(fmtConditions(v), "start-held: ") && strings.Contains(fmtConditions(v), "promoted")
 	})
 	w.must(err)
 	if out, err := w.Lab.Host("A").Virsh(w.step(), "start", d.Name); err == nil {

@@ -55,6 +55,7 @@ type Facts struct {
 	SuspectBytes int64
 	Diverged     string
 	Stopped      string // the session stopped for this reason and waits for the operator
+	StoppedHint  string // the command that leads out
 	LinkError    string // last error while trying to reach the peer
 	LinkSince    time.Time
 	Bypass       string // an export is missing from the guest's block graph
@@ -129,7 +130,11 @@ func evaluatePrimary(f Facts, now time.Time, add adder) {
 		add("no-reverse", Critical, "replicactl failover reverse "+f.Name, "failed over; nothing replicates the VM any more")
 		return
 	case f.Stopped != "":
-		add("session-stopped", Critical, "replicactl vm resync "+f.Name, "replication has stopped: %s", f.Stopped)
+		hint := f.StoppedHint
+		if hint == "" {
+			hint = "replicactl vm resync " + f.Name
+		}
+		add("session-stopped", Critical, hint, "replication has stopped: %s", f.Stopped)
 	case f.Paused:
 		add("paused", Warning, "replicactl vm resume "+f.Name, "replication is paused")
 	case f.Seeding:

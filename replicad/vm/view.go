@@ -3,6 +3,7 @@ package vm
 import (
 	"context"
 	"fmt"
+	"strings"
 	"time"
 
 	"kvmreplica/replicad/health"
@@ -165,7 +166,7 @@ func viewSession(s session.Status, out *status.VM, f *health.Facts) {
 	switch {
 	case s.Stop != nil:
 		out.State = status.Error
-		f.Stopped = s.Stop.Reason
+		f.Stopped, f.StoppedHint = s.Stop.Reason, strings.ReplaceAll(s.Stop.Hint, "NAME", f.Name)
 	case s.Paused:
 		out.State, f.Paused = status.Paused, true
 	case s.Seeding:
