@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"path"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -135,6 +136,8 @@ func SpecFromXML(doc []byte) (s Spec, dropped []string, err error) {
 	}
 	r.readOS(root.kid("os"))
 	r.readRest(root)
+	// One machine has one description, whatever the order of its document.
+	slices.SortStableFunc(r.spec.Hardware, func(a, b SpecNode) int { return strings.Compare(a.Name, b.Name) })
 	if err := r.spec.Validate(); err != nil {
 		return Spec{}, r.dropped, err
 	}

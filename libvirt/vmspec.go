@@ -229,7 +229,7 @@ type Policy struct {
 	// ListenAddress of graphics; empty is "127.0.0.1".
 	ListenAddress string
 	// GenID is the generation id to give a guest that has one; empty lets
-	// libvirt make a new one at each start.
+	// libvirt make a new one when the document is defined.
 	GenID string
 	// Metadata is put into our metadata element; empty leaves it out.
 	Metadata string
