@@ -15,14 +15,23 @@ type ChunkDecoder struct {
 	hash hasher
 }
 
-// NewChunkDecoder returns a decoder.
+// NewChunkDecoder returns a decoder; the decompressor is made when the first
+// frame needs it.
 func NewChunkDecoder() (*ChunkDecoder, error) {
-	z, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true),
-		zstd.WithDecoderMaxMemory(MaxRaw), zstd.WithDecoderMaxWindow(MaxRaw), zstd.WithDecodeAllCapLimit(true))
-	if err != nil {
-		return nil, fmt.Errorf("make zstd decoder: %w", err)
+	return &ChunkDecoder{hash: newHasher()}, nil
+}
+
+// unzstd unpacks into dst's capacity and no further.
+func (d *ChunkDecoder) unzstd(payload, dst []byte) ([]byte, error) {
+	if d.zstd == nil {
+		z, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true),
+			zstd.WithDecoderMaxMemory(MaxRaw), zstd.WithDecoderMaxWindow(MaxRaw), zstd.WithDecodeAllCapLimit(true))
+		if err != nil {
+			return nil, fmt.Errorf("make zstd decoder: %w", err)
+		}
+		d.zstd = z
 	}
-	return &ChunkDecoder{zstd: z, hash: newHasher()}, nil
+	return d.zstd.DecodeAll(payload, dst)
 }
 
 // Decode verifies a whole chunk frame (bounds, CRC32C, digest) and returns its
@@ -61,7 +70,7 @@ func (d *ChunkDecoder) unpack(codec Codec, payload []byte, rawLen int) ([]byte, 
 		return payload, nil
 	}
 	if cap(d.raw) < rawLen {
-		d.raw = make([]byte, MaxRaw)
+		d.raw = make([]byte, min(MaxRaw, max(2*rawLen, 64<<10)))
 	}
 	var out []byte
 	var err error
@@ -72,7 +81,7 @@ func (d *ChunkDecoder) unpack(codec Codec, payload []byte, rawLen int) ([]byte, 
 		}
 		out, err = s2.Decode(d.raw[:rawLen], payload)
 	default:
-		out, err = d.zstd.DecodeAll(payload, d.raw[:0:rawLen])
+		out, err = d.unzstd(payload, d.raw[:0:rawLen])
 	}
 	if err != nil {
 		return nil, malformed("%v data: %v", codec, err)
@@ -84,4 +93,8 @@ func (d *ChunkDecoder) unpack(codec Codec, payload []byte, rawLen int) ([]byte, 
 }
 
 // Close releases the decompressor.
-func (d *ChunkDecoder) Close() { d.zstd.Close() }
+func (d *ChunkDecoder) Close() {
+	if d.zstd != nil {
+		d.zstd.Close()
+	}
+}

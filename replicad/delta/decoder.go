@@ -113,7 +113,7 @@ func (d *Decoder) frame() ([]byte, FrameType, error) {
 func (d *Decoder) fill(start []byte, total int) ([]byte, error) {
 	if total <= MaxFrame {
 		if cap(d.buf) < total {
-			d.buf = make([]byte, MaxFrame)
+			d.buf = make([]byte, min(MaxFrame, max(2*total, 64<<10)))
 		}
 		frame := d.buf[:total]
 		copy(frame, start)

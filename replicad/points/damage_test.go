@@ -140,7 +140,7 @@ func stride(t *testing.T, long, short int) int {
 }
 
 func TestDamagedBytesAreDetectedOrHarmless(t *testing.T) {
-	damageRun(t, stride(t, 97, 1999), func(h *blocktest.Host, name string) []func(*fsxtest.Mem) error {
+	damageRun(t, stride(t, 397, 3989), func(h *blocktest.Host, name string) []func(*fsxtest.Mem) error {
 		b, err := h.FS.Content(name)
 		must(t, err)
 		var out []func(*fsxtest.Mem) error
@@ -154,7 +154,7 @@ func TestDamagedBytesAreDetectedOrHarmless(t *testing.T) {
 }
 
 func TestDamagedHeadersAreDetectedOrHarmless(t *testing.T) {
-	damageRun(t, stride(t, 1, 13), func(h *blocktest.Host, name string) []func(*fsxtest.Mem) error {
+	damageRun(t, stride(t, 3, 29), func(h *blocktest.Host, name string) []func(*fsxtest.Mem) error {
 		b, err := h.FS.Content(name)
 		must(t, err)
 		var out []func(*fsxtest.Mem) error
@@ -172,7 +172,7 @@ func TestDamagedHeadersAreDetectedOrHarmless(t *testing.T) {
 }
 
 func TestLostSwappedAndStaleBlocksAreDetectedOrHarmless(t *testing.T) {
-	damageRun(t, stride(t, 1, 11), func(h *blocktest.Host, name string) []func(*fsxtest.Mem) error {
+	damageRun(t, stride(t, 1, 17), func(h *blocktest.Host, name string) []func(*fsxtest.Mem) error {
 		b, err := h.FS.Content(name)
 		must(t, err)
 		n := int64(len(b)+4095) / 4096
@@ -190,7 +190,7 @@ func TestLostSwappedAndStaleBlocksAreDetectedOrHarmless(t *testing.T) {
 }
 
 func TestTruncatedFilesAreDetectedOrHarmless(t *testing.T) {
-	damageRun(t, stride(t, 1, 7), func(h *blocktest.Host, name string) []func(*fsxtest.Mem) error {
+	damageRun(t, stride(t, 2, 23), func(h *blocktest.Host, name string) []func(*fsxtest.Mem) error {
 		b, err := h.FS.Content(name)
 		must(t, err)
 		var out []func(*fsxtest.Mem) error
