@@ -87,9 +87,10 @@ func (m *Mem) survivingNames(choose Chooser) map[*entry]*node {
 	walk(m.root)
 	durable := reach(m.root, func(e *entry) *node { return e.vers[0] })
 	visible := reach(m.root, (*entry).shown)
+	chosen := func(e *entry) *node { return named[e] }
+	survived := reach(m.root, chosen)
 	for _, n := range durable.order {
 		at, lives := visible.at[n]
-		survived := reach(m.root, func(e *entry) *node { return named[e] })
 		if _, ok := survived.at[n]; ok || !lives {
 			continue
 		}
@@ -100,6 +101,7 @@ func (m *Mem) survivingNames(choose Chooser) map[*entry]*node {
 		if n.dir {
 			walk(n)
 		}
+		survived = reach(m.root, chosen)
 	}
 	return named
 }
