@@ -190,10 +190,12 @@ func judgePosition(sb *super, acked, pos Position) (older bool, err error) {
 	bad := func(why string) (bool, error) {
 		return false, fmt.Errorf("%w: %v (%s; base %v, acked %v, highest %d)", ErrPosition, pos, why, sb.base, acked, sb.highest)
 	}
-	if pos == sb.base {
+	if pos == sb.base && sb.floor == 0 {
 		return true, nil
 	}
 	switch {
+	case sb.floor > 0 && (pos.Generation != sb.generation || pos.Epoch < sb.floor):
+		return bad(fmt.Sprintf("before epoch %d, and a damaged superblock may have held a later base", sb.floor))
 	case pos.Generation != sb.generation:
 		return bad("other generation")
 	case pos.Epoch > sb.highest:

@@ -42,7 +42,10 @@ type metaStore struct {
 	syncs  uint64
 }
 
-// readSuper returns the newest valid superblock.
+// readSuper returns the newest valid superblock. Only freezes and bases are
+// written to one slot alone. If a slot is damaged, it may have held one such
+// update more: then one more epoch may have been frozen, and any acknowledged
+// one may be the base that clears relied on.
 func readSuper(fsys fsx.FS) (s *super, alarms []string, err error) {
 	f, err := fsys.Open(superName, os.O_RDONLY)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -76,6 +79,10 @@ func readSuper(fsys fsx.FS) (s *super, alarms []string, err error) {
 	}
 	if s == nil {
 		return nil, alarms, fmt.Errorf("%w (%s)", ErrCorrupt, strings.Join(alarms, "; "))
+	}
+	if len(alarms) > 0 && (s.state == stateInUse || s.state == stateVerifyAll) {
+		s.floor = max(s.floor, s.highest)
+		s.highest++
 	}
 	return s, alarms, nil
 }

@@ -68,6 +68,7 @@ type super struct {
 	generation                 id16
 	base, parent               Position
 	highest                    uint64 // highest epoch ever frozen
+	floor                      uint64 // no earlier epoch may be adopted
 	state                      state
 	reason                     string
 	exact                      exactRef
@@ -173,6 +174,7 @@ func (s *super) encode(b []byte) {
 	p.bytes(s.exact.id[:])
 	p.u64(s.exact.length)
 	p.bytes(s.exact.digest[:])
+	p.u64(s.floor)
 	for i := range s.disks {
 		s.disks[i].encode(b[diskEntryAt+i*diskEntryLen:][:diskEntryLen])
 	}
@@ -242,6 +244,7 @@ func decodeSuper(b []byte) (*super, error) {
 	g.bytes(s.exact.id[:])
 	s.exact.length = g.u64()
 	g.bytes(s.exact.digest[:])
+	s.floor = g.u64()
 	if n == 0 || n > MaxDisks || s.state < stateClean || s.state > stateSealed {
 		return nil, fmt.Errorf("%w: %d disks, %v", errDamaged, n, s.state)
 	}

@@ -1,0 +1,213 @@
+package cbt_test
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+
+	"kvmreplica/cbt"
+	"kvmreplica/internal/block/blocktest"
+	"kvmreplica/internal/fsx/fsxtest"
+)
+
+// ends are the states a tracker can be found in.
+var ends = map[string]func(w *world) error{
+	"in use": func(*world) error { return nil },
+	"clean":  func(w *world) error { return w.g.Close(ctx) },
+}
+
+// livedIn returns a machine whose tracker has been used and ended in a way.
+func livedIn(t *testing.T, end string) *world {
+	t.Helper()
+	w := newWorld(map[string]int64{"vda": 1<<20 + 3*granule + 512, "vdb": 2*granule + 100})
+	h := blocktest.NewHost()
+	err := errors.Join(w.create(h), w.fill("vda", 5000, 512, 1), w.cycle(nil),
+		w.fill("vda", 1<<20, 5000, 2), w.fill("vdb", 2*granule, 1, 3), ends[end](w))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if end != "clean" {
+		cbt.Kill(w.g)
+	}
+	return w
+}
+
+// interesting offsets: everything that holds something, and a sample of the
+// padding.
+func interesting(content []byte) (offs []int64) {
+	for i, b := range content {
+		if b != 0 || i%20011 == 0 || i < 70 {
+			offs = append(offs, int64(i))
+		}
+	}
+	return offs
+}
+
+// A single damaged byte anywhere in the metadata is detected or harmless: the
+// dirty set is still a superset. (With the superblock, single fault: the other
+// slot carries on.)
+func TestOneDamagedByteLosesNoBlock(t *testing.T) {
+	for end := range ends {
+		t.Run(end, func(t *testing.T) {
+			w := livedIn(t, end)
+			whole := w.h.Cut(fsxtest.Newest)
+			cases := 0
+			for _, name := range whole.FS.Files() {
+				content, err := whole.FS.Content(name)
+				if err != nil {
+					t.Fatal(err)
+				}
+				for i, off := range interesting(content) {
+					for _, fn := range damages(i, off) {
+						h := whole.Cut(fsxtest.Newest)
+						if err := h.FS.SetByte(name, off, fn); err != nil {
+							t.Fatal(err)
+						}
+						cases++
+						if err := w.judge(h, false); err != nil {
+							t.Fatalf("%s byte %d: %v", name, off, err)
+						}
+					}
+				}
+			}
+			t.Logf("%d damages", cases)
+		})
+	}
+}
+
+// damages: one of the bit flips in turn, and 0xFF; all of them on a few bytes.
+func damages(i int, off int64) []func(byte) byte {
+	fns := []func(byte) byte{func(b byte) byte { return b ^ 1<<(i%8) }}
+	if i%5 == 0 {
+		fns = append(fns, func(b byte) byte { return ^b })
+	}
+	return fns
+}
+
+// Both superblocks damaged: refused with the way out, never guessed.
+func TestBothSuperblocksDamagedIsRefused(t *testing.T) {
+	w := livedIn(t, "in use")
+	h := w.h.Cut(fsxtest.Newest)
+	for _, off := range []int64{100, 64<<10 + 5000} {
+		if err := h.FS.FlipBit("super", off, 3); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, _, err := cbt.Open(w.config(h)); !errors.Is(err, cbt.ErrCorrupt) {
+		t.Fatal(err)
+	}
+}
+
+// Every 4 KiB block zeroed or swapped with another of the same file.
+func TestAMisplacedBlockLosesNoBlock(t *testing.T) {
+	for end := range ends {
+		w := livedIn(t, end)
+		whole := w.h.Cut(fsxtest.Newest)
+		for _, name := range whole.FS.Files() {
+			content, _ := whole.FS.Content(name)
+			var used []int64
+			for b := int64(0); (b+1)*4096 <= int64(len(content)); b++ {
+				if strings.Trim(string(content[b*4096:(b+1)*4096]), "\x00") != "" {
+					used = append(used, b)
+				}
+			}
+			for _, a := range used {
+				for _, b := range append(used, -1) {
+					if a == b {
+						continue
+					}
+					h := whole.Cut(fsxtest.Newest)
+					err := h.FS.Damage(name, func(c []byte) []byte {
+						if b < 0 {
+							clear(c[a*4096 : (a+1)*4096])
+						} else {
+							copy(c[a*4096:(a+1)*4096], content[b*4096:]) // the other stays: misdirected write
+						}
+						return c
+					})
+					if err != nil {
+						t.Fatal(err)
+					}
+					if err := w.judge(h, false); err != nil && !errors.Is(err, cbt.ErrCorrupt) {
+						t.Fatalf("%s (%s): block %d replaced by %d: %v", name, end, a, b, err)
+					}
+				}
+			}
+		}
+	}
+}
+
+// Every truncation, and every file missing.
+func TestATruncatedFileLosesNoBlock(t *testing.T) {
+	for end := range ends {
+		w := livedIn(t, end)
+		whole := w.h.Cut(fsxtest.Newest)
+		for _, name := range whole.FS.Files() {
+			content, _ := whole.FS.Content(name)
+			step := max(len(content)/97, 1)
+			for n := len(content) - 1; n >= 0; n -= step {
+				h := whole.Cut(fsxtest.Newest)
+				if err := h.FS.Damage(name, func(c []byte) []byte { return c[:n] }); err != nil {
+					t.Fatal(err)
+				}
+				if err := w.judge(h, false); err != nil && !errors.Is(err, cbt.ErrCorrupt) {
+					t.Fatalf("%s (%s) cut to %d: %v", name, end, n, err)
+				}
+			}
+			h := whole.Cut(fsxtest.Newest)
+			if err := h.Setup(func() error { return h.FS.Remove(name) }); err != nil {
+				t.Fatal(err)
+			}
+			if name == "super" {
+				if _, _, err := cbt.Open(w.config(h)); !errors.Is(err, cbt.ErrNoTracker) {
+					t.Fatal(err)
+				}
+				continue
+			}
+			if err := w.judge(h, false); err != nil {
+				t.Fatalf("%s missing: %v", name, err)
+			}
+		}
+	}
+}
+
+// An older version of a single file coming back (a lost write, a restored
+// file) must not lose a block either where it is a single fault of the map.
+func TestAStaleMapCopyLosesNoBlock(t *testing.T) {
+	w := newWorld(one(2 << 20))
+	h := blocktest.NewHost()
+	if err := errors.Join(w.create(h), w.fill("vda", 0, 512, 1)); err != nil {
+		t.Fatal(err)
+	}
+	var name string
+	for _, n := range h.FS.Files() {
+		if strings.HasPrefix(n, "map-") {
+			name = n
+		}
+	}
+	old, err := h.FS.Content(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := w.fill("vda", 1<<20, 512, 2); err != nil {
+		t.Fatal(err)
+	}
+	for c := range 2 {
+		cut := w.h.Cut(fsxtest.Newest)
+		err := cut.FS.Damage(name, func(b []byte) []byte {
+			copy(b[c<<20:c<<20+4096], old[c<<20:])
+			return b
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := w.judge(cut, false); err != nil {
+			t.Fatalf("copy %d is stale: %v", c, err)
+		}
+		in, err := cbt.Inspect(w.h.Cut(fsxtest.Newest).FS)
+		if err != nil || fmt.Sprint(in.Alarms) != "[]" {
+			t.Fatal(in.Alarms, err)
+		}
+	}
+}
