@@ -51,6 +51,13 @@ func SwapIn(doc []byte, target string, src NBDSource) ([]byte, DiskOriginal, err
 	if err := src.validate(); err != nil {
 		return fail(err)
 	}
+	was, err := ParseDomain(doc)
+	if err != nil {
+		return fail(err)
+	}
+	if k, _ := was.Disk(target); k.Kind == SourceOther || k.Kind == SourceNone {
+		return fail(fmt.Errorf("its source is %q, which cannot be given back", k.Kind))
+	}
 	disk, err := findDisk(doc, target)
 	if err != nil {
 		return fail(err)

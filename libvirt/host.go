@@ -45,9 +45,10 @@ type Host struct {
 	opt    Options
 	socket string
 
-	mu     sync.Mutex // guards what follows; never held across a call
-	conns  []*conn
-	closed bool
+	mu      sync.Mutex // guards what follows; never held across a call
+	conns   []*conn
+	dialing int // connections being made
+	closed  bool
 }
 
 // conn is one connection to libvirtd. Guarded by Host.mu but for l and nc.
@@ -204,18 +205,20 @@ func (h *Host) acquire(ctx context.Context) (*conn, error) {
 			best = c
 		}
 	}
-	if best != nil && (best.inflight < callsPerConn || len(h.conns) >= maxConns) {
+	if best != nil && (best.inflight < callsPerConn || len(h.conns)+h.dialing >= maxConns) {
 		best.inflight++
 		h.mu.Unlock()
 		return best, nil
 	}
+	h.dialing++
 	h.mu.Unlock()
 	c, err := h.dial(ctx)
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.dialing--
 	if err != nil {
 		return nil, err
 	}
-	h.mu.Lock()
-	defer h.mu.Unlock()
 	if h.closed {
 		c.nc.Close()
 		return nil, net.ErrClosed
