@@ -10,8 +10,8 @@ import (
 func Example() string {
 	d := Default()
 	l := d.Limits
-	var b strings.Builder
-	p := func(format string, args ...any) { fmt.Fprintf(&b, format+"\n", args...) }
+	b := &strings.Builder{}
+	p := printer(b)
 	p("# KVM Replica daemon. What is commented out is the default; sizes and times")
 	p("# need a unit. Check a change with: replicad --check %s", DefaultPath)
 	p("")
@@ -54,6 +54,16 @@ func Example() string {
 	p("#key = \"/etc/replicad/host.key\"")
 	p("#ca = \"/etc/replicad/ca.crt\"")
 	p("")
+	exampleDomain(p, d.Domain)
+	exampleLimits(p, l)
+	return b.String()
+}
+
+func printer(b *strings.Builder) func(string, ...any) {
+	return func(format string, args ...any) { fmt.Fprintf(b, format+"\n", args...) }
+}
+
+func exampleDomain(p func(string, ...any), d Domain) {
 	p("# Local policy for the domains of replicas; a peer's description never decides these.")
 	p("[domain]")
 	p("# \"kvm\", or \"qemu\" for software emulation.")
@@ -74,6 +84,9 @@ func Example() string {
 	p("#kernel = \"/boot/vmlinuz\"")
 	p("#initrd = \"/boot/initrd.img\"")
 	p("")
+}
+
+func exampleLimits(p func(string, ...any), l Limits) {
 	p("[limits]")
 	p("# Connections of peers: all, of one host, and those that have not shown a certificate yet.")
 	p("#connections = %d", l.Connections)
@@ -98,7 +111,6 @@ func Example() string {
 	p("#from = \"08:00\"")
 	p("#to = \"18:00\"")
 	p("#rate = \"20MB/s\"")
-	return b.String()
 }
 
 // FormatSize writes n the way ParseSize reads it, in the largest binary unit
