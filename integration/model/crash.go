@@ -32,6 +32,33 @@ func (y *system) kill(s *state, out emit) {
 	out(n, label{doKill, 0}, "")
 }
 
+// stop: no write is running; the images are synced, the exact bits and the
+// position they are relative to are written and become durable together.
+func (y *system) stop(s *state, out emit) {
+	if s.slots[0].write != 0 || s.slots[1].write != 0 || s.clean != resting || s.half {
+		return
+	}
+	n := *s
+	n.active |= s.frozen | s.late
+	n.frozen, n.late = 0, 0
+	crashes := s.crashes
+	forget(&n)
+	n.crashes, n.stops = crashes, s.stops+1
+	for g := range y.n {
+		n.platter[g] = 1 << s.image[g]
+	}
+	y.syncMarks(&n)
+	n.durable = n.shown
+	if y.c.Mutant == StopKeepsBase {
+		n.acked = s.base
+	} else {
+		n.base = s.acked
+	}
+	n.bases, n.highs = 1<<n.base, 1<<n.highest
+	y.raise(&n, n.durable)
+	out(n, label{doStop, 0}, "")
+}
+
 // raise notes that bits of the regions will travel in the current epoch at the
 // earliest: they may be cleared only when that is acknowledged, even if nobody
 // writes to them any more (I6: the last epoch that contained them).

@@ -17,7 +17,7 @@
 // it stays protected by copy-before-write until Ack or Abandon. The replica's
 // commit is one step; its answer may be lost. The replica may be put back to
 // the state before its last commit. After a crash, granules may be compared with
-// the replica and become clean. A process death keeps the page cache and
+// the replica and become clean. A clean stop keeps the exact bits. A process death keeps the page cache and
 // the exact bitmap; a power cut keeps neither.
 //
 // # Invariants
@@ -118,7 +118,7 @@ type state struct {
 	sawDone uint8 // highest tag of an answered write (ghost)
 	left    uint8 // highest number of which bytes left the host (ghost)
 
-	freezes, crashes, rollbacks uint8
+	freezes, crashes, rollbacks, stops uint8
 }
 
 // Target is a set of granules one write covers, lowest first.
@@ -132,6 +132,8 @@ type Config struct {
 	Crashes  int
 	// Rollbacks: how often the replica may be put back by one commit.
 	Rollbacks int
+	// Stops: how often the process may be stopped in order and started again.
+	Stops int
 	// Compares: after a crash, granules that equal the replica's committed
 	// content may be found so by digest and become clean.
 	Compares bool
@@ -175,6 +177,7 @@ const (
 	NoHandshake                 // shipping goes on without asking where the replica is
 	RecoveredAsOld              // what a crash made dirty again counts as written long ago
 	CompareForgetsWrites        // a comparison does not notice a write that was already running
+	StopKeepsBase               // a clean stop keeps the exact bits but not the position they are relative to
 	mutants
 )
 
@@ -187,7 +190,7 @@ func (m Mutant) String() string {
 		"no drain", "younger epoch kept after its parent was abandoned", "kill loses the frozen bits",
 		"base persisted after clears", "number persisted after shipping", "replica behind the acked position trusted",
 		"rebase in memory only", "no handshake", "recovered regions counted as old",
-		"comparison forgets a running write",
+		"comparison forgets a running write", "clean stop forgets what its bits are relative to",
 	}
 	if int(m) < len(names) {
 		return names[m]

@@ -29,6 +29,7 @@ const (
 	doClear
 	doCompare
 	doCompareEnd
+	doStop
 	doKill
 	doCut
 )
@@ -78,6 +79,8 @@ func stepName(kind uint8) string {
 		return "granule %d is compared with the replica and found equal"
 	case doCompareEnd:
 		return "granule %d becomes clean by comparison"
+	case doStop:
+		return "clean stop and start"
 	case doKill:
 		return "the process is killed"
 	case doCut:
@@ -111,6 +114,9 @@ func (y *system) next(s *state, out emit) {
 	y.cleaning(s, out)
 	if y.c.Compares && s.crashes > 0 {
 		y.comparing(s, out)
+	}
+	if int(s.stops) < y.c.Stops {
+		y.stop(s, out)
 	}
 	if int(s.crashes) < y.c.Crashes {
 		y.kill(s, out)
