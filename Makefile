@@ -16,9 +16,11 @@ LAB       ?= /tmp/kvmlab
 TESTARGS  ?=
 DEMOARGS  ?=
 
-# Whole-system tests run one package at a time: each may have two guests up.
+# Packages whose tests boot guests run one at a time: each may have two up.
 SYSTEM = $(shell go list ./integration/... 2>/dev/null)
-UNIT   = $(filter-out kvmreplica/integration/%,$(shell go list ./... 2>/dev/null))
+GUESTS = ./libvirt/...
+ALL    = $(filter-out kvmreplica/integration/%,$(shell go list ./... 2>/dev/null))
+UNIT   = $(filter-out kvmreplica/libvirt%,$(ALL))
 
 .PHONY: help
 help: ## list the targets
@@ -54,11 +56,12 @@ test: deps check ## everything: unit tests under the race detector, then whole s
 	@bin/kvmlab files $(GUEST)
 	@KVMREPLICA_LAB=1 KVMREPLICA_GUEST=$(GUEST) CGO_ENABLED=1 runtests -skips .ci/skips \
 	  -- -race -shuffle=on -timeout 12m $(TESTARGS) $(UNIT) \
+	  -- -race -p 1 -timeout 12m $(TESTARGS) $(GUESTS) \
 	  -- -p 1 -timeout 20m $(TESTARGS) $(SYSTEM)
 
 .PHONY: unit
 unit: ## unit tests alone, without installing anything
-	go test -shuffle=on $(TESTARGS) $(UNIT)
+	go test -shuffle=on $(TESTARGS) $(ALL)
 
 .PHONY: fuzz
 fuzz: ## every fuzz target for FUZZTIME (20s)
@@ -75,11 +78,11 @@ sim: ## the simulation, SEEDS histories (2000), or one with SEED=
 
 .PHONY: sweep
 sweep: ## the unit tests and the model with nothing left out (slow)
-	KVMREPLICA_SWEEP=full KVMREPLICA_MODEL=full go test -count=1 -timeout 2h $(UNIT) ./integration/model/...
+	KVMREPLICA_SWEEP=full KVMREPLICA_MODEL=full go test -count=1 -timeout 2h $(ALL) ./integration/model/...
 
 .PHONY: bench
 bench: ## all benchmarks, BENCHTIME each (1s)
-	go test -run '^$$' -bench . -benchmem -benchtime $(BENCHTIME) $(UNIT)
+	go test -run '^$$' -bench . -benchmem -benchtime $(BENCHTIME) $(ALL)
 
 .PHONY: demo
 demo: deps build ## two hosts, one guest, a failover and the way back
