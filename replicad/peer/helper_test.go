@@ -37,7 +37,7 @@ type host struct {
 	now   func() time.Time
 }
 
-func newHost(t *testing.T, name string) *host {
+func newHost(t testing.TB, name string) *host {
 	t.Helper()
 	id, err := OpenIdentity(fsxtest.NewMem(), name, time.Now())
 	if err != nil {
@@ -46,7 +46,7 @@ func newHost(t *testing.T, name string) *host {
 	return newHostAs(t, id)
 }
 
-func newHostAs(t *testing.T, id *Identity) *host {
+func newHostAs(t testing.TB, id *Identity) *host {
 	t.Helper()
 	store, err := OpenStore(fsxtest.NewMem())
 	if err != nil {
@@ -56,7 +56,7 @@ func newHostAs(t *testing.T, id *Identity) *host {
 }
 
 // serve starts h's server on loopback until the test ends.
-func (h *host) serve(t *testing.T, change ...func(*ServerConfig)) {
+func (h *host) serve(t testing.TB, change ...func(*ServerConfig)) {
 	t.Helper()
 	h.pair = NewPairing(h.id, h.store, nil, func() time.Time { return h.now() })
 	cfg := ServerConfig{
@@ -92,7 +92,7 @@ func all() Authorisation {
 }
 
 // trust makes h know o, as pairing would.
-func (h *host) trust(t *testing.T, o *host, allow Authorisation) {
+func (h *host) trust(t testing.TB, o *host, allow Authorisation) {
 	t.Helper()
 	err := h.store.Put(Record{Host: o.id.Host(), Name: o.id.Name(), Address: o.addr, Pin: o.id.Pin(), Anchor: o.id.Anchor(), Allow: allow})
 	if err != nil {
@@ -101,7 +101,7 @@ func (h *host) trust(t *testing.T, o *host, allow Authorisation) {
 }
 
 // client calls o from h.
-func (h *host) client(t *testing.T, o *host, change ...func(*ClientConfig)) *Client {
+func (h *host) client(t testing.TB, o *host, change ...func(*ClientConfig)) *Client {
 	t.Helper()
 	cfg := ClientConfig{Identity: h.id, Store: h.store, Host: o.id.Host(), Now: func() time.Time { return h.now() }}
 	for _, c := range change {
@@ -116,7 +116,7 @@ func (h *host) client(t *testing.T, o *host, change ...func(*ClientConfig)) *Cli
 }
 
 // pairOf is a primary and a replica host that trust each other and share vmA.
-func pairOf(t *testing.T, change ...func(*ServerConfig)) (p, r *host, c *Client) {
+func pairOf(t testing.TB, change ...func(*ServerConfig)) (p, r *host, c *Client) {
 	t.Helper()
 	p, r = newHost(t, "primary"), newHost(t, "replica")
 	r.serve(t, change...)

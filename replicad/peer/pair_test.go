@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/ecdsa"
 	"crypto/tls"
 	"encoding/base64"
 	"errors"
@@ -395,6 +396,34 @@ func TestAProofIsWorthNothingOnAnotherConnection(t *testing.T) {
 	}
 	if len(r.store.Peers()) != 0 {
 		t.Fatal("paired by a replay")
+	}
+}
+
+func TestAnInvitedHostCannotTakeAnothersName(t *testing.T) {
+	r, code := inviter(t, InviteOptions{Grant: all()})
+	p, evil := newHost(t, "primary"), newHost(t, "primary")
+	r.trust(t, p, all())
+	// evil's authority signs a leaf with p's id.
+	stolen := forge(t, p, func(f *forgery) {
+		f.parent, f.key, f.extra = evil.id.anchor, evil.id.caKey.(*ecdsa.PrivateKey), [][]byte{evil.id.anchor.Raw}
+	})
+	stolen.anchor = evil.id.anchor
+	if _, err := join(t, newHostAs(t, stolen), r.addr, code); kindOf(err) != wire.KindConflict {
+		t.Fatalf("got %v", err)
+	}
+	if got, _ := r.store.Get(p.id.Host()); got.Pin != p.id.Pin() {
+		t.Fatal("the pinned key was replaced")
+	}
+	again, err := r.pair.Invite(InviteOptions{})
+	errFatal(t, err)
+	if _, err := join(t, p, r.addr, again.Code); err != nil {
+		t.Errorf("the same host pairing again: %v", err)
+	}
+	errFatal(t, r.store.Remove(p.id.Host()))
+	last, err := r.pair.Invite(InviteOptions{})
+	errFatal(t, err)
+	if _, err := join(t, newHostAs(t, stolen), r.addr, last.Code); err != nil {
+		t.Errorf("set up anew after removal: %v", err)
 	}
 }
 

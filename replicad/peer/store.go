@@ -269,13 +269,21 @@ func (r Record) clone() Record {
 	return r
 }
 
-// Put adds or replaces a paired host. A new entry takes the place of a removed one.
+// Put adds or replaces a paired host. A new entry takes the place of a removed
+// one; the pinned key of a host that is still paired never changes: else
+// whoever is invited once could take another host's name, and with it its VMs.
 func (s *Store) Put(r Record) error {
 	r = r.clone()
 	if err := r.Validate(); err != nil {
 		return fmt.Errorf("peer %.48s: %w", string(r.Host), err)
 	}
-	return s.change(r.Host, func(_ Record, known bool) (Record, error) {
+	return s.change(r.Host, func(old Record, known bool) (Record, error) {
+		if known && !old.Removed && old.Pin != r.Pin {
+			return Record{}, &wire.Error{
+				Kind: wire.KindConflict, Text: fmt.Sprintf("host %s is paired already, with another key, as %q", r.Host, old.Name),
+				Hint: "if that host was really set up anew: replicactl peer remove, then pair again",
+			}
+		}
 		if !known && s.count() >= maxPeers {
 			return Record{}, fmt.Errorf("%d hosts are known already", maxPeers)
 		}
