@@ -146,5 +146,10 @@ func (s *summary) report(out io.Writer, all time.Duration) {
 			fmt.Fprintln(out, "  "+l)
 		}
 	}
-	fmt.Fprintf(out, "\n%d passed, %d failed, %d skipped\n", s.passed, s.failed+s.broken, len(s.skipped))
+	fmt.Fprintf(out, "\n%s\n", s.line())
+}
+
+// line is the result in one line.
+func (s *summary) line() string {
+	return fmt.Sprintf("%d passed, %d failed, %d skipped", s.passed, s.failed+s.broken, len(s.skipped))
 }
