@@ -142,7 +142,7 @@ func (d *Daemon) identity(state fsx.FS, now time.Time) (*peer.Identity, error) {
 func (d *Daemon) deps() (vm.Deps, error) {
 	deps := vm.Deps{
 		Host: d.id.Host(), HostName: d.name, StateDir: d.cfg.StateDir, RunDir: d.cfg.RunDir,
-		Hyper: d.hyper, Dial: d.dial, Grant: d.grant, Fence: d.cfg.Fence,
+		Hyper: d.hyper, Dial: d.dial, Grant: d.grant, Fence: d.cfg.Fence, SilentAfter: d.cfg.SilentPeerAfter,
 		LibvirtState: d.cfg.LibvirtState, Kernels: map[string]libvirt.PolicyKernel{}, DomainType: d.cfg.DomainType,
 		Emulator: d.cfg.Emulator, ConsoleDir: d.cfg.ConsoleDir, Now: time.Now, Log: d.log,
 	}

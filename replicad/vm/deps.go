@@ -58,6 +58,9 @@ type Deps struct {
 	Binary string
 	// QEMUUID and QEMUGID own the NBD sockets; nil = root.
 	QEMUUID, QEMUGID *int
+	// SilentAfter is how long a peer may be silent after a boot before the VM's
+	// policy counts.
+	SilentAfter time.Duration
 	// Fence is a command run before an unplanned failover; empty = none.
 	Fence string
 	// LibvirtState is where libvirt keeps firmware state; empty = /var/lib/libvirt.
@@ -80,14 +83,13 @@ type Deps struct {
 
 // Deadlines by name.
 const (
-	libvirtTimeout  = 30 * time.Second
-	swapTimeout     = 2 * time.Minute
-	peerTimeout     = 10 * time.Second
-	promoteTimeout  = 10 * time.Minute
-	finalTimeout    = 24 * time.Hour // the last changes of a planned failover; the person may cancel
-	startTimeout    = 2 * time.Minute
-	silentPeerAfter = 120 * time.Second
-	watchEvery      = 2 * time.Second
+	libvirtTimeout = 30 * time.Second
+	swapTimeout    = 2 * time.Minute
+	peerTimeout    = 10 * time.Second
+	promoteTimeout = 10 * time.Minute
+	finalTimeout   = 24 * time.Hour // the last changes of a planned failover; the person may cancel
+	startTimeout   = 2 * time.Minute
+	watchEvery     = 2 * time.Second
 )
 
 // planeStatus is the part of a data plane's client that views need.

@@ -218,7 +218,7 @@ func (v *VM) bootDecision(ctx context.Context) {
 			v.hold(why)
 			v.refuseExports(ctx, why)
 			return
-		case answered || (v.deps.Now().Sub(begun) > silentPeerAfter && r.OnSilent != "hold"):
+		case answered || (v.deps.Now().Sub(begun) > v.deps.SilentAfter && r.OnSilent != "hold"):
 			v.hold("")
 			v.noteBoot(booted)
 			if !answered {
@@ -231,7 +231,7 @@ func (v *VM) bootDecision(ctx context.Context) {
 				}
 			}
 			return
-		case v.deps.Now().Sub(begun) > silentPeerAfter:
+		case v.deps.Now().Sub(begun) > v.deps.SilentAfter:
 			v.hold("the other host is silent and the policy is on-silent-peer=hold")
 		}
 		if !pause.wait(ctx) {
