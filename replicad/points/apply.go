@@ -129,23 +129,22 @@ func (s *Store) batch() []*epoch {
 	if len(s.epochs) == 0 {
 		return nil
 	}
+	undo := !s.lost && len(s.segs) > 0
+	if at := s.sup.applied.ordinal; undo && s.must <= at && s.pins[at] > 0 && s.segs[len(s.segs)-1].start.ordinal < at {
+		s.signal() // a view of exactly this state was opened: a point first
+		return nil
+	}
 	n := len(s.epochs)
-	if !s.lost && len(s.segs) > 0 {
-		if at := s.sup.applied.ordinal; s.must <= at && s.pins[at] > 0 && s.segs[len(s.segs)-1].start.ordinal < at {
-			s.signal() // a view of exactly this state was opened: a point first
-			return nil
-		}
-		for i, e := range s.epochs {
-			if e.ordinal >= s.must && s.due(e.mark) {
-				n = i + 1
-				break
-			}
+	for i, e := range s.epochs {
+		if e.ordinal >= s.must && (s.pins[e.ordinal] > 0 || undo && s.due(e.mark)) {
+			n = i + 1
+			break
 		}
 	}
 	todo := s.epochs[:n:n]
 	s.must = max(s.must, todo[n-1].ordinal)
-	if s.lost || len(s.segs) == 0 {
-		s.floor = s.must
+	if !undo {
+		s.floor = s.must // what is before is overwritten for good
 	}
 	for _, e := range todo {
 		e.refs++

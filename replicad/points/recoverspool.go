@@ -54,6 +54,9 @@ func (s *Store) recoverSpool(clean bool) error {
 			s.epochsBehind(c.epoch)
 		}
 	}
+	if s.sup.role == roleSeeding {
+		s.must = s.committed.ordinal // a first batch, which has no undo, may have begun
+	}
 	if clean || s.cfg.ReadOnly {
 		return nil
 	}
