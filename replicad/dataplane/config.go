@@ -86,6 +86,7 @@ func (c Config) keeperPID() string   { return filepath.Join(c.RunDir, "keeper.pi
 func (c Config) planePID() string    { return filepath.Join(c.RunDir, "dataplane.pid") }
 func (c Config) logFile() string     { return filepath.Join(c.RunDir, "dataplane.log") }
 func (c Config) drainedFile() string { return filepath.Join(c.RunDir, "drained") }
+func (c Config) readyFile() string   { return filepath.Join(c.RunDir, "ready") }
 func (c Config) failureFile() string { return filepath.Join(c.RunDir, "failure.json") }
 
 // Validate reports every defect at once.

@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"strconv"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -107,12 +109,28 @@ func openLog(path string) (*os.File, error) {
 	return os.OpenFile(path, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 }
 
+var errNotReady = errors.New("the keeper is not ready")
+
+// keeperReady reports that a living keeper holds the sockets. A data plane
+// alone may answer before a new keeper has adopted it.
+func keeperReady(cfg Config) bool {
+	pid, err := runningPID(cfg.keeperPID())
+	if err != nil || pid == 0 {
+		return false
+	}
+	b, err := os.ReadFile(cfg.readyFile())
+	return err == nil && strings.TrimSpace(string(b)) == strconv.Itoa(pid)
+}
+
 // await polls until the data plane answers or says why it cannot.
 func await(ctx context.Context, cfg Config, c *Client) error {
 	for {
-		try, cancel := context.WithTimeout(ctx, pollAttempt)
-		_, err := c.Status(try)
-		cancel()
+		err := errNotReady
+		if keeperReady(cfg) {
+			try, cancel := context.WithTimeout(ctx, pollAttempt)
+			_, err = c.Status(try)
+			cancel()
+		}
 		if err == nil {
 			return nil
 		}

@@ -291,8 +291,9 @@ func (f *frozen) end() {
 		f.cancel()
 	}
 	f.mu.Unlock()
-	f.stream1.Lock()
-	f.stream1.Unlock() //nolint:staticcheck // waits for the stream to leave
+	f.stream1.Lock() // waits for the stream to leave
+	defer f.stream1.Unlock()
+	f.blobs = nil
 }
 
 // ack ends the epoch as shipped. Only a digest made here is taken (I7).

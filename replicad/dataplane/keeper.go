@@ -46,22 +46,25 @@ func RunKeeper(ctx context.Context, configFile string) error {
 		return fmt.Errorf("keeper of %s: %w", cfg.Name, err)
 	}
 	defer lock.release()
-	for _, f := range []string{cfg.failureFile(), cfg.drainedFile()} {
+	for _, f := range []string{cfg.failureFile(), cfg.drainedFile(), cfg.readyFile()} {
 		if err := os.Remove(f); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
 	}
 	k := &keeper{cfg: cfg, file: configFile, log: newLogger(cfg).With("part", "keeper")}
 	orphan, err := k.adopt()
+	if err == nil && orphan == nil {
+		err = k.listen()
+	}
 	if err != nil {
+		err = fmt.Errorf("keeper of %s: %w", cfg.Name, err)
+		writeFailure(cfg, err) // for Ensure
 		return err
 	}
-	if orphan == nil {
-		if err := k.listen(); err != nil {
-			return err
-		}
-	}
 	defer k.unlink()
+	if err := replaceFile(cfg.readyFile(), fmt.Appendln(nil, os.Getpid()), 0o600); err != nil {
+		return err
+	}
 	return k.supervise(ctx, orphan)
 }
 

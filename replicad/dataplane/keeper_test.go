@@ -9,45 +9,12 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"kvmreplica/internal/block"
 	"kvmreplica/replicad/dataplane"
 	dt "kvmreplica/replicad/dataplane/dataplanetest"
 	"kvmreplica/replicad/delta"
 	"kvmreplica/replicad/wire"
 )
-
-// ensure starts a keeper as a real process and ends it with the test.
-func ensure(t *testing.T, cfg *dataplane.Config) *dataplane.Client {
-	t.Helper()
-	if cfg.Binary == "" {
-		bin, err := os.Executable()
-		if err != nil {
-			t.Fatal(err)
-		}
-		cfg.Binary = bin
-		t.Cleanup(func() {
-			ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
-			defer cancel()
-			if err := dataplane.Stop(ctx, *cfg); err != nil {
-				t.Error(err)
-			}
-			if t.Failed() {
-				b, _ := os.ReadFile(cfg.RunDir + "/dataplane.log")
-				t.Logf("log:\n%s", b)
-			}
-		})
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
-	defer cancel()
-	c, err := dataplane.Ensure(ctx, *cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(c.Close)
-	return c
-}
 
 func open(t *testing.T, c *dataplane.Client, generation byte) {
 	t.Helper()
@@ -88,27 +55,10 @@ func pidIn(t *testing.T, path string) int {
 	return pid
 }
 
-// kill ends a process of this test with SIGKILL and waits until it is gone.
-func kill(t *testing.T, pid int) {
-	t.Helper()
-	fd, err := unix.PidfdOpen(pid, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer unix.Close(fd)
-	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil {
-		t.Fatal(err)
-	}
-	fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
-	if _, err := unix.Poll(fds, 10_000); err != nil {
-		t.Fatal(err)
-	}
-}
-
 func TestAKilledDataPlaneIsBackBeforeTheGuestNoticesAnError(t *testing.T) {
 	ctx := context.Background()
 	cfg := dt.Config(t, 16*mib)
-	c := ensure(t, &cfg)
+	c := dt.Ensure(t, &cfg)
 	open(t, c, 1)
 	g := dt.Boot(t, cfg, 7)
 	g.Scribble(50)
@@ -131,7 +81,7 @@ func TestAKilledDataPlaneIsBackBeforeTheGuestNoticesAnError(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		kill(t, before.PID)
+		dt.Kill(t, before.PID)
 		after := status(t, c)
 		if after.Instance == before.Instance || after.PID == before.PID {
 			t.Fatalf("the killed process answers: %+v", after)
@@ -179,20 +129,20 @@ func shipClient(t *testing.T, c *dataplane.Client, parent delta.Pos, g *dt.Guest
 
 func TestAKilledKeeperLeavesTheGuestAloneAndANewOneAdopts(t *testing.T) {
 	cfg := dt.Config(t, 8*mib)
-	c := ensure(t, &cfg)
+	c := dt.Ensure(t, &cfg)
 	open(t, c, 1)
 	g := dt.Boot(t, cfg, 8)
 	g.Scribble(20)
 	before := status(t, c)
-	kill(t, pidIn(t, cfg.RunDir+"/keeper.pid"))
+	dt.Kill(t, pidIn(t, cfg.RunDir+"/keeper.pid"))
 	g.Scribble(20) // still served
-	c = ensure(t, &cfg)
+	c = dt.Ensure(t, &cfg)
 	if after := status(t, c); after.Instance != before.Instance {
 		t.Fatal("a running data plane was replaced")
 	}
 	g.Scribble(20)
 	// The new keeper restarts it and the sockets are the old ones.
-	kill(t, before.PID)
+	dt.Kill(t, before.PID)
 	g.Scribble(20)
 	if after := status(t, c); after.Instance == before.Instance {
 		t.Fatal("the same instance after a kill")
@@ -202,7 +152,7 @@ func TestAKilledKeeperLeavesTheGuestAloneAndANewOneAdopts(t *testing.T) {
 
 func TestStopDrainsAndLeavesACleanTracker(t *testing.T) {
 	cfg := dt.Config(t, 8*mib)
-	c := ensure(t, &cfg)
+	c := dt.Ensure(t, &cfg)
 	open(t, c, 1)
 	g := dt.Boot(t, cfg, 9)
 	g.Scribble(30)
@@ -217,7 +167,7 @@ func TestStopDrainsAndLeavesACleanTracker(t *testing.T) {
 	if _, err := os.Stat(cfg.NBDSocket()); !os.IsNotExist(err) {
 		t.Fatalf("the socket is still there: %v", err)
 	}
-	c = ensure(t, &cfg)
+	c = dt.Ensure(t, &cfg)
 	st := status(t, c)
 	if st.Recovered != "" || st.Suspect != 0 || st.Pending != pending || !st.Disks[0].Exported {
 		t.Fatalf("after a clean stop: %+v, want %d pending", st, pending)
@@ -237,11 +187,9 @@ func TestEnsureSaysWhyTheDataPlaneCannotStart(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	bin, err := os.Executable()
-	if err != nil {
+	if cfg.Binary, err = os.Executable(); err != nil {
 		t.Fatal(err)
 	}
-	cfg.Binary = bin
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 	defer cancel()
 	t.Cleanup(func() {
@@ -272,7 +220,7 @@ func TestEnsureSaysWhyTheDataPlaneCannotStart(t *testing.T) {
 func TestARefusalKeepsExportsClosedAcrossRestarts(t *testing.T) {
 	ctx := context.Background()
 	cfg := dt.Config(t, 8*mib)
-	c := ensure(t, &cfg)
+	c := dt.Ensure(t, &cfg)
 	open(t, c, 1)
 	if err := c.Refuse(ctx, "demoted at 5"); err != nil {
 		t.Fatal(err)
@@ -280,7 +228,7 @@ func TestARefusalKeepsExportsClosedAcrossRestarts(t *testing.T) {
 	if err := c.Export(ctx, dataplane.ExportRequest{On: true}); kind(err) != wire.KindRefused || !strings.Contains(err.Error(), "demoted at 5") {
 		t.Fatalf("export although refused: %v", err)
 	}
-	kill(t, status(t, c).PID)
+	dt.Kill(t, status(t, c).PID)
 	st := status(t, c)
 	if st.Refuse != "demoted at 5" || st.Disks[0].Exported {
 		t.Fatalf("after a restart: %+v", st)

@@ -153,6 +153,9 @@ func TestALineCutAtManyOffsetsAndLostAnswersLoseNothing(t *testing.T) {
 }
 
 func TestTwentyCutsCostLittleMoreThanOneTransfer(t *testing.T) {
+	if testing.Short() {
+		t.Skip("ships 420 MiB")
+	}
 	const changed = 210 * mib
 	carried := func(cuts int) (int64, session.Stats) {
 		p := newPair(t, 5, 220*mib)
@@ -312,5 +315,82 @@ func touch(t *testing.T, path string) {
 	at := time.Now().Add(time.Hour)
 	if err := os.Chtimes(path, at, at); err != nil {
 		t.Fatal(err)
+	}
+}
+
+func TestASessionOutlivesKilledDataPlanes(t *testing.T) {
+	cfg := dt.Config(t, 16*mib)
+	client := dt.Ensure(t, &cfg)
+	ctx := context.Background()
+	if err := client.CreateTracker(ctx, dataplane.CreateRequest{Generation: dt.Generation(1)}); err != nil {
+		t.Fatal(err)
+	}
+	if err := client.Export(ctx, dataplane.ExportRequest{On: true}); err != nil {
+		t.Fatal(err)
+	}
+	rep := newReplica(t, dt.Generation(1), delta.Disk{Name: "vda", Size: 16 * mib})
+	p := &pair{t: t, cfg: cfg, guest: dt.Boot(t, cfg, 11), rep: rep, line: &line{Replica: rep}}
+	p.guest.Scribble(50)
+	p.run(func(c *session.Config) { c.Source = client })
+	for range 4 {
+		want := p.sess.Status().Stats.Cycles + 3
+		p.until("further", func(s session.Status) bool {
+			p.guest.Scribble(2)
+			return s.Stats.Cycles >= want
+		})
+		st, err := client.Status(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		dt.Kill(t, st.PID)
+		p.guest.Scribble(10) // reconnects and resends; an error reply fails the test
+	}
+	p.final()
+	if st := p.sess.Status(); st.Stop != nil || st.Suspect != 0 {
+		t.Fatalf("%+v", st)
+	}
+	p.guest.Check()
+}
+
+func TestFirmwareAloneMakesAnEpochAndIsCommittedWithIt(t *testing.T) {
+	p := newPair(t, 12, 4*mib)
+	var mu sync.Mutex
+	state, committed := "one", ""
+	p.run(func(c *session.Config) {
+		c.Interval = 10 * time.Millisecond
+		c.Firmware = func(context.Context) ([]delta.Blob, error) {
+			mu.Lock()
+			defer mu.Unlock()
+			if state == committed {
+				return nil, nil
+			}
+			return []delta.Blob{{Kind: delta.BlobNVRAM, Data: []byte(state)}}, nil
+		}
+		c.FirmwareCommitted = func() {
+			mu.Lock()
+			defer mu.Unlock()
+			committed = state
+		}
+	})
+	holds := func(want string) {
+		p.until("firmware "+want, func(session.Status) bool {
+			s, err := p.rep.get()
+			if err != nil {
+				t.Fatal(err)
+			}
+			bs, err := s.Firmware(s.Committed())
+			return err == nil && len(bs) == 1 && string(bs[0].Data) == want
+		})
+	}
+	holds("one")
+	mu.Lock()
+	state = "two"
+	mu.Unlock()
+	holds("two")
+	n := p.rep.commits
+	want := p.sess.Status().Stats.Empty + 3
+	p.until("idle", func(s session.Status) bool { return s.Stats.Empty >= want })
+	if p.rep.commits != n {
+		t.Fatalf("%d commits although nothing changed, %d before", p.rep.commits, n)
 	}
 }

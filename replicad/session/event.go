@@ -70,8 +70,9 @@ type (
 	EvWake struct{}
 	// EvStart: Run began.
 	EvStart struct{}
-	// EvPause and EvResume: a person wants it.
-	EvPause  struct{}
+	// EvPause: a person wants a pause.
+	EvPause struct{}
+	// EvResume: and its end.
 	EvResume struct{}
 	// EvRetry ends a back-off or a stop.
 	EvRetry struct{}

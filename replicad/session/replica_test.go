@@ -24,11 +24,10 @@ type replica struct {
 	bases map[string]*block.Mem
 	gen   delta.Generation
 
-	mu       sync.Mutex
-	store    *points.Store // guarded by mu; nil while down
-	commits  int           // guarded by mu
-	verified bool
-	digests  int64 // bytes hashed
+	mu      sync.Mutex
+	store   *points.Store // guarded by mu; nil while down
+	commits int           // guarded by mu
+	digests int64         // guarded by mu; bytes hashed
 }
 
 var _ session.Replica = (*replica)(nil)

@@ -1,0 +1,98 @@
+package dataplanetest
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"kvmreplica/replicad/dataplane"
+)
+
+// Main lets a test binary be the keeper and the data plane as well, so that
+// tests can kill real processes: call it from TestMain.
+func Main(m *testing.M) int {
+	if len(os.Args) > 2 && (os.Args[1] == "keeper" || os.Args[1] == "dataplane") {
+		if err := verb(os.Args[1], os.Args[2:]); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		return 0
+	}
+	return m.Run()
+}
+
+func verb(name string, args []string) error {
+	file := args[len(args)-1]
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
+	defer stop()
+	switch {
+	case name == "dataplane":
+		return dataplane.RunPlane(ctx, file)
+	case args[0] == "--detach":
+		return dataplane.Detach(file)
+	}
+	return dataplane.RunKeeper(ctx, file)
+}
+
+// processTimeout bounds starting and stopping real processes.
+const processTimeout = 20 * time.Second
+
+// Ensure starts a keeper as a real process of this binary and ends it with the
+// test. Again on the same configuration it finds the running one.
+func Ensure(t testing.TB, cfg *dataplane.Config) *dataplane.Client {
+	t.Helper()
+	if cfg.Binary == "" {
+		bin, err := os.Executable()
+		if err != nil {
+			t.Fatal(err)
+		}
+		cfg.Binary = bin
+		t.Cleanup(func() { end(t, *cfg) })
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), processTimeout)
+	defer cancel()
+	c, err := dataplane.Ensure(ctx, *cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(c.Close)
+	return c
+}
+
+func end(t testing.TB, cfg dataplane.Config) {
+	ctx, cancel := context.WithTimeout(context.Background(), processTimeout)
+	defer cancel()
+	if err := dataplane.Stop(ctx, cfg); err != nil {
+		t.Error(err)
+	}
+	if t.Failed() {
+		b, err := os.ReadFile(filepath.Join(cfg.RunDir, "dataplane.log"))
+		t.Logf("log (%v):\n%s", err, b)
+	}
+}
+
+// Kill ends a process of this test with SIGKILL and waits until it is gone.
+func Kill(t testing.TB, pid int) {
+	t.Helper()
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil {
+		t.Fatal(err)
+	}
+	fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+	for {
+		if _, err := unix.Poll(fds, int(processTimeout.Milliseconds())); err != unix.EINTR {
+			return
+		}
+	}
+}
