@@ -208,9 +208,13 @@ func (c *Client) Err() error {
 	return c.err
 }
 
-// fail makes the connection unusable; the first reason stays.
+// fail makes the connection unusable. The first reason stays; after Close it
+// is that.
 func (c *Client) fail(err error) {
 	c.mu.Lock()
+	if c.closed {
+		err = fmt.Errorf("%w: %w", ErrDisconnected, block.ErrClosed)
+	}
 	if c.err == nil {
 		c.err = err
 		close(c.dead)
@@ -234,7 +238,7 @@ func (c *Client) Close() error {
 		_, _ = c.nc.Write(appendHeader(nil, header{cmd: cmdDisconnect}))
 		c.sendMu.Unlock()
 	}
-	c.fail(fmt.Errorf("%w: %w", ErrDisconnected, block.ErrClosed))
+	c.fail(block.ErrClosed)
 	<-c.done
 	return nil
 }

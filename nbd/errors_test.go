@@ -112,7 +112,7 @@ func TestFileThatFailsBehindTheHeaderIsReportedByAnErrorChunk(t *testing.T) {
 	s := serve(t, nbd.Options{}, nbd.Export{Device: shrinking{f, 1 << 20}})
 	r := s.connect(t)
 	r.enter(true)
-	const off, length = 32 << 10, 128 << 10
+	const off, length = 32 << 10, 900 << 10
 	r.request(0, cmdRead, 1, off, length)
 	c := r.chunk()
 	if c.flags != 0 || c.typ != 1 || len(c.data) != 8+length || binary.BigEndian.Uint64(c.data) != off {
@@ -232,6 +232,55 @@ func TestFUAIsAWriteAndASync(t *testing.T) {
 			if change, sync := <-log, <-log; !strings.EqualFold(sync, fmt.Sprint(fsxtest.Sync)) || len(log) != 0 {
 				t.Errorf("inline=%v command %d: %s, %s and %d more", inline, cmd, change, sync, len(log))
 			}
+		}
+	}
+}
+
+// punches remembers how ranges were zeroed.
+type punches struct {
+	plain
+	seen chan bool
+}
+
+func (p punches) ZeroAt(off, n int64, punch bool) error {
+	p.seen <- punch
+	return p.plain.ZeroAt(off, n, punch)
+}
+
+func TestNoHoleKeepsTheSpace(t *testing.T) {
+	dev := punches{plain{newFile(t, 64<<20)}, make(chan bool, 16)}
+	s := serve(t, nbd.Options{}, nbd.Export{Device: dev})
+	r := s.connect(t)
+	r.enter(true)
+	for _, c := range []struct {
+		flags, cmd uint16
+		length     uint32
+		want       []bool
+	}{
+		{flagNoHole, cmdZeroes, 4096, []bool{false}},
+		{0, cmdZeroes, 4096, []bool{true}},
+		{0, cmdTrim, 4096, []bool{true}},
+		{0, cmdZeroes, 40 << 20, []bool{true, true, true}}, // no range is locked for long
+	} {
+		r.request(c.flags, c.cmd, 1, 0, c.length)
+		if _, errno := r.answer(); errno != 0 {
+			t.Fatalf("answer %d", errno)
+		}
+		for _, want := range c.want {
+			if got := <-dev.seen; got != want {
+				t.Errorf("command %d flags %d: punch %v", c.cmd, c.flags, got)
+			}
+		}
+		if len(dev.seen) != 0 {
+			t.Errorf("command %d flags %d: %d calls too many", c.cmd, c.flags, len(dev.seen))
+		}
+	}
+}
+
+func TestRangeErrorsOfADeviceDependOnTheCommand(t *testing.T) {
+	for cmd, want := range map[uint16]nbd.Errno{cmdRead: nbd.EINVAL, cmdWrite: nbd.ENOSPC, cmdZeroes: nbd.ENOSPC, cmdTrim: nbd.EINVAL} {
+		if got := nbd.ErrnoOf(fmt.Errorf("disk: %w", block.ErrRange), cmd); got != want {
+			t.Errorf("command %d: %v, want %v", cmd, got, want)
 		}
 	}
 }

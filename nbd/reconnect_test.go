@@ -122,6 +122,9 @@ func TestHangUpIsSeenBehindAFullBudget(t *testing.T) {
 	dev.gate.Open()
 	fresh.read(20 + 12 + 20)
 	before := dev.writes()
+	if before != 1 {
+		t.Errorf("%d old writes began, one had when the client left", before)
+	}
 	fresh.request(0, cmdWrite, 1, 4096, 4096, bytes.Repeat([]byte{2}, 4096)...)
 	fresh.simple()
 	expect(t, dev, 4096, bytes.Repeat([]byte{2}, 4096))
