@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"kvmreplica/replicad/delta"
 	"kvmreplica/replicad/wire"
 )
 
@@ -373,6 +374,27 @@ func TestALinkCutAtAnyByteNeverMakesAWholeBody(t *testing.T) {
 		t.Fatalf("%d tries: %d arrived whole, %d cut, %d answered", tries, whole, cut, answered)
 	}
 	t.Logf("%d cuts: %d died before the call, %d arrived cut, %d whole, %d answered", tries, tries-whole-cut, cut, whole, answered)
+}
+
+func TestAnAnswerWithoutEndIsCutOff(t *testing.T) {
+	_, r, c := pairOf(t)
+	big := make([]wire.Check, 500)
+	for i := range big {
+		big[i] = wire.Check{Name: strings.Repeat("x", 10_000)}
+	}
+	r.svc.reply = wire.CheckReply{Checks: big}
+	if a, err := c.Check(within(t, 10*time.Second), wire.CheckRequest{}); kindOf(err) != wire.KindCorrupt {
+		t.Fatalf("%d checks, %v", len(a.Checks), err)
+	}
+	r.svc.reply = wire.DigestReply{Digests: make([][16]byte, 3)}
+	q := wire.DigestRequest{VM: vmA, Disk: "vda", Pos: delta.Pos{Epoch: 1}, Ranges: []wire.Range{{Off: 0, Len: 1}}}
+	if a, err := c.Digests(within(t, 10*time.Second), q); kindOf(err) != wire.KindCorrupt || a.Digests != nil {
+		t.Fatalf("three digests for one range: %v", err)
+	}
+	r.svc.reply = wire.HandshakeReply{Role: "replica", Seeding: map[wire.DiskName]int64{"../vda": 1}}
+	if _, err := c.Handshake(within(t, 10*time.Second), wire.HandshakeRequest{VM: vmA}); kindOf(err) != wire.KindInvalid {
+		t.Fatalf("a path for a disk: %v", err)
+	}
 }
 
 func TestNothingOfAPeerReachesTheLogRaw(t *testing.T) {

@@ -279,7 +279,9 @@ func postJSON(ctx context.Context, t *http.Transport, path string, q, a any) err
 
 // finish sends req and decodes the answer into a, or into an error.
 func finish(ctx context.Context, t *http.Transport, req *http.Request, a any) error {
-	tctx, ended := noted(req.Context())
+	rctx, cancel := context.WithCancel(req.Context())
+	defer cancel()
+	tctx, ended := noted(rctx)
 	resp, err := t.RoundTrip(req.WithContext(tctx))
 	if err != nil {
 		if rerr := ended(); isAlert(rerr) {
@@ -288,6 +290,8 @@ func finish(ctx context.Context, t *http.Transport, req *http.Request, a any) er
 		return transportError(ctx, err)
 	}
 	defer func() { _ = resp.Body.Close() }()
+	// An answer that has begun must end soon, whatever the call's own deadline.
+	defer time.AfterFunc(answerTimeout, cancel).Stop()
 	body := &io.LimitedReader{R: resp.Body, N: maxControlReply}
 	if resp.Header.Get("Content-Type") != jsonType {
 		return &wire.Error{Kind: wire.KindCorrupt, Text: fmt.Sprintf("the other host answered %d without JSON", resp.StatusCode)}

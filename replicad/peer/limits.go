@@ -18,6 +18,7 @@ const (
 	digestTimeout    = 2 * time.Minute  // Digests reads up to 4 GiB there
 	failoverTimeout  = 10 * time.Minute // a step may start or stop a guest
 	offerTimeout     = 2 * time.Minute  // the replica allocates disks
+	answerTimeout    = 30 * time.Second // from the first byte of an answer to its last
 	commitTimeout    = 5 * time.Minute  // from the end of a body to its durable answer
 	stallTimeout     = 60 * time.Second // a bulk body or a socket that does not move
 	continueTimeout  = 30 * time.Second // the other side's leave to send a body
