@@ -132,12 +132,20 @@ func newDisk(g *Group, e superDisk, dc DiskConfig, m *intentMap) *Disk {
 	d.tryR, _ = dc.Device.(block.TryReader)
 	m.flush = func(m *intentMap, spans []span) error { return g.flushIntent(d, m, spans) }
 	st := &diskState{size: e.size, granules: uint64(e.size+GranuleSize-1) >> granuleShift, intent: m}
-	st.lastTag = make([]atomic.Uint32, m.geo.regions)
-	for w := range m.next {
-		st.touched(span{uint64(w) * 64, min(uint64(w)*64+64, m.geo.regions)}, m.next[w], g.epoch)
-	}
+	st.lastTag = newTags(st, g.epoch)
 	d.st.Store(st)
 	return d
+}
+
+// newTags says of every marked region that epoch wrote to it.
+func newTags(st *diskState, epoch uint64) []atomic.Uint32 {
+	m := st.intent
+	st.lastTag = make([]atomic.Uint32, m.geo.regions)
+	for w := range m.next {
+		lo := min(uint64(w)*64, m.geo.regions)
+		st.touched(span{lo, min(lo+64, m.geo.regions)}, m.next[w], epoch)
+	}
+	return st.lastTag
 }
 
 // touched says of the regions of s whose bit is in v that epoch wrote to them.

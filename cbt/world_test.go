@@ -239,6 +239,11 @@ func (w *world) judge(h *blocktest.Host, exact bool) error {
 		}
 		defer cbt.Kill(g)
 		if rep.Source == cbt.SourceSealed {
+			for _, n := range w.names {
+				if !bytes.Equal(h.Disk(n, w.sizes[n]).Content(), w.content[n]) {
+					return fmt.Errorf("disk %s is sealed and differs from the replica", n)
+				}
+			}
 			return nil
 		}
 		err = g.Adopt(w.pos)
