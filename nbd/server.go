@@ -178,6 +178,7 @@ func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 	s.mu.Lock()
 	if s.closed {
 		s.mu.Unlock()
+		_ = ln.Close()
 		return ErrServerClosed
 	}
 	s.lns[ln] = struct{}{}

@@ -125,7 +125,11 @@ func serveUntil(ctx context.Context, srv *nbd.Server, ln net.Listener, dead <-ch
 	if err := srv.Shutdown(drain); err != nil {
 		return errors.Join(cause, err) // a request hangs in the device: do not wait for it
 	}
-	return errors.Join(cause, <-served)
+	err := <-served
+	if errors.Is(err, nbd.ErrServerClosed) { // it had not begun to serve
+		err = nil
+	}
+	return errors.Join(cause, err)
 }
 
 // listenUnix listens on path. A socket nobody answers on is replaced.
