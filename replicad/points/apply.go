@@ -104,6 +104,9 @@ func (s *Store) makePoint() (bool, error) {
 		if err := g.close(applied); err != nil {
 			return false, err
 		}
+		s.mu.Lock()
+		g.closed, g.stop = true, applied.ordinal
+		s.mu.Unlock()
 	}
 	return true, s.newSegment(g.hi + 1)
 }

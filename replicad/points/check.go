@@ -73,11 +73,12 @@ func (s *Store) checkBlobs(epochs []*epoch, m mark) error {
 
 // check reads every saved granule of a segment.
 func (g *segment) check(ctx context.Context) error {
-	if err := g.load(); err != nil {
+	entries, err := g.entries() // reports older damage
+	if err != nil {
 		return err
 	}
 	var b [granule]byte
-	for _, e := range g.entries() { // load reported older damage
+	for _, e := range entries {
 		if err := ctx.Err(); err != nil {
 			return err
 		}

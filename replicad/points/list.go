@@ -21,12 +21,12 @@ func (s *Store) Points() []Point {
 	}
 	var out []Point
 	for i, g := range s.segs {
-		if g.start.ordinal == 0 {
-			continue // its header is not readable
+		if g.start.ordinal == 0 || g.leaving {
+			continue // its header is not readable, or it is just being thinned out
 		}
 		p := Point{
 			Pos: g.start.pos, Ordinal: g.start.ordinal, At: g.start.at, Cut: g.start.cut, Sizes: g.sizes, Config: g.start.config,
-			Bytes: g.bytes, Pinned: s.keep[g.start.pos], Damage: s.readable(i),
+			Bytes: g.bytes.Load(), Pinned: s.keep[g.start.pos], Damage: s.readable(i),
 		}
 		out = append(out, p)
 	}
@@ -58,7 +58,7 @@ func (s *Store) Status() Status {
 		st.Seeded[d.name] = d.cursor
 	}
 	for _, g := range s.segs {
-		st.Undo += g.bytes
+		st.Undo += g.bytes.Load()
 		if g.damage != nil {
 			st.Damage = append(st.Damage, g.damage)
 		}

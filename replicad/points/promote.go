@@ -211,10 +211,11 @@ func (s *Store) rollBack(ctx context.Context, at int) error {
 	done := map[undoKey]bool{}
 	var buf [granule]byte
 	for _, g := range s.segs[at:] {
-		if err := g.load(); err != nil {
+		entries, err := g.entries()
+		if err != nil {
 			return err
 		}
-		for _, e := range g.entries() {
+		for _, e := range entries {
 			if err := ctx.Err(); err != nil {
 				return err
 			}
@@ -281,10 +282,11 @@ func (s *Store) changedSince(pos delta.Pos) (map[string][]block.Range, error) {
 func (s *Store) changedFrom(at int) ([]undoKey, error) {
 	seen := map[undoKey]bool{}
 	for _, g := range s.segs[at:] {
-		if err := g.load(); err != nil {
+		entries, err := g.entries()
+		if err != nil {
 			return nil, err
 		}
-		for _, e := range g.entries() {
+		for _, e := range entries {
 			seen[e.key] = true
 		}
 	}

@@ -33,7 +33,7 @@ func (s *Store) recoverUndo(clean bool) error {
 	s.nextSegment = max(s.nextSegment, g.hi+1)
 	if g.closed && g.damage == nil && g.hi >= s.sup.undoLo {
 		// The cut may have come while it was being closed.
-		if err := g.load(); errors.Is(err, ErrDamaged) {
+		if _, err := g.entries(); errors.Is(err, ErrDamaged) {
 			return s.recoverOpen(g, clean)
 		} else if err != nil {
 			return err
@@ -53,7 +53,7 @@ func (s *Store) recoverUndo(clean bool) error {
 		if clean || s.cfg.ReadOnly {
 			return nil
 		}
-		return rewrite(g.file, 0, g.bytes)
+		return rewrite(g.file, 0, g.bytes.Load())
 	}
 	return s.recoverOpen(g, clean)
 }
@@ -104,7 +104,8 @@ func (s *Store) recoverOpen(g *segment, clean bool) error {
 		s.undoLost(nil)
 		return nil
 	}
-	s.must, g.bytes = must, g.end
+	s.must = must
+	g.bytes.Store(g.end)
 	if must > s.committed.ordinal {
 		s.damage = append(s.damage, &DamageError{File: spoolDir, Text: fmt.Sprintf("a batch up to commit %d is half applied, only %d are here", must, s.committed.ordinal)})
 	}

@@ -16,13 +16,30 @@ func (s *Store) thin(ctx context.Context) (bool, error) {
 	now := s.cfg.Now()
 	s.mu.Lock()
 	drop, merge := s.plan(s.retained(now))
+	// From here to the end of the work nobody may begin to view these points.
+	if drop != nil {
+		s.segs = slices.Clone(s.segs[1:])
+		drop.dead, drop.refs = true, drop.refs+1
+	}
+	if len(merge) > 1 {
+		for _, g := range merge[1:] {
+			g.leaving = true
+		}
+	}
 	s.mu.Unlock()
 	switch {
 	case drop != nil:
-		s.drop(drop)
+		s.log.Debug("point dropped", "pos", drop.start.pos)
+		s.unrefSegments([]*segment{drop})
 		return true, s.collectFirmware()
 	case len(merge) > 1:
-		return true, s.merge(ctx, merge)
+		err := s.merge(ctx, merge)
+		s.mu.Lock()
+		for _, g := range merge {
+			g.leaving = false // of no matter unless it failed
+		}
+		s.mu.Unlock()
+		return true, err
 	}
 	return false, nil
 }
@@ -57,26 +74,13 @@ func (s *Store) retained(now time.Time) []bool {
 	for i, g := range s.segs {
 		times[i] = g.start.at
 		pinned[i] = s.pins[g.start.ordinal] > 0 || s.keep[g.start.pos]
-		total += g.bytes
+		total += g.bytes.Load()
 	}
 	keep := s.policy.Retain(times, pinned, now)
 	if limit := s.limits.UndoBytes; limit > 0 && total > limit && len(s.segs) > 1 && !pinned[0] {
 		keep[0] = false
 	}
 	return keep
-}
-
-// drop forgets the oldest point.
-func (s *Store) drop(g *segment) {
-	s.mu.Lock()
-	s.segs = slices.Clone(s.segs[1:])
-	g.dead = true
-	free := g.refs == 0
-	s.mu.Unlock()
-	s.log.Debug("point dropped", "pos", g.start.pos)
-	if free {
-		s.removeSegment(g)
-	}
 }
 
 // merge puts several closed segments into one that starts where the first
@@ -142,6 +146,7 @@ func (s *Store) writeMerged(ctx context.Context, m *segment, gs []*segment) (err
 	if err := m.close(mark{pos: end.end, ordinal: end.ordinal}); err != nil {
 		return err
 	}
+	m.closed = true
 	if err := s.cfg.FS.Rename(tmp, m.name()); err != nil {
 		return fmt.Errorf("put in place: %w", err)
 	}
@@ -153,10 +158,10 @@ func (s *Store) writeMerged(ctx context.Context, m *segment, gs []*segment) (err
 
 // copyUndo adds what from has saved and w has not.
 func copyUndo(ctx context.Context, w *undoWriter, from *segment) error {
-	if err := from.load(); err != nil {
+	entries, err := from.entries()
+	if err != nil {
 		return err
 	}
-	entries := from.entries()
 	sortEntries(entries)
 	var buf [granule]byte
 	for _, e := range entries {

@@ -8,10 +8,10 @@ import (
 	"io"
 	"os"
 	"slices"
-	"sort"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 
 	"kvmreplica/internal/fsx"
 	"kvmreplica/replicad/delta"
@@ -56,8 +56,8 @@ type segment struct {
 	start  mark
 	sizes  []int64 // at start
 	closed bool
-	stop   uint64 // ordinal at which it was closed
-	bytes  int64
+	stop   uint64       // ordinal at which it was closed
+	bytes  atomic.Int64 // length of the file
 	damage error
 
 	end   int64    // open: where the next table goes; all before is durable
@@ -67,8 +67,10 @@ type segment struct {
 	touch map[undoKey]undoEntry
 	index []undoEntry // closed: sorted; nil = not loaded
 
-	refs int  // guarded by Store.mu
-	dead bool // remove when refs is 0
+	// Guarded by Store.mu.
+	refs    int
+	dead    bool // remove when refs is 0
+	leaving bool // its point is just being thinned out
 }
 
 func segmentName(lo, hi uint64) string { return fmt.Sprintf("%s/u%016x-%016x", undoDir, lo, hi) }
@@ -123,7 +125,8 @@ func (g *segment) parseHeader(b []byte, store [16]byte) error {
 
 // createSegment makes segment number lo, starting at start; it is durable.
 func createSegment(f fsx.FS, store [16]byte, lo uint64, start mark, sizes []int64) (*segment, error) {
-	g := &segment{store: store, lo: lo, hi: lo, start: start, sizes: sizes, touch: map[undoKey]undoEntry{}, end: undoBlock, bytes: undoBlock}
+	g := &segment{store: store, lo: lo, hi: lo, start: start, sizes: sizes, touch: map[undoKey]undoEntry{}, end: undoBlock}
+	g.bytes.Store(undoBlock)
 	file, err := f.Open(g.name(), os.O_RDWR|os.O_CREATE|os.O_TRUNC)
 	if err != nil {
 		return nil, noSpace("create undo segment", err)
@@ -149,35 +152,6 @@ func (g *segment) has(k undoKey) bool {
 	defer g.mu.RUnlock()
 	_, ok := g.touch[k]
 	return ok
-}
-
-// each calls fn for every entry with a key in [from, to), in no order.
-func (g *segment) each(from, to undoKey, fn func(undoEntry)) {
-	g.mu.RLock()
-	defer g.mu.RUnlock()
-	if g.index != nil || g.touch == nil {
-		i := sort.Search(len(g.index), func(i int) bool { return g.index[i].key >= from })
-		for ; i < len(g.index) && g.index[i].key < to; i++ {
-			fn(g.index[i])
-		}
-		return
-	}
-	for k := from; k < to; k++ {
-		if e, ok := g.touch[k]; ok {
-			fn(e)
-		}
-	}
-}
-
-// entries lists everything saved, in no order.
-func (g *segment) entries() []undoEntry {
-	g.mu.RLock()
-	defer g.mu.RUnlock()
-	out := append(make([]undoEntry, 0, len(g.index)+len(g.touch)), g.index...)
-	for _, e := range g.touch {
-		out = append(out, e)
-	}
-	return out
 }
 
 // read fills p (at most a granule) with a saved granule's first bytes.
@@ -281,7 +255,8 @@ func (w *undoWriter) done() error {
 	for _, e := range w.fresh {
 		w.g.touch[e.key] = e
 	}
-	w.g.end, w.g.chain, w.g.bytes = w.at, w.chain, w.at
+	w.g.end, w.g.chain = w.at, w.chain
+	w.g.bytes.Store(w.at)
 	return nil
 }
 

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"sort"
 
 	"kvmreplica/internal/fsx"
 	"kvmreplica/replicad/delta"
@@ -60,7 +61,8 @@ func (g *segment) parseFooter(b []byte, at int64) (f footer, ok bool) {
 func indexLen(n uint64) int64 { return (int64(n)*16 + undoBlock - 1) / undoBlock * undoBlock }
 
 // close writes index and footer and makes them durable: from then on the
-// segment is immutable and its end is a recovery point.
+// segment is immutable and its end is a recovery point. The caller sets closed
+// and stop.
 func (g *segment) close(end mark) error {
 	g.mu.RLock()
 	entries := make([]undoEntry, 0, len(g.touch))
@@ -79,7 +81,7 @@ func (g *segment) close(end mark) error {
 	g.mu.Lock()
 	g.index, g.touch = entries, nil
 	g.mu.Unlock()
-	g.closed, g.stop, g.bytes = true, end.ordinal, at
+	g.bytes.Store(at)
 	return nil
 }
 
@@ -106,10 +108,9 @@ func (g *segment) writeEnd(entries []undoEntry, at int64, end delta.Pos, ordinal
 	return foot + undoBlock, nil
 }
 
-// load reads the index of a closed segment unless it is in memory.
+// load reads the index of a closed segment unless it is in memory; g.mu is
+// held, here also across the reading: everybody else waits for the same index.
 func (g *segment) load() error {
-	g.mu.Lock()
-	defer g.mu.Unlock()
 	if g.damage != nil || g.index != nil || g.touch != nil {
 		return g.damage
 	}
@@ -119,6 +120,44 @@ func (g *segment) load() error {
 	}
 	g.index = entries
 	return nil
+}
+
+// entries lists everything saved, in no order.
+func (g *segment) entries() ([]undoEntry, error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if err := g.load(); err != nil {
+		return nil, err
+	}
+	out := append(make([]undoEntry, 0, len(g.index)+len(g.touch)), g.index...)
+	for _, e := range g.touch {
+		out = append(out, e)
+	}
+	return out, nil
+}
+
+// within lists what is saved of the keys in [from, to), in no order.
+func (g *segment) within(from, to undoKey) ([]undoEntry, error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if err := g.load(); err != nil {
+		return nil, err
+	}
+	if g.touch == nil {
+		i := sort.Search(len(g.index), func(i int) bool { return g.index[i].key >= from })
+		n := i
+		for n < len(g.index) && g.index[n].key < to {
+			n++
+		}
+		return g.index[i:n:n], nil // a loaded index never changes
+	}
+	var out []undoEntry
+	for k := from; k < to; k++ {
+		if e, ok := g.touch[k]; ok {
+			out = append(out, e)
+		}
+	}
+	return out, nil
 }
 
 // unload frees the index of a closed segment.
@@ -191,9 +230,11 @@ func openSegment(f fsx.FS, lo, hi uint64, store [16]byte) (*segment, error) {
 		return nil, fmt.Errorf("open undo: %w", err)
 	}
 	g.file = file
-	if g.bytes, err = file.Size(); err != nil {
+	size, err := file.Size()
+	if err != nil {
 		return nil, errors.Join(fmt.Errorf("open undo: %w", err), file.Close())
 	}
+	g.bytes.Store(size)
 	b := make([]byte, undoBlock)
 	if err = g.readBlock(b, 0); err == nil {
 		err = g.parseHeader(b, store)

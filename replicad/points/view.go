@@ -60,7 +60,7 @@ func (s *Store) viewable(pos delta.Pos) (mark, []int64, error) {
 		return mark{}, nil, ErrSeeding
 	}
 	for i := range s.segs {
-		if g := s.segs[i]; g.damage == nil && g.start.pos == pos {
+		if g := s.segs[i]; g.damage == nil && !g.leaving && g.start.pos == pos {
 			if err := s.readable(i); err != nil {
 				return mark{}, nil, err
 			}
@@ -133,7 +133,9 @@ func (v *View) Close() error {
 
 // Disk is one disk of the view, read-only; closing it does nothing.
 func (v *View) Disk(name string) (block.Device, error) {
+	v.s.mu.Lock()
 	i := v.s.diskIndex(name)
+	v.s.mu.Unlock()
 	if i < 0 {
 		return nil, fmt.Errorf("view %v: %w: no disk %s", v.at.pos, ErrDisks, name)
 	}
@@ -305,11 +307,10 @@ func patch(segs []*segment, disk int, p []byte, off int64) error {
 	first, last := off/granule, (off+int64(len(p))-1)/granule
 	var found []bool
 	for _, g := range segs {
-		if err := g.load(); err != nil {
+		hits, err := g.within(keyOf(disk, first), keyOf(disk, last+1))
+		if err != nil {
 			return err
 		}
-		var hits []undoEntry
-		g.each(keyOf(disk, first), keyOf(disk, last+1), func(e undoEntry) { hits = append(hits, e) })
 		for _, e := range hits {
 			if found == nil {
 				found = make([]bool, last-first+1)
