@@ -68,6 +68,8 @@ const (
 	childStart = 10 * time.Second
 	childStop  = 10 * time.Second
 	childPoll  = 20 * time.Millisecond
+	// childReason is how long a child whose connection broke may take to end.
+	childReason = 2 * time.Second
 )
 
 // openQCOW2 starts qemu-nbd on a socket in a private directory and uses it as
@@ -154,8 +156,11 @@ func (q *qemuNBD) dial(ctx context.Context, opts nbd.ClientOptions) (*nbd.Client
 	for {
 		if _, err := os.Stat(q.sock); err == nil {
 			c, err := nbd.Dial(ctx, "unix", q.sock, opts)
-			if !errors.Is(err, syscall.ECONNREFUSED) {
-				return c, err
+			switch {
+			case err == nil:
+				return c, nil
+			case !errors.Is(err, syscall.ECONNREFUSED):
+				return nil, q.reason(err)
 			}
 		}
 		select {
@@ -165,6 +170,17 @@ func (q *qemuNBD) dial(ctx context.Context, opts nbd.ClientOptions) (*nbd.Client
 			return nil, fmt.Errorf("waiting for qemu-nbd to listen: %w", ctx.Err())
 		case <-time.After(childPoll):
 		}
+	}
+}
+
+// reason prefers what the child says at its end: it listens before it looks at
+// the image.
+func (q *qemuNBD) reason(err error) error {
+	select {
+	case <-q.done:
+		return q.err
+	case <-time.After(childReason):
+		return err
 	}
 }
 
