@@ -205,7 +205,7 @@ func TestAPeerHasABoundedNumberOfConnectionsAndTransfers(t *testing.T) {
 		done <- err
 	}()
 	<-started
-	if _, err := c.PutEpoch(within(t, 5*time.Second), key(), 0, bytes.NewReader(nil)); kindOf(err) != wire.KindUnavailable {
+	if _, err := c.PutEpoch(within(t, 5*time.Second), key(), 0, bytes.NewReader(nil)); kindOf(err) != wire.KindUnavailable || !strings.Contains(err.Error(), "under way") {
 		t.Errorf("second transfer: %v", err)
 	}
 	var refusedAt int

@@ -233,6 +233,9 @@ func TestBandwidthHoldsAndChangesWhileATransferRuns(t *testing.T) {
 	a := all()
 	a.Bandwidth = 100_000
 	errFatal(t, r.store.Allow(p.id.Host(), a))
+	if took := put(60_000); took < 350*time.Millisecond {
+		t.Errorf("60 kB into a receiver that takes 100 kB/s took %v", took)
+	}
 	body := &counting{}
 	done := make(chan error, 1)
 	ctx, cancel := context.WithCancel(within(t, 20*time.Second))

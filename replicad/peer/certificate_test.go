@@ -394,7 +394,7 @@ func TestRemovalEndsLiveConnectionsAndTheirCalls(t *testing.T) {
 	}
 	failed := make(chan error, 1)
 	go func() {
-		_, err := c.PutEpoch(context.Background(), key(), 0, bytes.NewReader([]byte("x")))
+		_, err := c.PutEpoch(within(t, 5*time.Second), key(), 0, bytes.NewReader([]byte("x")))
 		failed <- err
 	}()
 	<-started
