@@ -155,7 +155,7 @@ func listenUnix(path string, mode fs.FileMode) (net.Listener, error) {
 // source is an open image and, when it depends on a child or a connection, the
 // channel that tells of its end.
 type source struct {
-	block.Device
+	dev   block.Device
 	file  *block.File // nil when it is not a raw file
 	dead  <-chan error
 	close []func() error // in this order

@@ -46,7 +46,7 @@ func openRaw(image string, o sourceOptions) (*source, error) {
 	if err := f.LockQEMU(); err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
-	return &source{Device: f, file: f, close: []func() error{f.Close}}, nil
+	return &source{dev: f, file: f, close: []func() error{f.Close}}, nil
 }
 
 func openUpstream(ctx context.Context, uri string, o sourceOptions) (*source, error) {
@@ -61,7 +61,7 @@ func openUpstream(ctx context.Context, uri string, o sourceOptions) (*source, er
 		<-c.Done()
 		dead <- fmt.Errorf("upstream %s: %w", uri, c.Err())
 	}()
-	return &source{Device: c, dead: dead, close: []func() error{c.Close, func() error { <-watched; return nil }}}, nil
+	return &source{dev: c, dead: dead, close: []func() error{c.Close, func() error { <-watched; return nil }}}, nil
 }
 
 const (
@@ -103,7 +103,7 @@ func openQCOW2(ctx context.Context, image string, o sourceOptions) (_ *source, e
 		return nil, err
 	}
 	s.close = append([]func() error{c.Close}, s.close...)
-	s.Device, s.dead = c, child.dead
+	s.dev, s.dead = c, child.dead
 	o.log.Info("qemu-nbd serves the image", "image", path, "pid", child.cmd.Process.Pid)
 	return s, nil
 }
@@ -196,5 +196,3 @@ func (q *qemuNBD) stop() error {
 		return errors.New("qemu-nbd did not end within 10 s and was killed; check the image with: qemu-img check")
 	}
 }
-
-var _ block.Device = (*source)(nil)

@@ -34,7 +34,7 @@ func (f *trackingFlags) register(flags *pflag.FlagSet) {
 // the image is closed.
 func (f *trackingFlags) wrap(src *source, readOnly bool, log *slog.Logger) (block.Device, func() error, error) {
 	if f.state == "" || readOnly {
-		return src.Device, func() error { return nil }, nil
+		return src.dev, func() error { return nil }, nil
 	}
 	group, err := f.open(src, log)
 	if err != nil {
@@ -61,7 +61,7 @@ func (f *trackingFlags) open(src *source, log *slog.Logger) (*cbt.Group, error) 
 	if err != nil {
 		return nil, err
 	}
-	disk := cbt.DiskConfig{Name: trackedDisk, Device: src.Device}
+	disk := cbt.DiskConfig{Name: trackedDisk, Device: src.dev}
 	if src.file != nil {
 		disk.Identity = src.file.Identity
 	}
