@@ -177,10 +177,11 @@ func (g *Group) Adopt(pos Position) error {
 		}
 	}
 	g.stirred()
-	if g.share != nil {
-		g.share.setAcked(pos)
+	if vm := g.share.Load(); vm != nil {
+		vm.setAcked(pos)
 	}
 	g.acked = pos
+	g.show()
 	return nil
 }
 
@@ -224,10 +225,11 @@ func (g *Group) Rebase(pos Position, reason string) error {
 	if err := g.meta.commit(true, func(s *super) { s.base = pos }); err != nil {
 		return fmt.Errorf("rebase: %w", err)
 	}
-	if g.share != nil {
-		g.share.setAcked(pos)
+	if vm := g.share.Load(); vm != nil {
+		vm.setAcked(pos)
 	}
 	g.acked = pos
+	g.show()
 	return nil
 }
 

@@ -119,7 +119,7 @@ func (g *Group) flushIntent(d *Disk, m *intentMap, spans []span) error {
 	st := d.st.Load()
 	if st.shm != nil {
 		for _, s := range spans {
-			err := st.shm.back(g.share, s.lo*granulesPerRegion, min(s.hi*granulesPerRegion, st.granules))
+			err := st.shm.back(g.share.Load(), s.lo*granulesPerRegion, min(s.hi*granulesPerRegion, st.granules))
 			if errors.Is(err, errSharedVoid) {
 				g.note(nil, err.Error())
 			} else if err != nil {
@@ -306,7 +306,7 @@ func (g *Group) markDisk(d *Disk, reason string, covered bool) error {
 		return nil
 	}
 	if st.shm != nil {
-		if err := st.shm.back(g.share, 0, st.granules); err != nil && !errors.Is(err, errSharedVoid) {
+		if err := st.shm.back(g.share.Load(), 0, st.granules); err != nil && !errors.Is(err, errSharedVoid) {
 			return err
 		}
 	}
@@ -376,8 +376,8 @@ func (g *Group) markMapped(d *Disk) {
 // the last good one may be gone, now or later.
 func (g *Group) syncFailed(d *Disk, err error) {
 	first := !d.unsynced.Swap(true)
-	if g.share != nil {
-		g.share.setVoid()
+	if vm := g.share.Load(); vm != nil {
+		vm.setVoid()
 	}
 	g.markMapped(d)
 	if e := g.frozen.Load(); e != nil {

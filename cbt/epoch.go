@@ -340,8 +340,8 @@ func (e *Epoch) Ack(pos Position) error {
 	if g.flight.n[e.number%2].Load() != 0 {
 		return fmt.Errorf("ack epoch %d: %w", e.number, ErrNotDrained)
 	}
-	if g.share != nil {
-		g.share.setAcked(pos) // before the bits go: after a kill they are relative to it
+	if vm := g.share.Load(); vm != nil {
+		vm.setAcked(pos) // before the bits go: after a kill they are relative to it
 	}
 	if !e.end(ErrEpochEnded) {
 		return fmt.Errorf("ack epoch %d: %w", e.number, e.Err())
@@ -353,6 +353,7 @@ func (e *Epoch) Ack(pos Position) error {
 		ed.st.done.reset()
 	}
 	g.acked, g.openEp = pos, nil
+	g.show()
 	return nil
 }
 
@@ -386,6 +387,7 @@ func (g *Group) mergeBack(e *Epoch) {
 	e.failure = false
 	e.mu.Unlock()
 	g.openEp = nil
+	g.show()
 }
 
 // unfreeze takes the epoch away from the writers and overtakes comparisons.

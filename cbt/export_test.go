@@ -22,8 +22,8 @@ func Kill(g *Group) {
 			maps = append(maps, st.shm.mapping)
 		}
 	}
-	if g.share != nil {
-		maps = append(maps, g.share.mapping)
+	if vm := g.share.Load(); vm != nil {
+		maps = append(maps, vm.mapping)
 	}
 	_ = g.drop()
 	for _, m := range maps {

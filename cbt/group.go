@@ -16,7 +16,7 @@ import (
 type Group struct {
 	cfg   Config
 	meta  *metaStore
-	share *sharedVM // nil without shared memory
+	share atomic.Pointer[sharedVM] // nil without shared memory
 
 	// cleanMu serialises what clears the map or changes the disks.
 	cleanMu sync.Mutex
@@ -24,10 +24,11 @@ type Group struct {
 
 	// cutMu serialises what starts, ends or judges an epoch.
 	cutMu    sync.Mutex
-	openEp   *Epoch   // guarded by cutMu
-	acked    Position // guarded by cutMu
-	closed   bool     // guarded by cutMu
-	finished bool     // guarded by cutMu: Close has released everything
+	openEp   *Epoch                  // guarded by cutMu
+	acked    Position                // guarded by cutMu
+	shown    atomic.Pointer[cutView] // acked and openEp for Status
+	closed   bool                    // guarded by cutMu
+	finished bool                    // guarded by cutMu: Close has released everything
 	// guarded by cutMu: found sealed at Open, and what spoke against trusting
 	// it; Seal ended with an unknown outcome
 	openedSealed bool
@@ -58,6 +59,16 @@ type Group struct {
 	stop     chan struct{} // closed by Close; ends held writes
 	stopOnce sync.Once
 }
+
+// cutView is what Status shows of the fields under cutMu, which a freeze holds
+// while it waits for the guest's disk.
+type cutView struct {
+	acked Position
+	open  bool
+}
+
+// show publishes the cut's state. cutMu held.
+func (g *Group) show() { g.shown.Store(&cutView{g.acked, g.openEp != nil}) }
 
 // coolMark: at that time every write tagged epoch or lower had its tag.
 type coolMark struct {
@@ -179,6 +190,7 @@ func (g *Group) freeze(ctx context.Context, force bool) (*Epoch, error) {
 	g.frozen.Store(e)
 	g.gate.Unlock()
 	g.openEp = e
+	g.show()
 	return e, nil
 }
 
@@ -186,7 +198,7 @@ func (g *Group) freeze(ctx context.Context, force bool) (*Epoch, error) {
 func (g *Group) emptyCut(force bool) (*Epoch, error) {
 	g.gate.Lock()
 	defer g.gate.Unlock()
-	if g.refuse != nil && !errors.Is(g.refuse, ErrSealed) {
+	if g.refuse != nil && (force || !errors.Is(g.refuse, ErrSealed)) {
 		return nil, g.refuse
 	}
 	if force || g.dirtyLocked() {
@@ -242,20 +254,20 @@ type Status struct {
 	WritesInFlight int64
 }
 
-// Status returns a snapshot. It waits for no I/O but the superblock's.
+// Status returns a snapshot. It waits for no I/O.
 func (g *Group) Status() Status {
-	g.cutMu.Lock()
-	defer g.cutMu.Unlock()
+	cut := g.shown.Load()
 	sb := g.meta.current()
 	st := Status{
 		State: sb.state.String(), Generation: sb.generation, Base: sb.base, Parent: sb.parent,
-		Acked: g.acked, Highest: sb.highest, EpochOpen: g.openEp != nil,
+		Acked: cut.acked, Highest: sb.highest, EpochOpen: cut.open,
 		CaptureLimit: g.cfg.CaptureBytes, CaptureBytes: g.store.bytes(), Abandoned: g.abandoned.Load(),
-		SharedExact:    g.share != nil && !g.share.isVoid(),
 		WritesInFlight: g.flight.n[0].Load() + g.flight.n[1].Load(),
 	}
 	g.gate.RLock()
+	vm := g.share.Load()
 	st.Current = g.epoch
+	st.SharedExact = vm != nil && !errors.Is(g.refuse, block.ErrClosed) && !vm.isVoid()
 	disks := g.disks
 	slot := g.slot
 	g.gate.RUnlock()
@@ -266,9 +278,7 @@ func (g *Group) Status() Status {
 	st.Degraded, st.Held, st.Unsynced = g.sick.degraded, g.sick.held, g.sick.unsynced
 	st.Reasons = append([]string(nil), g.sick.reasons...)
 	g.sickMu.Unlock()
-	g.meta.metaMu.Lock()
-	st.SuperSyncs = g.meta.syncs
-	g.meta.metaMu.Unlock()
+	st.SuperSyncs = g.meta.syncs.Load()
 	return st
 }
 

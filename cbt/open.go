@@ -39,7 +39,9 @@ func Create(cfg Config, start Start) (*Group, error) {
 		vm: cfg.VMID, peer: cfg.PeerID, boot: cfg.BootID, writer: cfg.Writer,
 		generation: start.Generation, base: start.Base, parent: start.Parent, state: stateInUse,
 	}
+	var oldSet *id16
 	if old, _, err := readSuper(cfg.FS); err == nil {
+		oldSet = &old.set
 		sb.seq = old.seq // ErrCorrupt and ErrNoTracker: begin at zero
 		if old.generation == start.Generation {
 			return nil, fmt.Errorf("create tracker: generation %x exists already: %w", start.Generation[:4], ErrPosition)
@@ -60,6 +62,9 @@ func Create(cfg Config, start Start) (*Group, error) {
 	if err != nil {
 		return nil, fmt.Errorf("create tracker: %w", err)
 	}
+	if oldSet != nil && cfg.SharedDir != "" {
+		removeShared(cfg.SharedDir, *oldSet)
+	}
 	if err := removeDistrust(cfg.SecondFS, cfg.VMID); err != nil {
 		return nil, errors.Join(fmt.Errorf("create tracker: remove old distrust marker: %w", err), g.drop())
 	}
@@ -73,6 +78,7 @@ func build(cfg Config, sb *super, fill func(*Group) error) (*Group, error) {
 		cfg: cfg, meta: newMetaStore(cfg.FS, sb), byName: map[string]*Disk{},
 		epoch: sb.highest + 1, store: newCaptureStore(cfg.CaptureBytes), stop: make(chan struct{}),
 	}
+	defer g.show()
 	if err := fill(g); err != nil {
 		return nil, errors.Join(err, g.drop())
 	}
@@ -208,7 +214,7 @@ func (g *Group) newSession(sb *super, acked Position) error {
 		}
 	}
 	for _, d := range g.disks {
-		if err := d.st.Load().makeBitmaps(g.share); err != nil {
+		if err := d.st.Load().makeBitmaps(g.share.Load()); err != nil {
 			return fmt.Errorf("disk %s: %w", d.name, err)
 		}
 	}
@@ -229,7 +235,10 @@ func (g *Group) shareAll(sb *super, acked Position) (err error) {
 			return err
 		}
 	}
-	g.share, err = createSharedVM(g.cfg.SharedDir, h, acked)
+	vm, err := createSharedVM(g.cfg.SharedDir, h, acked)
+	if err == nil {
+		g.share.Store(vm)
+	}
 	return err
 }
 
@@ -241,9 +250,8 @@ func (g *Group) dropShare() {
 			st.shm = nil
 		}
 	}
-	if g.share != nil {
-		_ = g.share.close(true)
-		g.share = nil
+	if vm := g.share.Swap(nil); vm != nil {
+		_ = vm.close(true)
 	}
 }
 
@@ -308,8 +316,8 @@ func (g *Group) drop() error {
 			errs = append(errs, st.shm.close(false))
 		}
 	}
-	if g.share != nil {
-		errs = append(errs, g.share.close(false))
+	if vm := g.share.Load(); vm != nil {
+		errs = append(errs, vm.close(false))
 	}
 	return errors.Join(append(errs, g.meta.close())...)
 }

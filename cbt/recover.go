@@ -218,7 +218,7 @@ func (r *recovery) addExact(d *Disk, s span) {
 		r.rep.Alarms = append(r.rep.Alarms, fmt.Sprintf("intent map of %s: dirty but not marked at region %d", d.name, lo))
 		st.intent.include([]span{{lo, hi}})
 		if st.shm != nil {
-			_ = st.shm.back(r.g.share, s.lo, s.hi) // void or backed; both are safe to touch
+			_ = st.shm.back(r.g.share.Load(), s.lo, s.hi) // void or backed; both are safe to touch
 		}
 	}
 	st.fine[0].set(s.lo, s.hi)
@@ -294,15 +294,17 @@ func (r *recovery) renewMap(d *Disk) error {
 
 // shared takes the exact set from this boot's memory: what was active and what
 // was frozen. It fails when the least thing does not fit.
-func (r *recovery) shared() (acked Position, err error) {
+func (r *recovery) shared() (Position, error) {
 	g := r.g
 	if g.cfg.SharedDir == "" || r.sb.boot != g.cfg.BootID {
-		return acked, errors.New("another boot of the host, or no shared directory")
+		return Position{}, errors.New("another boot of the host, or no shared directory")
 	}
 	h := g.header(r.sb)
-	if g.share, acked, err = openSharedVM(g.cfg.SharedDir, h); err != nil {
+	vm, acked, err := openSharedVM(g.cfg.SharedDir, h)
+	if err != nil {
 		return acked, err
 	}
+	g.share.Store(vm)
 	for _, d := range g.disks {
 		if err := r.sharedDisk(d, h); err != nil {
 			return acked, fmt.Errorf("disk %s: %w", d.name, err)
@@ -324,7 +326,7 @@ func (r *recovery) sharedDisk(d *Disk, h sharedHeader) error {
 			return err // notes what is backed, before anything is touched
 		}
 	}
-	if err := st.makeBitmaps(r.g.share); err != nil {
+	if err := st.makeBitmaps(r.g.share.Load()); err != nil {
 		return err
 	}
 	// The words are there already; the summaries and counts are not.
@@ -338,7 +340,7 @@ func (r *recovery) sharedDisk(d *Disk, h sharedHeader) error {
 			return err
 		}
 	}
-	if r.g.share.isVoid() {
+	if r.g.share.Load().isVoid() {
 		return errSharedVoid
 	}
 	st.fine[0].merge(st.fine[1], true)

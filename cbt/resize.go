@@ -39,8 +39,8 @@ func (g *Group) Resize(name string, size int64) error {
 	}
 	st, err := g.resized(d, old, size)
 	if err != nil {
-		if g.share != nil {
-			g.share.setVoid() // a shared file that nobody keeps up may be there
+		if vm := g.share.Load(); vm != nil {
+			vm.setVoid() // a shared file that nobody keeps up may be there
 		}
 		return fmt.Errorf("resize %s: %w", name, err)
 	}
@@ -129,7 +129,7 @@ func (g *Group) resized(d *Disk, old *diskState, size int64) (*diskState, error)
 // moveBits fills the bitmaps of st from old; everything from seam on is dirty.
 func (g *Group) moveBits(old, st *diskState, seam uint64) error {
 	st.lastTag = newTags(st, g.epoch)
-	if err := st.makeBitmaps(g.share); err != nil {
+	if err := st.makeBitmaps(g.share.Load()); err != nil {
 		return err
 	}
 	for s := range old.fine[g.slot].runs() {
@@ -180,7 +180,7 @@ func (g *Group) newcomer(dc DiskConfig) (*Disk, superDisk, error) {
 	d.g = g
 	st := d.st.Load()
 	st.intent.flush = func(m *intentMap, spans []span) error { return g.flushIntent(d, m, spans) }
-	if g.share != nil {
+	if g.share.Load() != nil {
 		h := g.header(g.meta.current())
 		h.disk, h.size = d.id, st.size
 		var err error
@@ -188,7 +188,7 @@ func (g *Group) newcomer(dc DiskConfig) (*Disk, superDisk, error) {
 			return nil, superDisk{}, errors.Join(err, st.intent.file.Close())
 		}
 	}
-	if err := st.makeBitmaps(g.share); err != nil {
+	if err := st.makeBitmaps(g.share.Load()); err != nil {
 		return nil, superDisk{}, errors.Join(err, st.intent.file.Close())
 	}
 	st.fine[g.slot].set(0, st.granules)

@@ -129,6 +129,18 @@ func sharedDiskPath(dir string, set, disk id16) string {
 	return filepath.Join(dir, "cbt-"+hex.EncodeToString(set[:])+"-"+hex.EncodeToString(disk[:])+".shm")
 }
 
+// removeShared frees the memory of a tracker that is no more. What stays is
+// refused by its set id.
+func removeShared(dir string, set id16) {
+	names, err := filepath.Glob(filepath.Join(dir, "cbt-"+hex.EncodeToString(set[:])+"*.shm"))
+	if err != nil {
+		return
+	}
+	for _, n := range names {
+		_ = os.Remove(n)
+	}
+}
+
 func createSharedVM(dir string, h sharedHeader, acked Position) (*sharedVM, error) {
 	m, err := openMapping(sharedVMPath(dir, h.set), sharedHead, true)
 	if err != nil {

@@ -9,6 +9,7 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"sync/atomic"
 
 	"kvmreplica/internal/fsx"
 )
@@ -32,14 +33,16 @@ func exactName(id id16) string { return exactPrefix + hex.EncodeToString(id[:]) 
 type metaStore struct {
 	fs fsx.FS
 
+	// cur is what the last successful commit wrote. It is not changed in place.
+	cur   atomic.Pointer[super]
+	syncs atomic.Uint64
+
 	metaMu sync.Mutex
 	// guarded by metaMu
-	cur    *super // what is durable, or would be had the last write succeeded
 	seq    uint64 // highest sequence number ever attempted
 	file   fsx.File
 	broken bool
 	buf    []byte
-	syncs  uint64
 }
 
 // readSuper returns the newest valid superblock. Only freezes and bases are
@@ -90,7 +93,9 @@ func readSuper(fsys fsx.FS) (s *super, alarms []string, err error) {
 // newMetaStore continues after s; the next commit writes a new file when
 // fresh, which also repairs a damaged slot.
 func newMetaStore(fsys fsx.FS, s *super) *metaStore {
-	return &metaStore{fs: fsys, cur: s, seq: s.seq, broken: true, buf: make([]byte, superSize)}
+	m := &metaStore{fs: fsys, seq: s.seq, broken: true, buf: make([]byte, superSize)}
+	m.cur.Store(s)
+	return m
 }
 
 // commit makes the superblock as changed by mutate durable. both marks a
@@ -99,12 +104,12 @@ func newMetaStore(fsys fsx.FS, s *super) *metaStore {
 func (m *metaStore) commit(both bool, mutate func(*super)) error {
 	m.metaMu.Lock()
 	defer m.metaMu.Unlock()
-	next := m.cur.clone()
+	next := m.cur.Load().clone()
 	mutate(next)
 	if !m.broken {
 		err := m.writeSlots(next, both)
 		if err == nil {
-			m.cur = next
+			m.cur.Store(next)
 			return nil
 		}
 		m.broken = true
@@ -112,16 +117,13 @@ func (m *metaStore) commit(both bool, mutate func(*super)) error {
 	if err := m.replace(next); err != nil {
 		return fmt.Errorf("write superblock: %w", err)
 	}
-	m.cur, m.broken = next, false
+	m.broken = false
+	m.cur.Store(next)
 	return nil
 }
 
 // current is the superblock in force. The caller must not change it.
-func (m *metaStore) current() *super {
-	m.metaMu.Lock()
-	defer m.metaMu.Unlock()
-	return m.cur
-}
+func (m *metaStore) current() *super { return m.cur.Load() }
 
 // writeSlots writes the slot that is not the newest, then, with both, the
 // other one. Each write is synced before the next: a power cut tears one slot
@@ -142,7 +144,7 @@ func (m *metaStore) writeSlot(off int64) error {
 	if _, err := m.file.WriteAt(m.buf, off); err != nil {
 		return err
 	}
-	m.syncs++
+	m.syncs.Add(1)
 	return m.file.Sync()
 }
 
