@@ -126,7 +126,7 @@ func TestTheReplicaHoldsWhatTheGuestWroteFromSeedToFinal(t *testing.T) {
 
 func TestALineCutAtManyOffsetsAndLostAnswersLoseNothing(t *testing.T) {
 	p := newPair(t, 2, 16*mib)
-	p.guest.Scribble(200)
+	p.guest.Write("vda", random(1, 10*mib), 0)
 	rng := rand.New(rand.NewPCG(3, 4))
 	var mu sync.Mutex
 	p.line.cut = func(n int) int64 {
@@ -135,7 +135,7 @@ func TestALineCutAtManyOffsetsAndLostAnswersLoseNothing(t *testing.T) {
 		if n%3 == 2 {
 			return -1
 		}
-		return 1 + rng.Int64N(1<<(8+rng.IntN(13)))
+		return 1 + rng.Int64N(1<<(8+rng.IntN(15)))
 	}
 	p.line.loseReply = func(n int) bool { return n%4 == 1 || n%6 == 2 }
 	p.run(nil)
@@ -393,4 +393,77 @@ func TestFirmwareAloneMakesAnEpochAndIsCommittedWithIt(t *testing.T) {
 	if p.rep.commits != n {
 		t.Fatalf("%d commits although nothing changed, %d before", p.rep.commits, n)
 	}
+}
+
+func TestANewSessionContinuesTheEpochOfTheLast(t *testing.T) {
+	p := newPair(t, 13, 32*mib)
+	p.run(nil)
+	p.until("protected", func(s session.Status) bool { return s.Protected })
+	p.sess.Pause()
+	p.until("paused", func(s session.Status) bool { return s.Phase == session.PausedPhase })
+	p.guest.Write("vda", random(1, 20*mib), 0)
+	want := p.guest.Snapshot()
+	half := make(chan struct{})
+	p.line.mu.Lock()
+	p.line.bytes, p.line.n = 0, 0
+	p.line.cut = func(n int) int64 {
+		if n == 0 {
+			return 10*mib + 1000
+		}
+		return -1
+	}
+	p.line.after = func(n int) {
+		if n == 0 {
+			close(half)
+		}
+	}
+	p.line.mu.Unlock()
+	p.sess.Resume()
+	<-half
+	p.stop() // the daemon ends
+	st, err := p.plane.Status(context.Background())
+	if err != nil || st.Frozen == nil {
+		t.Fatalf("the epoch is not held: %+v, %v", st, err)
+	}
+	p.guest.Write("vda", random(2, mib), 15*mib) // not in that epoch
+	p.run(func(c *session.Config) { c.Interval = time.Hour })
+	s := p.until("committed", func(s session.Status) bool { return s.Stats.Cycles == 1 })
+	if s.Committed.Epoch != st.Frozen.Epoch || s.Stats.Resumed != 1 {
+		t.Fatalf("epoch %d was not continued: %+v", st.Frozen.Epoch, s)
+	}
+	dt.SameContent(t, "replica", p.rep.content("vda"), want["vda"])
+	if p.line.bytes > 22*mib {
+		t.Fatalf("%d bytes for a 20 MiB epoch", p.line.bytes)
+	}
+	p.final()
+}
+
+func TestAnEpochCostsOneSyncOfTheTracker(t *testing.T) {
+	p := newPair(t, 14, 8*mib)
+	p.guest.Write("vda", random(1, 4*mib), 0)
+	p.run(func(c *session.Config) { c.Interval = time.Millisecond })
+	p.until("protected", func(s session.Status) bool { return s.Protected })
+	count := func() (syncs, epochs int64) {
+		ctx := context.Background()
+		c, err := p.plane.Counters(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		st, err := p.plane.Status(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c["super_syncs"] + c["intent_syncs.vda"], int64(st.Highest)
+	}
+	syncs, epochs := count()
+	for i := range 30 {
+		want := p.sess.Status().Stats.Cycles - p.sess.Status().Stats.Empty + 1
+		p.guest.Write("vda", random(uint64(i), 4096), int64(i)*8192)
+		p.until("shipped", func(s session.Status) bool { return s.Stats.Cycles-s.Stats.Empty >= want })
+	}
+	s, e := count()
+	if e-epochs < 20 || s-syncs > e-epochs {
+		t.Fatalf("%d syncs for %d epochs", s-syncs, e-epochs)
+	}
+	t.Logf("%d syncs for %d epochs", s-syncs, e-epochs)
 }

@@ -33,6 +33,7 @@ type MachineConfig struct {
 	Verified  bool
 	Scrub     Cursor
 	Holes     bool
+	LastCut   time.Time
 	// Rand returns values in [0,1) for jitter.
 	Rand func() float64
 }
@@ -100,7 +101,7 @@ type Machine struct {
 // NewMachine returns a machine that waits for EvStart.
 func NewMachine(cfg MachineConfig, now time.Time) *Machine {
 	m := &Machine{
-		cfg: cfg, phase: Idle, verified: cfg.Verified, scrub: cfg.Scrub,
+		cfg: cfg, phase: Idle, verified: cfg.Verified, scrub: cfg.Scrub, lastCut: cfg.LastCut,
 		cond: map[string]Condition{},
 	}
 	m.meter.stats.Since = now
@@ -120,6 +121,9 @@ func (m *Machine) Status() Status {
 		Committed: m.parent, LastCut: m.lastCut, Pending: m.source.Pending, Suspect: m.source.Suspect,
 		Stats: m.meter.snapshot(), Verified: m.verified, Scrub: m.scrub, Mismatched: m.mismatched,
 		Failures: m.failures, LastError: m.lastErr, Since: m.since,
+	}
+	if m.shipped != nil {
+		s.Committed = m.shipped.Pos // the data plane is about to be told
 	}
 	for _, code := range slices.Sorted(maps.Keys(m.cond)) {
 		s.Conditions = append(s.Conditions, m.cond[code])

@@ -81,6 +81,9 @@ type Config struct {
 	// interrupted pass goes on. Both come from an earlier Status.
 	Verified bool
 	Scrub    Cursor
+	// LastCut is the time of the last cut the replica holds, from an earlier
+	// Status; it only feeds the display until the next one.
+	LastCut time.Time
 	// Holes permits SEEK_DATA when seeding into a base known to be all zero.
 	Holes bool
 	// Paused starts in the pause.
@@ -140,7 +143,7 @@ func New(cfg Config) *Session {
 func (s *Session) Run(ctx context.Context) error {
 	s.m = NewMachine(MachineConfig{
 		Interval: s.cfg.Interval, ScrubRate: s.cfg.ScrubRate, Verified: s.cfg.Verified,
-		Scrub: s.cfg.Scrub, Holes: s.cfg.Holes, Rand: s.cfg.Rand.Float64,
+		Scrub: s.cfg.Scrub, Holes: s.cfg.Holes, LastCut: s.cfg.LastCut, Rand: s.cfg.Rand.Float64,
 	}, time.Now())
 	timer := time.NewTimer(0)
 	defer timer.Stop()

@@ -40,12 +40,13 @@ func (s *Session) verify(ctx context.Context, a DoVerify) (Event, error) {
 				Disk: d.Name, Offset: off, Bytes: compareWindow, Max: maxWindow, Suspect: !a.All,
 			})
 			if err != nil {
-				return nil, fromSource(err)
+				return EvFailed{Advanced: done > 0}, fromSource(err)
 			}
 			off, end = r.Next, r.Done
 			res, err := s.window(ctx, a.Pos, d.Name, r.Ranges)
 			if err != nil {
-				return nil, err
+				// What was compared before is not suspect any more.
+				return EvFailed{Advanced: done > 0}, err
 			}
 			ev.Equal += res.Cleared
 			done += total(r.Ranges)
