@@ -21,6 +21,7 @@ type nullDev struct{ size int64 }
 func (n nullDev) ReadAt(p []byte, off int64) (int, error) {
 	return len(p), block.Check(off, int64(len(p)), n.size)
 }
+
 func (n nullDev) WriteAt(p []byte, off int64) (int, error) {
 	return len(p), block.Check(off, int64(len(p)), n.size)
 }

@@ -38,7 +38,6 @@ type epochDisk struct {
 	d      *Disk
 	st     *diskState
 	copies map[uint64]uint32 // guarded by Epoch.mu: granule to slot
-	bytes  int64             // dirty bytes at the freeze
 }
 
 // newEpoch prepares an epoch; cutMu held, so disks and sizes stand still.

@@ -26,10 +26,14 @@ func goldenSuper() *super {
 		parent: Position{Generation: fill(4), Epoch: 9, Digest: [32]byte{9}}, highest: 6, state: stateClean, reason: "because",
 		exact: exactRef{id: fill(5), length: 61, digest: [32]byte{6}}, floor: 4,
 		disks: []superDisk{
-			{name: "vda", id: fill(6), size: 3 << 30, mapID: fill(7), granule: granuleShift, region: regionShift, hasID: true,
-				ident: block.Identity{Kind: block.KindFile, Size: 3 << 30, Device: 11, Inode: 12, BirthTime: 13, MtimeNS: 14, CtimeNS: 15}},
-			{name: "vdb", id: fill(8), size: 513, mapID: fill(9), granule: granuleShift, region: regionShift, hasID: true,
-				ident: block.Identity{Kind: block.KindBlockDevice, Size: 513, Device: 21}},
+			{
+				name: "vda", id: fill(6), size: 3 << 30, mapID: fill(7), granule: granuleShift, region: regionShift, hasID: true,
+				ident: block.Identity{Kind: block.KindFile, Size: 3 << 30, Device: 11, Inode: 12, BirthTime: 13, MtimeNS: 14, CtimeNS: 15},
+			},
+			{
+				name: "vdb", id: fill(8), size: 513, mapID: fill(9), granule: granuleShift, region: regionShift, hasID: true,
+				ident: block.Identity{Kind: block.KindBlockDevice, Size: 513, Device: 21},
+			},
 		},
 	}
 }

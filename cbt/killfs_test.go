@@ -84,6 +84,7 @@ func (m mortalDev) WriteAt(p []byte, o int64) (int, error) {
 	n, err := m.dev.WriteAt(p, o)
 	return n, m.d.see(err)
 }
+
 func (m mortalDev) ZeroAt(o, n int64, punch bool) error { return m.d.see(m.dev.ZeroAt(o, n, punch)) }
 func (m mortalDev) Sync() error                         { return m.d.see(m.dev.Sync()) }
 func (m mortalDev) Size() int64                         { return m.dev.Size() }
