@@ -355,7 +355,7 @@ func TestASessionOutlivesKilledDataPlanes(t *testing.T) {
 func TestFirmwareAloneMakesAnEpochAndIsCommittedWithIt(t *testing.T) {
 	p := newPair(t, 12, 4*mib)
 	var mu sync.Mutex
-	state, committed := "one", ""
+	state, sent, committed := "one", "", ""
 	p.run(func(c *session.Config) {
 		c.Interval = 10 * time.Millisecond
 		c.Firmware = func(context.Context) ([]delta.Blob, error) {
@@ -364,12 +364,13 @@ func TestFirmwareAloneMakesAnEpochAndIsCommittedWithIt(t *testing.T) {
 			if state == committed {
 				return nil, nil
 			}
-			return []delta.Blob{{Kind: delta.BlobNVRAM, Data: []byte(state)}}, nil
+			sent = state
+			return []delta.Blob{{Kind: delta.BlobNVRAM, Data: []byte(sent)}}, nil
 		}
 		c.FirmwareCommitted = func() {
 			mu.Lock()
 			defer mu.Unlock()
-			committed = state
+			committed = sent
 		}
 	})
 	holds := func(want string) {
