@@ -78,7 +78,9 @@ type Deps struct {
 	// ConsoleDir keeps file consoles of rendered domains; empty = none.
 	ConsoleDir string
 	Now        func() time.Time
-	Log        *slog.Logger
+	// Failpoint is failover.Runner's; tests only.
+	Failpoint func(point string)
+	Log       *slog.Logger
 }
 
 // Deadlines by name.

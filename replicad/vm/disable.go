@@ -60,6 +60,7 @@ func (v *VM) disableSteps(p *disableVars) []failover.Step {
 				}
 				return "", v.deleteImages()
 			}},
+			{Name: "forget", Title: "Forget the relationship", Do: v.end},
 		}
 	}
 	return []failover.Step{
@@ -79,7 +80,13 @@ func (v *VM) disableSteps(p *disableVars) []failover.Step {
 		{Name: "plane", Title: "Stop the data plane", Do: func(ctx context.Context) (string, error) {
 			return "", v.stopPlane(ctx)
 		}},
+		{Name: "forget", Title: "Forget the relationship", Do: v.end},
 	}
+}
+
+// end marks the record as the last thing to remove.
+func (v *VM) end(context.Context) (string, error) {
+	return "", v.update(func(r *Record) error { r.Ended = true; return nil })
 }
 
 func (v *VM) restoreNative(ctx context.Context) error {

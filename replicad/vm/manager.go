@@ -75,7 +75,7 @@ func Open(fsys fsx.FS, deps Deps) (*Manager, error) {
 
 func (m *Manager) newVM(r Record) *VM {
 	return &VM{
-		deps: &m.deps, id: r.VM, fsys: fsx.Sub(m.fsys, "vms/"+string(r.VM)), rec: r,
+		deps: &m.deps, mgr: m, id: r.VM, fsys: fsx.Sub(m.fsys, "vms/"+string(r.VM)), rec: r,
 		log: m.deps.Log.With("vm", r.Name, "id", string(r.VM)), plan: make(chan struct{}, 1),
 	}
 }
@@ -217,6 +217,11 @@ func (m *Manager) Run(ctx context.Context) error {
 func (v *VM) begin(ctx context.Context) {
 	for pause := newPause(); ; {
 		err := v.settle(ctx)
+		if err == nil && v.over() {
+			if err = v.mgr.remove(v); err == nil {
+				return
+			}
+		}
 		if err == nil {
 			err = v.up(ctx)
 		}
@@ -231,6 +236,14 @@ func (v *VM) begin(ctx context.Context) {
 			return
 		}
 	}
+}
+
+// over reports that nothing of a relationship is left but its record: enabling
+// was taken back, or disabling came to its end.
+func (v *VM) over() bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.stuck == nil && (v.rec.Ended || v.rec.Native && !v.rec.Placed)
 }
 
 // settle continues a plan that has passed its point of no return and takes
@@ -249,7 +262,7 @@ func (v *VM) settle(ctx context.Context) error {
 }
 
 func (v *VM) settleLocked(ctx context.Context, j *failover.Journal, back bool) error {
-	r := &failover.Runner{FS: v.fsys, Path: planFile, Now: v.deps.Now}
+	r := v.runner()
 	r.Resume(j)
 	v.log.Warn("plan was interrupted", "plan", string(j.Kind), "step", j.Begun, "committed", j.Committed, "request", j.Request)
 	if !back {
@@ -283,6 +296,9 @@ func (v *VM) Settle(ctx context.Context, back bool) error {
 	}
 	if err := v.settleLocked(ctx, j, back); err != nil {
 		return err
+	}
+	if v.over() {
+		return v.mgr.remove(v)
 	}
 	if v.record().Lineage.State == lineage.Replica || v.record().Lineage.MayServe() {
 		return v.up(ctx)

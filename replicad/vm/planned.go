@@ -76,11 +76,15 @@ func (v *VM) Planned(ctx context.Context, o PlannedOptions, event func(failover.
 
 // execute begins and runs a plan. The caller holds the plan token.
 func (v *VM) execute(ctx context.Context, kind failover.Kind, request string, vars any, event func(failover.Event)) error {
-	r := &failover.Runner{FS: v.fsys, Path: planFile, Now: v.deps.Now}
+	r := v.runner()
 	if err := r.Begin(kind, request, vars); err != nil {
 		return planError(err, v.record().Name)
 	}
 	return v.drive(ctx, r, event)
+}
+
+func (v *VM) runner() *failover.Runner {
+	return &failover.Runner{FS: v.fsys, Path: planFile, Now: v.deps.Now, Failpoint: v.deps.Failpoint}
 }
 
 // drive runs a begun plan.
@@ -287,6 +291,9 @@ func (v *VM) unseal(ctx context.Context) error {
 	c, err := v.plane()
 	if err != nil {
 		return err
+	}
+	if st, err := c.Status(ctx); err != nil || !st.Sealed {
+		return err // it never came to the seal
 	}
 	return c.Unseal(ctx)
 }

@@ -67,7 +67,7 @@ func (v *VM) promoteAsked(ctx context.Context, q wire.FailoverRequest) (wire.Fai
 
 // finishPromotion continues a promotion that was interrupted.
 func (v *VM) finishPromotion(ctx context.Context, j *failover.Journal) (wire.FailoverReply, error) {
-	r := &failover.Runner{FS: v.fsys, Path: planFile, Now: v.deps.Now}
+	r := v.runner()
 	r.Resume(j)
 	err := v.drive(ctx, r, nil)
 	if done, ok := v.promoted(j.Request); ok {

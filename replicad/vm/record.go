@@ -39,6 +39,8 @@ type Record struct {
 	WantRunning bool `json:"want_running"`
 	// Placed: the persistent definition points at our exports.
 	Placed bool `json:"placed"`
+	// Ended: the relationship is over; only this record is left to remove.
+	Ended  bool `json:"ended,omitempty"`
 	Paused bool `json:"paused"`
 	// OnSilent is what happens after an unclean boot with a silent peer:
 	// "start" or "hold".

@@ -23,6 +23,7 @@ import (
 // never across I/O but the replacement of the record file).
 type VM struct {
 	deps *Deps
+	mgr  *Manager
 	id   wire.VMID
 	fsys fsx.FS // this VM's state directory
 	log  *slog.Logger
