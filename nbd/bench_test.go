@@ -148,7 +148,7 @@ func serveBench(dir string) error {
 		return err
 	}
 	srv := nbd.NewServer(nbd.Options{})
-	if err := srv.Add(nbd.Export{Device: f}); err != nil {
+	if err := srv.Add(nbd.Export{Device: f, MaxPiece: benchPiece()}); err != nil {
 		return err
 	}
 	return srv.Serve(ctxUntilKilled(), ln)
@@ -293,4 +293,10 @@ func cpuOf(b *testing.B, pid int) time.Duration {
 		}
 	}
 	return sum
+}
+
+// benchPiece is Export.MaxPiece of our side: NBD_BENCH_PIECE bytes.
+func benchPiece() int {
+	n, _ := strconv.Atoi(os.Getenv("NBD_BENCH_PIECE"))
+	return n
 }

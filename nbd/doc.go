@@ -26,6 +26,9 @@
 //     resends) for a restart, and Remove (answered ESHUTDOWN) to withdraw an
 //     export for good.
 //
+// Not implemented, and refused as the protocol asks: TLS, extended headers (64
+// bit lengths), the old handshake, metadata contexts but base:allocation.
+//
 // Export.SingleClient is for disks of a guest: the image lock QEMU would take
 // on a file does not exist on a socket, so the server replaces it.
 package nbd
