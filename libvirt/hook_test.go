@@ -17,14 +17,17 @@ const hookPath = "../packaging/hooks/kvmreplica"
 type hookDirs struct{ run, state string }
 
 func newHookDirs(t *testing.T) hookDirs {
-	d := hookDirs{run: t.TempDir(), state: t.TempDir()}
+	r, s := t.TempDir(), t.TempDir()
+	d := hookDirs{run: filepath.Join(r, "hook"), state: filepath.Join(s, "hook")}
+	must(t, os.Mkdir(d.run, 0o755))
+	must(t, os.Mkdir(d.state, 0o755))
 	return d
 }
 
 func (d hookDirs) call(t *testing.T, xml string, args ...string) (refused bool, stderr string) {
 	t.Helper()
 	cmd := exec.Command("/bin/sh", append([]string{hookPath}, args...)...)
-	cmd.Env = append(os.Environ(), "KVMREPLICA_HOOK_RUN="+d.run, "KVMREPLICA_HOOK_STATE="+d.state, "PATH=/nonexistent")
+	cmd.Env = append(os.Environ(), "REPLICAD_RUN="+filepath.Dir(d.run), "REPLICAD_STATE="+filepath.Dir(d.state), "PATH=/nonexistent")
 	cmd.Stdin = strings.NewReader(xml)
 	var e bytes.Buffer
 	cmd.Stderr = &e
@@ -52,7 +55,11 @@ func TestHookDecidesFromFilesAlone(t *testing.T) {
 		"restore refused":    {files: files{state: "refuse x\n"}, op: []string{"web", "restore", "begin", "-"}, refuse: true},
 		"bare word":          {files: files{state: "refuse"}, op: []string{"web", "prepare", "begin", "-"}, refuse: true, says: "replicactl vm status web"},
 		"allowed":            {files: files{state: "allow\n"}, op: []string{"web", "prepare", "begin", "-"}},
-		"this boot wins":     {files: files{run: "allow\n", state: "refuse x\n"}, op: []string{"web", "prepare", "begin", "-"}},
+		"refusal wins":       {files: files{run: "allow\n", state: "refuse x\n"}, op: []string{"web", "prepare", "begin", "-"}, refuse: true},
+		"asked, not yet":     {files: files{state: "ask replicad has not decided since the boot\n"}, op: []string{"web", "prepare", "begin", "-"}, refuse: true, says: "has not decided"},
+		"asked and allowed":  {files: files{run: "allow\n", state: "ask x\n"}, op: []string{"web", "prepare", "begin", "-"}},
+		"asked and refused":  {files: files{run: "refuse no\n", state: "ask x\n"}, op: []string{"web", "prepare", "begin", "-"}, refuse: true, says: "no."},
+		"asked, garbage":     {files: files{run: "?\n", state: "ask x\n"}, op: []string{"web", "prepare", "begin", "-"}, refuse: true, says: "damaged"},
 		"this boot refuses":  {files: files{run: "refuse export not up\n", state: "allow\n"}, op: []string{"web", "prepare", "begin", "-"}, refuse: true, says: "export not up"},
 		"empty file":         {files: files{state: " "}, op: []string{"web", "prepare", "begin", "-"}, refuse: true, says: "damaged"},
 		"garbage":            {files: files{state: "\x00\xffallow\n"}, op: []string{"web", "prepare", "begin", "-"}, refuse: true, says: "damaged"},

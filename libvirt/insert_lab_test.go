@@ -50,7 +50,7 @@ func roundTrip(t *testing.T, extra, driver, target, bus, cmd string) {
 			t.Fatalf("after the insertion: %+v", p)
 		}
 		before := s.writes(t)
-		g.awaitRecords(20 * time.Second)
+		g.awaitRecords(time.Minute)
 		if after := s.writes(t); after <= before {
 			t.Fatalf("the guest writes, but not to the export (%d, then %d)", before, after)
 		}
@@ -61,7 +61,7 @@ func roundTrip(t *testing.T, extra, driver, target, bus, cmd string) {
 			t.Fatalf("after the removal: %+v", p)
 		}
 		before = s.writes(t)
-		g.awaitRecords(20 * time.Second)
+		g.awaitRecords(time.Minute)
 		if after := s.writes(t); after != before {
 			t.Fatalf("the export is removed but still written to (%d, then %d)", before, after)
 		}
@@ -103,10 +103,10 @@ func TestLabInsertionOfTwoDisksIsAllOrNone(t *testing.T) {
 			t.Fatalf("%s is left in state %s", r.Disk.Target, st)
 		}
 	}
-	g.awaitRecords(20 * time.Second)
+	g.awaitRecords(time.Minute)
 	rb.AfterRelease = nil
 	must(t, g.host.InsertDisks(t.Context(), g.uuid, []InsertRequest{ra, rb}))
-	g.awaitRecords(20 * time.Second)
+	g.awaitRecords(time.Minute)
 	must(t, g.host.RemoveDisks(t.Context(), g.uuid, []InsertRequest{ra, rb}))
 	g.finish(a)
 }

@@ -410,3 +410,12 @@ func FuzzParseSpec(f *testing.F) {
 		onlyAllowed(t, out)
 	})
 }
+
+func asJSON(t testing.TB, v any) string {
+	t.Helper()
+	b, err := json.MarshalIndent(v, "", " ")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
