@@ -57,7 +57,9 @@ func (p *Plane) freeze(ctx context.Context, r FreezeRequest) (Epoch, error) {
 	}
 	at := time.Now()
 	var cut *cbt.Epoch
-	if r.Force || r.Parent.IsZero() {
+	// The first epoch of a generation is one even when nothing changed: a
+	// generation without a position of its own could not be sealed or promoted.
+	if r.Force || r.Parent.IsZero() || r.Parent.Generation != g.Generation() {
 		cut, err = g.FreezeForced(ctx)
 	} else {
 		cut, err = g.Freeze(ctx)

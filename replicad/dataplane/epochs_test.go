@@ -94,6 +94,20 @@ func TestAnUnchangedVMGivesAnEmptyCutWithoutANumber(t *testing.T) {
 	}
 }
 
+func TestTheFirstCutOfAGenerationIsAnEpochEvenWhenNothingChanged(t *testing.T) {
+	ctx := context.Background()
+	p := dt.Serve(t, dt.Config(t, 4*mib))
+	parent := delta.Pos{Generation: dt.Generation(1), Epoch: 7, Digest: delta.Digest{1}}
+	p.Create(dataplane.CreateRequest{Generation: dt.Generation(2), Base: parent})
+	first := shipOne(t, p, parent)
+	if first.Generation != dt.Generation(2) || first.Epoch == 0 {
+		t.Fatalf("the promoted generation has no position of its own: %v", first)
+	}
+	if e, err := p.Freeze(ctx, dataplane.FreezeRequest{Parent: first}); err != nil || !e.Empty {
+		t.Fatalf("the second cut: %+v, %v; want an empty one", e, err)
+	}
+}
+
 // shipOne freezes, streams and acknowledges one epoch.
 func shipOne(t *testing.T, p *dt.Run, parent delta.Pos) delta.Pos {
 	t.Helper()

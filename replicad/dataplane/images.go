@@ -15,10 +15,11 @@ import (
 
 // image is the real storage of one disk, locked.
 type image struct {
-	cfg    DiskConfig
-	dev    block.Device
-	file   *block.File // nil for kind nbd
-	locked atomic.Bool // QEMU's lock bytes are held
+	cfg      DiskConfig
+	dev      block.Device
+	file     *block.File // nil for kind nbd
+	upstream *upstream   // nil but for kind nbd
+	locked   atomic.Bool // QEMU's lock bytes are held
 }
 
 // openImages opens and locks every image, or none.
@@ -51,11 +52,11 @@ func openImages(ctx context.Context, cfg Config, chosen map[wire.DiskName]bool) 
 func openImage(ctx context.Context, d DiskConfig) (*image, error) {
 	img := &image{cfg: d}
 	if d.Kind == NBD {
-		c, err := nbd.DialURI(ctx, d.URI, nbd.ClientOptions{ReadOnly: d.ReadOnly})
+		u, err := dialUpstream(ctx, d.URI, nbd.ClientOptions{ReadOnly: d.ReadOnly})
 		if err != nil {
 			return nil, err
 		}
-		img.dev = c
+		img.dev, img.upstream = u, u
 	} else {
 		f, err := block.OpenFile(d.Path, block.FileOptions{ReadOnly: d.ReadOnly})
 		if err != nil {

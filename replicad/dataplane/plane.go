@@ -118,6 +118,11 @@ func (p *Plane) Serve(ctx context.Context, guests, control net.Listener) error {
 		}
 	})
 	wg.Go(func() { p.cleaner(ctx) })
+	for _, i := range p.images {
+		if i.upstream != nil {
+			wg.Go(func() { p.distrust(ctx, i) })
+		}
+	}
 	p.log.Info("serving", "instance", p.instance, "tracker", p.group.Load() != nil)
 	var err error
 	select {
@@ -177,6 +182,25 @@ func (p *Plane) cleaner(ctx context.Context) {
 		}
 		if _, err := p.clean(ctx); err != nil && ctx.Err() == nil {
 			p.log.Warn("clean step failed, regions stay marked", "err", err)
+		}
+	}
+}
+
+// distrust marks everything whenever an upstream server was lost: it may have
+// forgotten what the replica already has.
+func (p *Plane) distrust(ctx context.Context, i *image) {
+	for {
+		var reason string
+		select {
+		case <-ctx.Done():
+			return
+		case reason = <-i.upstream.lost:
+		}
+		p.log.Warn("upstream lost", "disk", i.cfg.Name, "reason", reason)
+		if g := p.group.Load(); g != nil {
+			if err := g.MarkAll(reason); err != nil {
+				p.log.Error("everything should be marked", "reason", reason, "err", err)
+			}
 		}
 	}
 }
