@@ -29,8 +29,8 @@ func newSeed(t *testing.T) *rand.Rand {
 	return rand.New(rand.NewPCG(s, 0))
 }
 
-// sluggish delays each write by up to a millisecond, so that writes of an ended
-// connection are still under way when the next one comes.
+// sluggish delays each write a little and some a lot, so that writes of an
+// ended connection are still under way when the next one has been answered.
 type sluggish struct {
 	plain
 	mu  sync.Mutex
@@ -39,7 +39,10 @@ type sluggish struct {
 
 func (d *sluggish) WriteAt(p []byte, off int64) (int, error) {
 	d.mu.Lock()
-	pause := time.Duration(d.rng.IntN(1000)) * time.Microsecond
+	pause := time.Duration(d.rng.IntN(200)) * time.Microsecond
+	if d.rng.IntN(8) == 0 {
+		pause = 20 * time.Millisecond
+	}
 	d.mu.Unlock()
 	<-time.After(pause)
 	return d.plain.WriteAt(p, off)
@@ -56,7 +59,7 @@ func TestResendingClientNeverSeesAnOldVersion(t *testing.T) {
 	content := func(b int) []byte { return bytes.Repeat([]byte{version[b]}, blockSize) }
 	r := s.connect(t)
 	r.enter(true)
-	for range 150 {
+	for range 60 {
 		open := map[int]bool{} // blocks written and not answered
 		for _, b := range rng.Perm(blocks)[:batch] {
 			version[b]++
