@@ -144,7 +144,7 @@ func (d *Daemon) deps() (vm.Deps, error) {
 		Host: d.id.Host(), HostName: d.name, StateDir: d.cfg.StateDir, RunDir: d.cfg.RunDir,
 		Hyper: d.hyper, Dial: d.dial, Grant: d.grant, Fence: d.cfg.Fence, SilentAfter: d.cfg.SilentPeerAfter,
 		LibvirtState: d.cfg.LibvirtState, Kernels: map[string]libvirt.PolicyKernel{}, DomainType: d.cfg.DomainType,
-		Emulator: d.cfg.Emulator, ConsoleDir: d.cfg.ConsoleDir, Now: time.Now, Log: d.log,
+		Emulator: d.cfg.Emulator, ConsoleDir: d.cfg.ConsoleDir, Now: time.Now, Log: d.log, Failpoint: crashAt(os.Getenv(crashEnv), d.log),
 	}
 	for label, k := range d.cfg.Kernels {
 		deps.Kernels[label] = libvirt.PolicyKernel{Kernel: k.Kernel, Initrd: k.Initrd}
@@ -160,6 +160,23 @@ func (d *Daemon) deps() (vm.Deps, error) {
 	gid, err2 := strconv.Atoi(u.Gid)
 	deps.QEMUUID, deps.QEMUGID = &uid, &gid
 	return deps, errors.Join(err1, err2)
+}
+
+// crashEnv names the point of a plan, KIND/STEP/begun or KIND/STEP/acted, at
+// which the daemon kills itself. For tests of exactly that.
+const crashEnv = "REPLICAD_CRASH_AT"
+
+func crashAt(want string, log *slog.Logger) func(string) {
+	if want == "" {
+		return nil
+	}
+	return func(point string) {
+		if point == want {
+			log.Error("crashing, as the environment asks", "point", point)
+			_ = unix.Kill(os.Getpid(), unix.SIGKILL)
+			select {} // the signal is on its way
+		}
+	}
 }
 
 // Run serves until ctx ends.

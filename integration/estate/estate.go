@@ -142,10 +142,11 @@ initrd = %q
 	)
 }
 
-// StartDaemon starts a host's replicad and waits until it answers.
-func (e *Estate) StartDaemon(ctx context.Context, host string) error {
+// StartDaemon starts a host's replicad, with additions to its environment, and
+// waits until it answers.
+func (e *Estate) StartDaemon(ctx context.Context, host string, env ...string) error {
 	h := e.Lab.Host(host)
-	d, err := h.StartDaemon(filepath.Join(e.bin, "replicad"), nil, nil)
+	d, err := h.StartDaemon(filepath.Join(e.bin, "replicad"), nil, env)
 	if err != nil {
 		return err
 	}

@@ -94,6 +94,9 @@ type Runner struct {
 	Path  string // journal file, e.g. "plan.json"
 	Now   func() time.Time
 	Event func(Event) // may be nil
+	// Failpoint is told "KIND/STEP/begun" before a step acts and
+	// "KIND/STEP/acted" before its end is recorded; tests crash there. May be nil.
+	Failpoint func(point string)
 
 	j Journal
 }
@@ -207,7 +210,9 @@ func (r *Runner) do(ctx context.Context, s *Step, i, n int) error {
 	}
 	begun := r.Now()
 	r.emit(Event{Step: wire.Step{Name: s.Title}, Index: i, Total: n})
+	r.fail(s, "begun")
 	detail, err := s.Do(ctx)
+	r.fail(s, "acted")
 	ev := Event{Step: wire.Step{Name: s.Title, Result: wire.OK, Detail: detail, Took: r.Now().Sub(begun)}, Index: i, Total: n}
 	if err != nil {
 		ev.Result, ev.Detail = wire.Failed, err.Error()
@@ -263,6 +268,12 @@ func (r *Runner) TakeBack(ctx context.Context, steps []Step, cause error) error 
 	}
 	r.j.Phase = Undone
 	return errors.Join(cause, r.save())
+}
+
+func (r *Runner) fail(s *Step, when string) {
+	if r.Failpoint != nil {
+		r.Failpoint(string(r.j.Kind) + "/" + s.Name + "/" + when)
+	}
 }
 
 func (r *Runner) finished(name string) bool {
