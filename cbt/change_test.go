@@ -131,18 +131,18 @@ func TestNoCutDuringAResizeLosesABlock(t *testing.T) {
 }
 
 // fileWorld tracks a real file on a real file system.
-func fileWorld(t *testing.T) (*world, string, func() (*cbt.Group, *cbt.OpenReport)) {
+func fileWorld(t *testing.T, size int64) (*world, string, func() (*cbt.Group, *cbt.OpenReport)) {
 	t.Helper()
 	dir := t.TempDir()
 	img := filepath.Join(dir, "img")
-	if err := os.WriteFile(img, make([]byte, 3<<20), 0o600); err != nil {
+	if err := os.WriteFile(img, make([]byte, size), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	meta := filepath.Join(dir, "meta")
 	if err := os.Mkdir(meta, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	w := newWorld(one(3 << 20))
+	w := newWorld(one((size + 511) &^ 511))
 	w.edit = func(c *cbt.Config) {
 		fs, err := fsx.OS(meta)
 		if err != nil {
@@ -193,7 +193,7 @@ func TestATouchedImageIsVerified(t *testing.T) {
 	}
 	for name, c := range touch {
 		t.Run(name, func(t *testing.T) {
-			w, img, open := fileWorld(t)
+			w, img, open := fileWorld(t, 3<<20)
 			if err := errors.Join(w.fill("vda", 0, 512, 1), w.g.Close(ctx), c.fn(img)); err != nil {
 				t.Fatal(err)
 			}
@@ -205,11 +205,24 @@ func TestATouchedImageIsVerified(t *testing.T) {
 	}
 }
 
+// A guest that writes the last sector of an image of odd size grows the file;
+// that is no reason to doubt it after a kill.
+func TestAGrownTailIsNotDoubted(t *testing.T) {
+	w, _, open := fileWorld(t, 3<<20+100)
+	if err := w.fill("vda", 3<<20, 512, 1); err != nil {
+		t.Fatal(err)
+	}
+	cbt.Kill(w.g)
+	if _, rep := open(); rep.Source != cbt.SourceRegions || rep.DirtyBytes["vda"] != granule {
+		t.Fatalf("%+v", rep)
+	}
+}
+
 // A planned failover and back: nothing is dirty, writes are refused, a restart
 // stays sealed, and only an untouched image is trusted when it is taken back.
 func TestASealedDiskStaysSealedUntilTakenBack(t *testing.T) {
 	for _, touched := range []bool{false, true} {
-		w, img, open := fileWorld(t)
+		w, img, open := fileWorld(t, 3<<20)
 		if err := w.fill("vda", 0, 512, 1); err != nil {
 			t.Fatal(err)
 		}

@@ -23,8 +23,9 @@ const (
 	RegionSize = 1 << regionShift
 	// MaxDisks is the number of disks one Group can track.
 	MaxDisks = 60
-	// maxDiskSize keeps every size arithmetic far from overflow (1 PiB).
-	maxDiskSize = 1 << 50
+	// maxDiskSize bounds what a size, true or damaged, can make us allocate:
+	// 64 TiB, of which the region table takes 256 MiB.
+	maxDiskSize = 1 << 46
 
 	granulesPerRegion = 1 << (regionShift - granuleShift)
 )

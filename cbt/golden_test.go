@@ -95,6 +95,31 @@ func TestTheFormatsOfVersion1StayReadable(t *testing.T) {
 	}
 }
 
+// Every bit of a page and of a superblock is under its checksum.
+func TestNoFlippedBitIsBelieved(t *testing.T) {
+	sb := goldenSuper()
+	page, words := make([]byte, pageSize), make([]uint64, pageWords)
+	encodePage(page, sb.set, 0, 0, 1, words)
+	for i := range page {
+		for bit := range 8 {
+			page[i] ^= 1 << bit
+			if _, err := decodePage(page, sb.set, 0, 0, words); err == nil {
+				t.Fatalf("page byte %d bit %d", i, bit)
+			}
+			page[i] ^= 1 << bit
+		}
+	}
+	b := make([]byte, superSize)
+	sb.encode(b)
+	for i := range b {
+		b[i] ^= 1 << (i % 8)
+		if _, err := decodeSuper(b); err == nil {
+			t.Fatalf("superblock byte %d", i)
+		}
+		b[i] ^= 1 << (i % 8)
+	}
+}
+
 func TestTheExactFileOfVersion1StaysReadable(t *testing.T) {
 	g := &Group{}
 	sb := goldenSuper()

@@ -131,6 +131,10 @@ func (r *recovery) judge(e *superDisk, dc DiskConfig) {
 	old, had := e.ident, e.hasID
 	e.ident, e.hasID = id, true
 	quiet := r.sb.state == stateClean || r.sb.state == stateSealed
+	if !quiet {
+		// A guest's write to the last sector may have grown the file up to it.
+		old.Size, id.Size = (old.Size+511)&^511, (id.Size+511)&^511
+	}
 	switch {
 	case !had:
 		doubt("no identity was recorded")
