@@ -4,8 +4,10 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"net"
 	"os"
 	"os/exec"
+	"syscall"
 	"testing"
 	"time"
 
@@ -182,5 +184,30 @@ func TestUpstreamErrorsAreClear(t *testing.T) {
 	<-c.Done()
 	if err := c.Sync(); !errors.Is(err, nbd.ErrDisconnected) {
 		t.Errorf("Sync afterwards: %v", err)
+	}
+}
+
+// scriptedListener fails as told, then hands out nothing more.
+type scriptedListener struct {
+	net.Listener
+	errs []error
+}
+
+func (l *scriptedListener) Accept() (net.Conn, error) {
+	if len(l.errs) == 0 {
+		return l.Listener.Accept()
+	}
+	err := l.errs[0]
+	l.errs = l.errs[1:]
+	return nil, &net.OpError{Op: "accept", Err: os.NewSyscallError("accept4", err)}
+}
+
+func TestAcceptSurvivesAShortageAndReportsTheRest(t *testing.T) {
+	srv := nbd.NewServer(nbd.Options{})
+	ln, err := net.Listen("unix", t.TempDir()+"/s")
+	must(t, err)
+	err = srv.Serve(t.Context(), &scriptedListener{Listener: ln, errs: []error{syscall.EMFILE, syscall.ECONNABORTED, syscall.EBADF}})
+	if !errors.Is(err, syscall.EBADF) {
+		t.Fatalf("Serve: %v", err)
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 )
 
@@ -215,11 +216,10 @@ func (s *Server) accept(ctx context.Context, ln net.Listener) error {
 	for {
 		nc, err := ln.Accept()
 		if err != nil {
-			var ne net.Error
-			if errors.Is(err, net.ErrClosed) || ctx.Err() != nil || !errors.As(err, &ne) {
+			if ctx.Err() != nil || !passing(err) {
 				return err
 			}
-			s.opts.Log.Warn("accept", "err", err) // out of descriptors, most likely
+			s.opts.Log.Warn("accept", "err", err)
 			select {
 			case <-time.After(acceptRetry):
 			case <-ctx.Done():
@@ -228,6 +228,17 @@ func (s *Server) accept(ctx context.Context, ln net.Listener) error {
 		}
 		s.start(ctx, nc, ln)
 	}
+}
+
+// passing says whether accept may succeed later: out of descriptors or memory,
+// or a client that left before it was accepted.
+func passing(err error) bool {
+	for _, e := range []syscall.Errno{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM, syscall.ECONNABORTED, syscall.EINTR} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
 }
 
 // start begins a connection, or hangs up on it.
