@@ -23,7 +23,8 @@ type disk struct {
 
 func (d disk) file(name string) string { return filepath.Join(d.mount, "lab", name) }
 
-func diskPath(i int) string { return "/dev/vd" + string(rune('a'+i)) }
+// path is the device of disk i: vda, vdb … or, with lab.dev=sd, sda, sdb …
+func (k knobs) path(i int) string { return "/dev/" + k.dev + string(rune('a'+i)) }
 
 func waitFor(path string) error {
 	for end := time.Now().Add(deviceWait); ; time.Sleep(devicePoll) {
@@ -42,7 +43,7 @@ func (g *guest) openDisks() error {
 		return fmt.Errorf("lab.disks=%d: at most %d", g.knobs.disks, record.MaxDisks)
 	}
 	for i := range g.knobs.disks {
-		d := disk{dev: diskPath(i), mount: fmt.Sprintf("/mnt/d%d", i)}
+		d := disk{dev: g.knobs.path(i), mount: fmt.Sprintf("/mnt/d%d", i)}
 		if err := g.openDisk(&d, i == 0 && g.knobs.root); err != nil {
 			return fmt.Errorf("%s: %w", d.dev, err)
 		}

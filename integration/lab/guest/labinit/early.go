@@ -61,7 +61,7 @@ func (g *guest) loadModules() {
 // switchRoot makes the first disk the root file system and starts its
 // /sbin/init; it returns only on failure.
 func (g *guest) switchRoot() error {
-	dev := diskPath(0)
+	dev := g.knobs.path(0)
 	if err := waitFor(dev); err != nil {
 		return err
 	}

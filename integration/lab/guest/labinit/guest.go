@@ -39,6 +39,7 @@ type knobs struct {
 	net, root          bool
 	load, loadSize     int64 // bytes a second, bytes
 	mount              string
+	dev                string // prefix of the disks' names
 }
 
 func readKnobs() knobs {
@@ -59,6 +60,10 @@ func readKnobs() knobs {
 		}
 		return n
 	}
+	dev := "vd"
+	if m["lab.dev"] == "sd" {
+		dev = "sd"
+	}
 	return knobs{
 		mode:     m["lab.mode"],
 		disks:    int(max(num("lab.disks", 1), 1)),
@@ -72,6 +77,7 @@ func readKnobs() knobs {
 		load:     num("lab.load", 0) << 10,
 		loadSize: num("lab.loadsize", 16) << 20,
 		mount:    m["lab.mount"],
+		dev:      dev,
 	}
 }
 

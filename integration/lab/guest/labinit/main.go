@@ -9,6 +9,7 @@
 //
 //	lab.mode=write|verify|idle  append records; only check; only mount (write)
 //	lab.disks=N                 number of disks, /dev/vda onwards (1)
+//	lab.dev=vd|sd               the disks are virtio or SCSI disks (vd)
 //	lab.interval=MS             pause between records (100)
 //	lab.announce=MS             at most one SYNCED line in this time (250)
 //	lab.max=N                   power off after record N
