@@ -5,10 +5,13 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
+	"syscall"
 	"testing"
 
 	"kvmreplica/cbt"
 	"kvmreplica/internal/block/blocktest"
+	"kvmreplica/internal/fsx/fsxtest"
 )
 
 // A power cut at any persistence operation, whatever survives it, loses no
@@ -113,5 +116,30 @@ func TestNoFailingCallLosesABlock(t *testing.T) {
 			}
 			return w.judge(h, false)
 		})
+	}
+}
+
+// Any single failing call on the tracker's files passes the guest by (I13).
+func TestOneFailingFileCallNeverFailsAGuestWrite(t *testing.T) {
+	probe := blocktest.NewHost()
+	if err := newWorld(storySizes()).story(probe); err != nil {
+		t.Fatal(err)
+	}
+	ops, _ := probe.Power.Counts()
+	for n := range ops {
+		h := blocktest.NewHost()
+		var failed fsxtest.Op
+		h.Power.SetHook(func(op fsxtest.Op) error {
+			if op.Index != n || strings.HasPrefix(op.Path, "disk:") {
+				return nil
+			}
+			failed = op
+			return syscall.EIO
+		})
+		w := newWorld(storySizes())
+		_ = w.story(h) // cuts and stops may report it, writes may not
+		if w.guestErr != nil {
+			t.Fatalf("%v: a guest's write failed: %v", failed, w.guestErr)
+		}
 	}
 }

@@ -41,6 +41,7 @@ type world struct {
 	// Bounds of the exact set: granules that must, and that may be dirty.
 	must, may map[string]map[int64]bool
 	told      []string // what the peer was told
+	guestErr  error    // of writes
 	held      func()   // called when writes are held
 	closing   sync.WaitGroup
 }
@@ -125,6 +126,7 @@ func (w *world) write(disk string, off int64, p []byte) error {
 	if err == nil {
 		w.touched(disk, off, int64(n))
 	}
+	w.guestErr = errors.Join(w.guestErr, err)
 	return err
 }
 
