@@ -1,6 +1,7 @@
 package nbd_test
 
 import (
+	"bytes"
 	"fmt"
 	"io"
 	"net"
@@ -100,6 +101,9 @@ func expect(t testing.TB, r io.ReaderAt, off int64, want []byte) {
 	got := make([]byte, len(want))
 	_, err := r.ReadAt(got, off)
 	must(t, err)
+	if bytes.Equal(got, want) {
+		return
+	}
 	for i := range got {
 		if got[i] != want[i] {
 			t.Fatalf("byte %d is %#x, want %#x", off+int64(i), got[i], want[i])
