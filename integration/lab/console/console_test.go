@@ -86,16 +86,18 @@ func TestWaitStartsWhereTheLastOneEnded(t *testing.T) {
 }
 
 func TestConsoleStartedAnewIsReadFromItsBeginning(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
 	path := filepath.Join(t.TempDir(), "console")
 	add(t, path, "LAB[1] BOOT highest=100\n")
 	c := Open(path)
-	if _, err := c.WaitBoot(t.Context()); err != nil {
+	if _, err := c.WaitBoot(ctx); err != nil {
 		t.Fatal(err)
 	}
 	if err := os.WriteFile(path, []byte("LAB[1] INIT\n"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := c.WaitWord(t.Context(), "INIT"); err != nil {
+	if _, err := c.WaitWord(ctx, "INIT"); err != nil {
 		t.Error(err)
 	}
 }
