@@ -2,6 +2,7 @@ package block_test
 
 import (
 	"bufio"
+	"context"
 	"errors"
 	"io"
 	"os"
@@ -9,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -63,7 +65,9 @@ func TestQEMURefusesAnImageWeHold(t *testing.T) {
 		{"qemu-img", "resize", "-f", "raw", path, "2M"},
 		{"qemu-nbd", "-f", "raw", "--socket", path + ".sock", path},
 	} {
-		out, err := exec.Command(args[0], args[1:]...).CombinedOutput()
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second) // an admitted server would stay
+		out, err := exec.CommandContext(ctx, args[0], args[1:]...).CombinedOutput()
+		cancel()
 		if err == nil || !strings.Contains(string(out), "lock") {
 			t.Errorf("%v was not refused: %v: %s", args, err, out)
 		}
