@@ -2,6 +2,7 @@ package points_test
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -39,6 +40,7 @@ type primary struct {
 
 	// What a sweep's scenario was told before the crash.
 	created          int
+	distance         time.Duration // between points, 0 = 15 s
 	seeded           map[string]int64
 	promoted, sealed bool
 	target           delta.Pos
@@ -167,7 +169,7 @@ func (p *primary) config(h *blocktest.Host) points.Config {
 		FS:     h.FS,
 		Bases:  func(disk string, size int64) (block.Device, error) { return h.Disk(disk, size), nil },
 		VM:     p.vm,
-		Policy: points.Policy{MinDistance: 15 * time.Second},
+		Policy: points.Policy{MinDistance: cmp.Or(p.distance, 15*time.Second)},
 		Limits: points.Limits{SpoolStep: 8192},
 		Now:    func() time.Time { return p.now },
 		Rand:   detRand{rand.New(rand.NewPCG(seed, 3))},

@@ -5,10 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"syscall"
 	"testing"
 	"time"
 
 	"kvmreplica/internal/block/blocktest"
+	"kvmreplica/internal/fsx/fsxtest"
 	"kvmreplica/replicad/delta"
 	"kvmreplica/replicad/points"
 )
@@ -188,7 +190,7 @@ func TestSweepReceiveCommitApplyPoints(t *testing.T) {
 
 func TestSweepRecoveryItselfCrashing(t *testing.T) {
 	p := &primary{}
-	every := 3
+	every := 19
 	if testing.Short() {
 		every = 61
 	}
@@ -202,6 +204,41 @@ func TestSweepRecoveryItselfCrashing(t *testing.T) {
 		}
 		return errors.Join(settle(s), s.Close())
 	}}, life(p), p.recheck)
+}
+
+// TestSweepPointAndCloseWithRecoveryCrashing covers making a point, an orderly
+// close and an open densely, where the sweep above only samples.
+func TestSweepPointAndCloseWithRecoveryCrashing(t *testing.T) {
+	p := &primary{}
+	every := 2
+	if testing.Short() {
+		every = 5
+	}
+	blocktest.SweepWith(t, blocktest.Options{MaxAll: 2, Random: 2, Every: every, Recover: func(h *blocktest.Host) error {
+		s, err := points.Open(p.config(h))
+		if err != nil {
+			return err
+		}
+		return errors.Join(settle(s), s.Close())
+	}}, func(h *blocktest.Host) error {
+		r := &run{p: p}
+		err := h.Setup(func() error {
+			if err := r.start(h); err != nil {
+				return err
+			}
+			if err := p.epochs(r.s, 2, 20*time.Second, true); err != nil {
+				return err
+			}
+			if err := p.epochs(r.s, 1, 20*time.Second, false); err != nil {
+				return err
+			}
+			return r.s.ApplyAll(context.Background())
+		})
+		if err != nil {
+			return err
+		}
+		return errors.Join(settle(r.s), r.s.Close())
+	}, p.recheck)
 }
 
 // promotion is the end of a replica's life, at the newest state or a point.
@@ -250,4 +287,117 @@ func TestFailSweepReceiveCommitApplyPoints(t *testing.T) {
 		every = 31
 	}
 	blocktest.FailSweepWith(t, blocktest.Options{Every: every}, life(p), p.recheck)
+}
+
+// TestSweepBatchIsNotSplitAfterACrash: a half applied batch must be finished as
+// a whole, also when the policy of the next process would rather make a point
+// in the middle of it.
+func TestSweepBatchIsNotSplitAfterACrash(t *testing.T) {
+	p := &primary{}
+	scenario := func(h *blocktest.Host) error {
+		*p = *newPrimary(43)
+		p.distance = time.Second
+		var s *points.Store
+		err := h.Setup(func() (err error) {
+			if s, err = p.create(h); err != nil {
+				return err
+			}
+			if err = errors.Join(p.epochs(s, 2, 2*time.Second, true), s.Close()); err != nil {
+				return err
+			}
+			cfg := p.config(h)
+			cfg.Policy.MinDistance = time.Hour
+			if s, err = points.Open(cfg); err != nil {
+				return err
+			}
+			if err = p.epochs(s, 1, 2*time.Second, true); err != nil {
+				return err
+			}
+			return p.epochs(s, 3, 2*time.Second, false)
+		})
+		p.created++
+		if err != nil {
+			return err
+		}
+		defer func() { _ = s.Close() }()
+		return settle(s)
+	}
+	blocktest.SweepWith(t, blocktest.Options{MaxAll: 64, Random: 16}, scenario, p.recheck)
+}
+
+// TestSyncFailsThenProcessDiesThenPowerFails: what the next process finds after
+// a failed sync may be in memory only. Whatever it answers, a power cut after
+// that must not take it back.
+func TestSyncFailsThenProcessDiesThenPowerFails(t *testing.T) {
+	p := &primary{}
+	syncs := 0
+	h := blocktest.NewHost()
+	h.Power.SetTrace(func(op fsxtest.Op) {
+		if op.Kind == fsxtest.Sync {
+			syncs++
+		}
+	})
+	must(t, life(p)(h))
+	step := 1
+	if testing.Short() {
+		step = 3
+	}
+	for n := 1; n <= syncs; n += step {
+		for _, apply := range []bool{false, true} {
+			failedSync(t, p, n, apply)
+		}
+	}
+}
+
+// failedSync lets the n-th sync fail, the process die, another one open the
+// store (and apply), and then cuts the power.
+func failedSync(t *testing.T, p *primary, n int, apply bool) {
+	t.Helper()
+	h := blocktest.NewHost()
+	seen, hit := 0, ""
+	h.Power.SetHook(func(op fsxtest.Op) error {
+		if op.Kind != fsxtest.Sync {
+			return nil
+		}
+		if seen++; seen == n {
+			hit = op.String()
+			return syscall.EIO
+		}
+		return nil
+	})
+	_ = life(p)(h)
+	h.Power.SetHook(nil)
+	next := h.Kill(fsxtest.Newest)
+	told := p.copy()
+	s, err := points.Open(p.config(next))
+	if errors.Is(err, fs.ErrNotExist) && p.created == 0 {
+		return
+	}
+	must(t, err)
+	if apply {
+		must(t, settle(s))
+	}
+	if c := s.Committed(); !c.IsZero() {
+		told.acked = c
+	}
+	listed := s.Points()
+	next.Power.Cut()
+	for seed := range uint64(4) {
+		choose := fsxtest.Random(seed)
+		if seed == 0 {
+			choose = fsxtest.Oldest
+		}
+		last := next.Cut(choose)
+		if err := told.copy().recheck(last); err != nil {
+			t.Fatalf("failed %s, apply %v, cut %d: %v", hit, apply, seed, err)
+		}
+		s, err := points.Open(p.config(last))
+		must(t, err)
+		for _, pt := range listed {
+			if err := told.exact(s, pt.Pos); err != nil && !errors.Is(err, points.ErrNoPoint) {
+				t.Fatalf("failed %s, apply %v, cut %d: point %v: %v", hit, apply, seed, pt.Pos, err)
+			}
+		}
+		must(t, s.Close())
+	}
 }
