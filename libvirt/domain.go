@@ -85,6 +85,8 @@ type Disk struct {
 	Reconnect int
 	// ControllerIOThread is the iothread of a SCSI disk's controller, 0 = none.
 	ControllerIOThread int
+	// ControllerModel is the model of a SCSI disk's controller.
+	ControllerModel string
 	// Mirror says that a block copy is going on (live only).
 	Mirror bool
 }
@@ -245,7 +247,12 @@ func diskOf(x *libvirtxml.DomainDisk, ctl []libvirtxml.DomainController) Disk {
 	if a := x.Address; a != nil && a.Drive != nil && a.Drive.Controller != nil {
 		d.Controller = int(*a.Drive.Controller)
 		for i := range ctl {
-			if c := &ctl[i]; c.Type == d.Bus && c.Index != nil && int(*c.Index) == d.Controller && c.Driver != nil {
+			c := &ctl[i]
+			if c.Type != d.Bus || c.Index == nil || int(*c.Index) != d.Controller {
+				continue
+			}
+			d.ControllerModel = c.Model
+			if c.Driver != nil {
 				d.ControllerIOThread = int(c.Driver.IOThread)
 				d.IOThreadMapping = d.IOThreadMapping || c.Driver.IOThreads != nil
 			}

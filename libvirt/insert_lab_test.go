@@ -3,6 +3,8 @@ package libvirt
 import (
 	"context"
 	"errors"
+	"os/exec"
+	"strings"
 	"testing"
 	"time"
 )
@@ -26,13 +28,32 @@ func (g *guest) position(target string, src NBDSource) DiskGraph {
 	return v[target]
 }
 
+// trip says what a round trip is made with.
+type trip struct {
+	extra   string // in <domain>
+	devices string // in <devices>
+	driver  string // attributes of <driver>
+	target  string
+	bus     string
+	cmdline string
+	block   bool // the image is behind a block device
+}
+
 // roundTrip inserts and removes an export under load, twice, and checks the
 // guest's data afterwards.
-func roundTrip(t *testing.T, extra, driver, target, bus, cmd string) {
+func roundTrip(t *testing.T, c trip) {
 	images := labOnly(t)
 	h := startLibvirtd(t, labConfig{})
 	img := image(t, h, "d.raw", 256<<20)
-	g := defineGuest(t, h, images, extra, cmd, fileDisk(img, target, bus, driver))
+	target := c.target
+	disk := fileDisk(img, target, c.bus, c.driver)
+	if c.block {
+		img = loopDevice(t, img)
+		disk.xml = strings.Replace(strings.Replace(disk.xml, "type='file'", "type='block'", 1), "<source file=", "<source dev=", 1)
+		disk.xml = strings.Replace(disk.xml, h.dir+"/vm/d.raw", img, 1)
+	}
+	disk.xml += c.devices
+	g := defineGuest(t, h, images, c.extra, c.cmdline, disk)
 	g.start()
 	s := serve(t, h.dir+"/vm", "e1", img)
 	req := g.request(target, s.src)
@@ -70,16 +91,37 @@ func roundTrip(t *testing.T, extra, driver, target, bus, cmd string) {
 	g.finish(img)
 }
 
+// loopDevice puts a block device in front of a file.
+func loopDevice(t *testing.T, file string) string {
+	t.Helper()
+	needs(t, "losetup")
+	out, err := exec.Command("losetup", "--show", "-f", file).Output()
+	if err != nil {
+		t.Skipf("needs a loop device: %v", err)
+	}
+	dev := strings.TrimSpace(string(out))
+	t.Cleanup(func() { _ = exec.Command("losetup", "-d", dev).Run() })
+	return dev
+}
+
 func TestLabVirtioDiskGoesInAndOutUnderLoad(t *testing.T) {
-	roundTrip(t, "", "cache='none' discard='unmap'", "vda", "virtio", "")
+	roundTrip(t, trip{driver: "cache='none' discard='unmap'", target: "vda", bus: "virtio"})
 }
 
 func TestLabVirtioDiskWithIOThreadGoesInAndOutUnderLoad(t *testing.T) {
-	roundTrip(t, "<iothreads>1</iothreads>", "cache='none' discard='unmap' iothread='1'", "vda", "virtio", "")
+	roundTrip(t, trip{extra: "<iothreads>1</iothreads>", driver: "cache='none' discard='unmap' iothread='1'", target: "vda", bus: "virtio"})
 }
 
 func TestLabDefaultDriverOptionsGoInAndOut(t *testing.T) {
-	roundTrip(t, "", "", "vda", "virtio", "")
+	roundTrip(t, trip{target: "vda", bus: "virtio"})
+}
+
+func TestLabBlockDeviceGoesInAndOutUnderLoad(t *testing.T) {
+	roundTrip(t, trip{driver: "cache='none' io='native' discard='unmap' detect_zeroes='unmap'", target: "vda", bus: "virtio", block: true})
+}
+
+func TestLabSCSIDiskGoesInAndOutUnderLoad(t *testing.T) {
+	roundTrip(t, trip{driver: "cache='none' discard='unmap'", target: "sda", bus: "scsi", devices: "<controller type='scsi' index='0' model='virtio-scsi'/>", cmdline: "lab.dev=sd"})
 }
 
 func TestLabInsertionOfTwoDisksIsAllOrNone(t *testing.T) {

@@ -21,7 +21,6 @@ type guest struct {
 	name    string
 	uuid    string
 	console string
-	boot    string // folder with vmlinuz and rd.gz, as libvirt sees it
 }
 
 const guestUUID = "deadbeef-0000-4000-8000-0000000000f1"

@@ -3,7 +3,6 @@ package libvirt
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 
 	lv "github.com/digitalocean/go-libvirt"
@@ -79,10 +78,4 @@ func decodeReply(command string, ans []byte, out any) error {
 		return fmt.Errorf("read the answer to %s: %w", command, err)
 	}
 	return nil
-}
-
-// isQMPError reports whether QEMU itself refused, as against a lost answer.
-func isQMPError(err error) bool {
-	var e *QMPError
-	return errors.As(err, &e)
 }

@@ -89,13 +89,14 @@ func refuseDisk(k Disk) []RefuseReason {
 	no(k.Transient, RefuseTransient, "it is transient: its changes are thrown away", "leave it out")
 	no(k.Slices, RefuseSlices, "only a slice of its image is used", off)
 	no(!slices.Contains(liveBuses(), k.Bus), RefuseBus, fmt.Sprintf("inserting under a running %s disk was not proven", k.Bus), off)
+	no(k.Bus == "scsi" && k.ControllerModel != "virtio-scsi", RefuseBus, fmt.Sprintf("its SCSI controller is %q; only virtio-scsi was proven", k.ControllerModel), off)
 	no(k.ControllerIOThread != 0, RefuseBus, "its SCSI controller has an iothread; this was not proven", off)
 	no(len(k.Target) > 16, RefuseSource, "its target name is too long", "")
 	return out
 }
 
 // liveBuses are those on which inserting and removing under load was proven.
-func liveBuses() []string { return []string{"virtio"} }
+func liveBuses() []string { return []string{"virtio", "scsi"} }
 
 // RefusedError is returned when InsertDisks does not even begin.
 type RefusedError struct{ Reasons []RefuseReason }
