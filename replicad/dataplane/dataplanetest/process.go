@@ -42,7 +42,7 @@ func verb(name string, args []string) error {
 }
 
 // processTimeout bounds starting and stopping real processes.
-const processTimeout = 20 * time.Second
+const processTimeout = time.Minute
 
 // Ensure starts a keeper as a real process of this binary and ends it with the
 // test. Again on the same configuration it finds the running one.
