@@ -211,3 +211,75 @@ func TestAStaleMapCopyLosesNoBlock(t *testing.T) {
 		}
 	}
 }
+
+// The newest superblock slot is lost: the epoch it alone recorded is not used
+// again, and a base it may have held is respected (I9, I10).
+func TestALostSlotReusesNoNumberAndNoBase(t *testing.T) {
+	w := newWorld(one(2 << 20))
+	h := blocktest.NewHost()
+	var before cbt.Position
+	err := inTurn(
+		func() error { return w.create(h) },
+		func() error { return w.fill("vda", 0, 512, 1) },
+		func() error { return w.cycle(nil) },
+		func() error { before = w.pos; return w.fill("vda", 0, 512, 2) },
+		func() error { return w.cycle(nil) },
+		func() error { return w.fill("vda", 0, 512, 3) },
+		func() error { _, err := w.g.Freeze(ctx); return err },
+	)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, off := range []int64{100, 64<<10 + 100} { // one of the two is the newest
+		cut := h.Cut(fsxtest.Newest)
+		if err := cut.FS.FlipBit("super", off, 0); err != nil {
+			t.Fatal(err)
+		}
+		g, _, err := cbt.Open(w.config(cut))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := g.Adopt(before); !errors.Is(err, cbt.ErrPosition) {
+			t.Fatal("a later base may be lost:", err)
+		}
+		e, err := g.FreezeForced(ctx)
+		if err != nil || e.Number() <= 3 {
+			t.Fatalf("slot at %d lost: epoch %d frozen again, %v", off, e.Number(), err)
+		}
+		cbt.Kill(g)
+	}
+}
+
+// A mark the killed process had written but not synced is no mark for the next
+// one: the page cache is not the disk.
+func TestAMarkInThePageCacheOnlyIsNotBelieved(t *testing.T) {
+	w := newWorld(one(2 << 20))
+	w.held = nil
+	if err := w.create(blocktest.NewHost()); err != nil {
+		t.Fatal(err)
+	}
+	waiting, release := holdMap(w.h.Power)
+	d := w.g.Disk("vda")
+	busy := result(func() error { _, err := d.WriteAt(make([]byte, 512), 0); return err })
+	<-waiting
+	next := w.h.Kill(fsxtest.Newest)
+	release()
+	if err := <-busy; err != nil {
+		t.Fatal(err)
+	}
+	cbt.Kill(w.g)
+	g, _, err := cbt.Open(w.config(next))
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.h, w.g = next, g
+	if err := w.fill("vda", 0, 512, 7); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.g.Disk("vda").Sync(); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.judge(next.Cut(fsxtest.Oldest), false); err != nil {
+		t.Fatal(err)
+	}
+}
