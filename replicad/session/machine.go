@@ -255,9 +255,6 @@ func (m *Machine) onPause() []Action {
 	if m.busy {
 		return []Action{DoCancel{}}
 	}
-	if m.phase == Stopped {
-		return nil
-	}
 	return m.park()
 }
 
