@@ -30,6 +30,7 @@ import (
 	"kvmreplica/replicad/api"
 	"kvmreplica/replicad/config"
 	"kvmreplica/replicad/peer"
+	"kvmreplica/replicad/points"
 	"kvmreplica/replicad/vm"
 	"kvmreplica/replicad/wire"
 )
@@ -143,6 +144,7 @@ func (d *Daemon) deps() (vm.Deps, error) {
 	deps := vm.Deps{
 		Host: d.id.Host(), HostName: d.name, StateDir: d.cfg.StateDir, RunDir: d.cfg.RunDir,
 		Hyper: d.hyper, Dial: d.dial, Grant: d.grant, Fence: d.cfg.Fence, SilentAfter: d.cfg.SilentPeerAfter,
+		CaptureBytes: d.cfg.Limits.CaptureMemory, Store: points.Limits{BacklogBytes: d.cfg.Limits.Backlog}, MaxPoints: d.cfg.Limits.MaxPoints,
 		LibvirtState: d.cfg.LibvirtState, Kernels: map[string]libvirt.PolicyKernel{}, DomainType: d.cfg.DomainType,
 		Emulator: d.cfg.Emulator, ConsoleDir: d.cfg.ConsoleDir, Now: time.Now, Log: d.log, Failpoint: crashAt(os.Getenv(crashEnv), d.log),
 	}
@@ -217,7 +219,11 @@ func (d *Daemon) startPeers(ctx context.Context, g *errgroup.Group) error {
 	srv, err := peer.NewServer(peer.ServerConfig{
 		Identity: d.id, Store: d.peers, Service: &service{Manager: d.vms, d: d}, Ownership: owners{d.vms},
 		Pairing: d.pair, Receiving: func() bool { return d.cfg.Receiving },
-		Limits: peer.Limits{}, Log: d.log,
+		Limits: peer.Limits{
+			Conns: d.cfg.Limits.Connections, PerPeer: d.cfg.Limits.ConnectionsPer,
+			PreAuth: d.cfg.Limits.Unauthenticated, Handshake: d.cfg.Limits.HandshakeTimeout,
+		},
+		Log: d.log,
 	})
 	if err != nil {
 		return err

@@ -8,6 +8,7 @@ import (
 
 	"kvmreplica/libvirt"
 	"kvmreplica/replicad/dataplane"
+	"kvmreplica/replicad/points"
 	"kvmreplica/replicad/wire"
 )
 
@@ -61,6 +62,11 @@ type Deps struct {
 	// SilentAfter is how long a peer may be silent after a boot before the VM's
 	// policy counts.
 	SilentAfter time.Duration
+	// CaptureBytes bounds the copy-before-write memory of each VM; 0 = default.
+	CaptureBytes int64
+	// Store and MaxPoints bound each replica's store; zero = defaults.
+	Store     points.Limits
+	MaxPoints int
 	// Fence is a command run before an unplanned failover; empty = none.
 	Fence string
 	// LibvirtState is where libvirt keeps firmware state; empty = /var/lib/libvirt.
