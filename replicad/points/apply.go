@@ -63,15 +63,22 @@ func (s *Store) ApplyAll(ctx context.Context) error {
 	s.mu.Lock()
 	goal := s.committed.ordinal
 	s.mu.Unlock()
-	for {
+	for idle := 0; ; {
 		s.mu.Lock()
 		at := s.sup.applied.ordinal
 		s.mu.Unlock()
 		if at >= goal {
 			return nil
 		}
-		if _, err := s.Step(ctx); err != nil {
+		did, err := s.Step(ctx)
+		if err != nil {
 			return fmt.Errorf("apply: %w", err)
+		}
+		if idle++; did {
+			idle = 0
+		}
+		if idle > 8 { // one idle step is a view opened in between
+			return fmt.Errorf("apply: commit %d of %d: %w: nothing moves", at, goal, ErrState)
 		}
 	}
 }

@@ -190,11 +190,11 @@ func TestSweepReceiveCommitApplyPoints(t *testing.T) {
 
 func TestSweepRecoveryItselfCrashing(t *testing.T) {
 	p := &primary{}
-	every := 19
+	every, survivors := 19, 3
 	if testing.Short() {
-		every = 61
+		every, survivors = 97, 1
 	}
-	blocktest.SweepWith(t, blocktest.Options{MaxAll: 4, Random: 3, Every: every, Recover: func(h *blocktest.Host) error {
+	blocktest.SweepWith(t, blocktest.Options{MaxAll: survivors, Random: survivors, Every: every, Recover: func(h *blocktest.Host) error {
 		s, err := points.Open(p.config(h))
 		if errors.Is(err, fs.ErrNotExist) && p.created == 0 {
 			return nil
@@ -210,11 +210,11 @@ func TestSweepRecoveryItselfCrashing(t *testing.T) {
 // close and an open densely, where the sweep above only samples.
 func TestSweepPointAndCloseWithRecoveryCrashing(t *testing.T) {
 	p := &primary{}
-	every := 2
+	every, survivors := 2, 2
 	if testing.Short() {
-		every = 5
+		every, survivors = 9, 1
 	}
-	blocktest.SweepWith(t, blocktest.Options{MaxAll: 2, Random: 2, Every: every, Recover: func(h *blocktest.Host) error {
+	blocktest.SweepWith(t, blocktest.Options{MaxAll: survivors, Random: survivors, Every: every, Recover: func(h *blocktest.Host) error {
 		s, err := points.Open(p.config(h))
 		if err != nil {
 			return err
