@@ -80,8 +80,9 @@ func controllerRule() specRule {
 		},
 		kids: kv{
 			"address": addressRule(),
-			"model":   {attrs: av{"name": word(32)}},
-			"master":  {attrs: av{"startport": upTo(16)}},
+			"model": {attrs: av{"name": enum("none", "pcie-root-port", "ioh3420", "pci-bridge", "i82801b11-bridge", "x3130-upstream",
+				"xio3130-downstream", "pxb", "pxb-pcie", "pcie-pci-bridge")}},
+			"master": {attrs: av{"startport": upTo(16)}},
 			"target": {
 				attrs: av{"chassisNr": upTo(255), "chassis": upTo(255), "port": hexUpTo(255), "busNr": upTo(255), "index": upTo(255), "hotplug": onOff()},
 				kids:  kv{"node": {text: upTo(255)}},

@@ -76,6 +76,13 @@ func matching(limit int, marks string) valueRule {
 	return func(s string) bool { return s != "" && len(s) <= limit && only(s, marks) }
 }
 
+// digitsAnd: digits and a few marks, a digit first.
+func digitsAnd(limit int, marks string) valueRule {
+	return func(s string) bool {
+		return s != "" && len(s) <= limit && s[0] >= '0' && s[0] <= '9' && strings.Trim(s, "0123456789"+marks) == ""
+	}
+}
+
 func signed(s string) bool {
 	n, err := strconv.ParseInt(s, 10, 64)
 	return err == nil && n > -1<<40 && n < 1<<40
@@ -94,7 +101,7 @@ func addressRule() specRule {
 		"type":   enum("pci", "drive", "virtio-serial", "ccid", "usb", "isa", "virtio-mmio", "spapr-vio"),
 		"domain": hexUpTo(0xffff), "bus": hexUpTo(0xff), "slot": hexUpTo(0x1f), "function": hexUpTo(7), "multifunction": onOff(),
 		"controller": upTo(255), "target": upTo(255), "unit": upTo(16383),
-		"port":   func(s string) bool { return hexUpTo(0xffff)(s) || matching(31, ".")(s) },
+		"port":   func(s string) bool { return hexUpTo(0xffff)(s) || digitsAnd(31, ".")(s) && strings.Count(s, ".") < 8 },
 		"iobase": hexUpTo(0xffff), "irq": hexUpTo(255), "reg": hexUpTo(1 << 40),
 	}}
 }
@@ -147,7 +154,7 @@ func cpuRule() specRule {
 			"maxphysaddr": {attrs: av{"mode": enum("emulate", "passthrough"), "bits": upTo(64), "limit": upTo(64)}},
 			"feature":     {attrs: av{"policy": enum("force", "require", "optional", "disable", "forbid"), "name": word(64)}},
 			"numa": {kids: kv{"cell": {
-				attrs: av{"id": upTo(255), "cpus": matching(256, ",-^"), "memory": upTo(maxMemoryKiB), "unit": enum("KiB")},
+				attrs: av{"id": upTo(255), "cpus": digitsAnd(256, ",-^"), "memory": upTo(maxMemoryKiB), "unit": enum("KiB")},
 				kids:  kv{"distances": {kids: kv{"sibling": {attrs: av{"id": upTo(255), "value": upTo(255)}}}}},
 			}}},
 		},
@@ -183,7 +190,7 @@ func clockRule() specRule {
 			"offset":     enum("utc", "localtime", "timezone", "variable", "absolute"),
 			"basis":      enum("utc", "localtime"),
 			"adjustment": func(s string) bool { return s == "reset" || signed(s) },
-			"timezone":   func(s string) bool { return matching(64, "/_+-")(s) && s[0] != '/' },
+			"timezone":   func(s string) bool { return matching(64, "/_+-")(s) && s[0] >= 'A' && s[0] <= 'Z' },
 			"start":      signed,
 		},
 		kids: kv{"timer": {
