@@ -174,7 +174,6 @@ func TestACrashAnywhereIsContinuedOrTakenBack(t *testing.T) {
 	for _, takeBack := range []bool{false, true} {
 		for crash := 1; crash < 64; crash++ {
 			fsys, w := diskFS(t), &world{done: map[string]bool{}}
-			n := 0
 			dying := &dyingFS{FS: fsys, left: crash}
 			r := newRunner(t, dying)
 			err := r.Begin(failover.Enable, "req", nil)
@@ -187,7 +186,6 @@ func TestACrashAnywhereIsContinuedOrTakenBack(t *testing.T) {
 				}
 				break
 			}
-			n++
 			j, lerr := failover.Load(fsys, "plan.json")
 			if lerr != nil {
 				t.Fatalf("crash %d: %v", crash, lerr)
