@@ -83,7 +83,7 @@ func (h *Host) Info(ctx context.Context) (HostInfo, error) {
 }
 
 // KeepsReconnect reports whether this libvirt hands <reconnect delay=…> of NBD
-// disks on to QEMU (older ones accept the element and drop it silently). The
-// element appeared for unix sockets with 9.8 or so; what was seen: 9.0 drops
-// it, 11.3 keeps it. Callers that must be sure read the defined XML back.
+// disks on to QEMU. Seen: 9.0 accepts the element and drops it silently, 11.3
+// keeps it; those between were not tried and count as dropping it. Callers that
+// must be sure read the defined XML back.
 func (v Version) KeepsReconnect() bool { return v >= 11_000_000 }

@@ -176,7 +176,7 @@ func waitFor(t *testing.T, within time.Duration, what string, ok func() bool) {
 func labOnly(t *testing.T) string {
 	t.Helper()
 	if os.Getenv("KVMREPLICA_LAB") == "" {
-		t.Skip("runs guests; set KVMREPLICA_LAB=1 and KVMREPLICA_GUEST to a folder with vmlinuz and rd.gz")
+		t.Skip("runs guests; run: bin/kvmlab files DIR; KVMREPLICA_LAB=1 KVMREPLICA_GUEST=DIR go test -p 1 -timeout 15m -run Lab ./libvirt")
 	}
 	needs(t, "qemu-system-x86_64", "nbdkit")
 	g := os.Getenv("KVMREPLICA_GUEST")
