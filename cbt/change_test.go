@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -417,5 +419,29 @@ func TestAFreezeCostsOneSync(t *testing.T) {
 	}
 	if e, err = w.g.Freeze(ctx); err != nil || e.Empty() || e.Number() != 2 {
 		t.Fatal(e, err)
+	}
+}
+
+// I10: without a durable base nothing is cleared.
+func TestNothingIsClearedWithoutADurableBase(t *testing.T) {
+	w := started(t, one(4<<20), nil)
+	if err := inTurn(func() error { return w.fill("vda", 0, 512, 1) }, func() error { return w.cycle(nil) }); err != nil {
+		t.Fatal(err)
+	}
+	w.h.Power.SetHook(func(op fsxtest.Op) error {
+		if strings.HasPrefix(op.Path, "super") {
+			return syscall.EIO
+		}
+		return nil
+	})
+	if err := w.g.CleanStep(ctx, time.Now()); err == nil {
+		t.Fatal("the base could not be written")
+	}
+	if in, err := cbt.Inspect(w.h.Cut(fsxtest.Newest).FS); err != nil || in.Disks[0].MarkedRegions != 1 {
+		t.Fatal(in, err)
+	}
+	w.h.Power.SetHook(nil)
+	if err := w.g.CleanStep(ctx, time.Now()); err != nil || w.g.Status().Disks[0].MarkedRegions != 0 {
+		t.Fatal(err, w.g.Status())
 	}
 }
