@@ -2,6 +2,7 @@ package libvirt
 
 import (
 	"fmt"
+	"net"
 	"strconv"
 	"strings"
 
@@ -56,6 +57,10 @@ type Disk struct {
 	Path   string // of a file or block device
 	Socket string // of an NBD source over a unix socket
 	Export string // of an NBD source
+	// Address is host:port of an NBD source over TCP; TLS says that it is
+	// spoken to with TLS.
+	Address string
+	TLS     bool
 	// Format is libvirt's driver type: "raw", "qcow2"; empty when not given.
 	Format       string
 	Cache        string // "", "none", "writeback", "writethrough", "directsync", "unsafe"
@@ -286,8 +291,15 @@ func (d *Disk) readSource(s *libvirtxml.DomainDiskSource) {
 		d.Kind = SourceNone
 	case s.Network != nil && s.Network.Protocol == "nbd":
 		d.Kind, d.Export = SourceNBD, s.Network.Name
+		d.TLS = s.Network.TLS == "yes"
 		for _, h := range s.Network.Hosts {
-			d.Socket = h.Socket
+			if d.Socket = h.Socket; h.Socket == "" && h.Name != "" {
+				port := h.Port
+				if port == "" {
+					port = nbdPort
+				}
+				d.Address = net.JoinHostPort(h.Name, port)
+			}
 		}
 		if s.Network.Reconnect != nil {
 			d.Reconnect, _ = strconv.Atoi(s.Network.Reconnect.Delay)
@@ -296,6 +308,9 @@ func (d *Disk) readSource(s *libvirtxml.DomainDiskSource) {
 		d.Kind = SourceOther
 	}
 }
+
+// nbdPort is what libvirt assumes for an NBD source without a port.
+const nbdPort = "10809"
 
 func nicOf(x *libvirtxml.DomainInterface) NIC {
 	n := NIC{Kind: "other"}

@@ -44,7 +44,7 @@ func (v *VM) policy(s libvirt.Spec) libvirt.Policy {
 	}
 	for _, d := range r.Disks {
 		src := libvirt.PolicySource{File: d.Path}
-		if d.Kind == "block" {
+		if d.Kind == diskBlock {
 			src = libvirt.PolicySource{Block: d.Path}
 		}
 		p.Disks[string(d.Name)] = src
@@ -191,7 +191,7 @@ func (v *VM) deleteImages() error {
 	}
 	var errs []error
 	for _, d := range r.Disks {
-		if d.Kind != "raw" {
+		if d.Kind != diskRaw {
 			continue
 		}
 		if err := os.Remove(d.Path); err != nil && !errors.Is(err, fs.ErrNotExist) {

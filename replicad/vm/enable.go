@@ -5,11 +5,9 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
-	"path/filepath"
 	"slices"
 	"time"
 
-	"kvmreplica/internal/block"
 	"kvmreplica/libvirt"
 	"kvmreplica/replicad/dataplane"
 	"kvmreplica/replicad/delta"
@@ -67,7 +65,7 @@ func (m *Manager) PlanEnable(ctx context.Context, o EnableOptions) (EnablePlan, 
 		p.rec.OnSilent = "start"
 	}
 	p.checkDomain(ctx, m, d)
-	p.checkDisks(d, o.Disks)
+	p.checkDisks(ctx, d, o.Disks)
 	p.checkSpec(ctx, m, d)
 	p.checkPeer(ctx, m, o.Peer)
 	how := "point the definition at the exports; the next start goes through them"
@@ -131,7 +129,7 @@ func (p *EnablePlan) checkDomain(ctx context.Context, m *Manager, d libvirt.Doma
 	}
 }
 
-func (p *EnablePlan) checkDisks(d libvirt.Domain, want []string) {
+func (p *EnablePlan) checkDisks(ctx context.Context, d libvirt.Domain, want []string) {
 	for _, w := range want {
 		if _, ok := d.Disk(w); !ok {
 			p.check("Disk "+w, wire.Failed, "virsh domblklist "+d.Name, "the domain has no such disk")
@@ -146,48 +144,11 @@ func (p *EnablePlan) checkDisks(d libvirt.Domain, want []string) {
 			p.check("Disk "+k.Target, wire.Warning, "", "left out: %s", k.Device)
 			continue
 		}
-		p.checkDisk(d, k)
+		p.checkDisk(ctx, d, k)
 	}
 	if len(p.rec.Disks) == 0 {
 		p.check("Disks", wire.Failed, "", "there is nothing to protect")
 	}
-}
-
-func (p *EnablePlan) checkDisk(d libvirt.Domain, k libvirt.Disk) {
-	name := "Disk " + k.Target
-	if p.run {
-		if why := libvirt.Refuse(d, k.Target); len(why) > 0 {
-			for _, w := range why {
-				p.check(name, wire.Failed, "shut the guest down and enable again, or change the disk", "%s", w)
-			}
-			return
-		}
-	}
-	kind := map[libvirt.SourceKind]string{libvirt.SourceFile: "raw", libvirt.SourceBlock: "block"}[k.Kind]
-	switch {
-	case kind == "":
-		p.check(name, wire.Failed, "use a raw file or a block device", "its source is %s", k.Kind)
-		return
-	case k.Format != "raw" && !(k.Format == "" && kind == "block"):
-		p.check(name, wire.Failed, "virsh blockcopy it to a raw image first", "its format is %q; only raw images are replicated", k.Format)
-		return
-	case k.Shareable || k.Encrypted || k.Transient || k.Backing > 0:
-		p.check(name, wire.Failed, "", "shareable, encrypted and transient disks and backing chains cannot be replicated")
-		return
-	}
-	path, err := filepath.EvalSymlinks(k.Path)
-	if err != nil {
-		p.check(name, wire.Failed, "", "its image: %v", err)
-		return
-	}
-	f, err := block.OpenFile(path, block.FileOptions{ReadOnly: true, NoLock: true})
-	if err != nil {
-		p.check(name, wire.Failed, "", "its image: %v", err)
-		return
-	}
-	defer f.Close()
-	p.rec.Disks = append(p.rec.Disks, Disk{Name: wire.DiskName(k.Target), Size: f.Size(), Kind: kind, Path: f.Path(), Live: k})
-	p.check(name, wire.OK, "", "%d bytes in %s", f.Size(), f.Path())
 }
 
 func (p *EnablePlan) checkSpec(ctx context.Context, m *Manager, d libvirt.Domain) {

@@ -75,8 +75,9 @@ type Record struct {
 type Disk struct {
 	Name wire.DiskName `json:"name"`
 	Size int64         `json:"size"`
-	Kind string        `json:"kind"` // "raw" or "block"
-	Path string        `json:"path"` // the real image; never a link
+	Kind string        `json:"kind"`           // "raw", "block" or "nbd"
+	Path string        `json:"path,omitempty"` // the real image; never a link
+	URI  string        `json:"uri,omitempty"`  // kind nbd: the server that has the image
 	// Live is the disk on its own image, as QEMU had it when it was taken over.
 	Live libvirt.Disk `json:"live,omitzero"`
 	// Original is what the domain said of the disk before it pointed at our
@@ -137,6 +138,14 @@ func (r *Record) disk(name wire.DiskName) (Disk, bool) {
 		}
 	}
 	return Disk{}, false
+}
+
+// where says to people where a disk's real content is.
+func (d Disk) where() string {
+	if d.Kind == diskNBD {
+		return d.URI
+	}
+	return d.Path
 }
 
 // wireDisks is what travels.

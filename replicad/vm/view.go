@@ -39,7 +39,7 @@ func (v *VM) Status(ctx context.Context, peerName string) status.VM {
 	}
 	f := health.Facts{Name: r.Name, Interval: r.Interval, Since: r.Created, Running: out.Running}
 	for _, d := range r.Disks {
-		out.Disks = append(out.Disks, status.Disk{Name: d.Name, Size: d.Size, Path: d.Path})
+		out.Disks = append(out.Disks, status.Disk{Name: d.Name, Size: d.Size, Path: d.where()})
 	}
 	if r.Lineage.State == lineage.Replica {
 		out.Role, out.Primary, out.Replica = status.Replica, peerName, v.deps.HostName

@@ -123,7 +123,7 @@ func (v *VM) planeConfig() dataplane.Config {
 		SocketUID: v.deps.QEMUUID, SocketGID: v.deps.QEMUGID,
 	}
 	for _, d := range r.Disks {
-		c.Disks = append(c.Disks, dataplane.DiskConfig{Name: d.Name, Kind: dataplane.Kind(d.Kind), Path: d.Path, Size: d.Size, QemuLock: r.Placed})
+		c.Disks = append(c.Disks, dataplane.DiskConfig{Name: d.Name, Kind: dataplane.Kind(d.Kind), Path: d.Path, URI: d.URI, Size: d.Size, QemuLock: r.Placed})
 	}
 	return c
 }
