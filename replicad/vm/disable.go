@@ -69,6 +69,9 @@ func (v *VM) disableSteps(p *disableVars) []failover.Step {
 			return "", v.withdraw(ctx, p.Delete, p.Force)
 		}},
 		{Name: "out", Title: "Put the running guest back onto its own images", Do: func(ctx context.Context) (string, error) {
+			if v.outOfHands() {
+				return "it stands on them already", nil
+			}
 			return "", v.takeOut(ctx)
 		}},
 		{Name: "define", Title: "Restore the definition", Do: func(ctx context.Context) (string, error) {

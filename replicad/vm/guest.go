@@ -34,6 +34,7 @@ type guestFacts struct {
 	beat           time.Time        // last empty cut, for beatAt
 	beatAt         delta.Pos
 	decision       lineage.Decision
+	hands          hands // whether the VM was released
 }
 
 // The gate is what the libvirt hook looks at before any start. The protected
@@ -50,6 +51,10 @@ func (v *VM) publishGate() {
 	v.mu.Lock()
 	held := v.held
 	v.mu.Unlock()
+	if held == "" && v.outOfHands() {
+		v.clearGate() // its start is not ours to decide
+		return
+	}
 	why := held
 	if !r.Lineage.MayServe() && why == "" {
 		why = fmt.Sprintf("this host is %s for this VM; it runs on the other host", r.Lineage.State)
@@ -300,7 +305,7 @@ func (v *VM) look(ctx context.Context) {
 	v.facts.state, v.facts.running = st, !isOff
 	v.mu.Unlock()
 	r := v.record()
-	if !r.Lineage.MayServe() || !r.Placed {
+	if v.noticeRelease() || !r.Lineage.MayServe() || !r.Placed {
 		return
 	}
 	switch {

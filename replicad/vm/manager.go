@@ -215,7 +215,7 @@ func (m *Manager) Run(ctx context.Context) error {
 // begin settles an interrupted plan, then starts the role; what fails is tried
 // again until it works or ctx ends.
 func (v *VM) begin(ctx context.Context) {
-	for pause := newPause(); ; {
+	for pause := newPause(); !v.forgotten(); {
 		err := v.settle(ctx)
 		if err == nil && v.over() {
 			if err = v.mgr.remove(v); err == nil {
@@ -223,15 +223,22 @@ func (v *VM) begin(ctx context.Context) {
 			}
 		}
 		if err == nil {
-			err = v.up(ctx)
+			err = v.reclaim(ctx)
 		}
 		if err == nil {
+			err = v.up(ctx)
+		}
+		switch {
+		case err == nil:
 			v.setTrouble("")
 			v.bootDecision(ctx)
 			return
+		case errors.Is(err, errReleased):
+			v.setTrouble("")
+		default:
+			v.setTrouble(err.Error())
+			v.log.Error("bring the VM into its role", "err", err)
 		}
-		v.setTrouble(err.Error())
-		v.log.Error("bring the VM into its role", "err", err)
 		if !pause.wait(ctx) {
 			return
 		}

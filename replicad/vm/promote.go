@@ -14,6 +14,7 @@ import (
 	"kvmreplica/replicad/delta"
 	"kvmreplica/replicad/failover"
 	"kvmreplica/replicad/lineage"
+	"kvmreplica/replicad/points"
 	"kvmreplica/replicad/wire"
 )
 
@@ -137,7 +138,7 @@ func (v *VM) promoteSteps(r *failover.Runner, p *promoteVars, kind failover.Kind
 		steps = append(steps, failover.Step{Name: "fence", Title: "Fence the old primary", Do: v.fence})
 	}
 	return append(steps,
-		failover.Step{Name: "apply", Title: "Complete the copy", Do: func(ctx context.Context) (string, error) { return v.applyAll(ctx) }},
+		failover.Step{Name: "apply", Title: "Complete the copy", Do: func(ctx context.Context) (string, error) { return v.completeCopy(ctx) }},
 		failover.Step{Name: "generation", Title: "Take the primary role", Commit: true, Do: func(context.Context) (string, error) {
 			return v.takeRole(event, p, r.Journal().Request)
 		}},
@@ -153,6 +154,15 @@ func (v *VM) promoteSteps(r *failover.Runner, p *promoteVars, kind failover.Kind
 		}},
 		failover.Step{Name: "reverse", Title: "Reverse replication", Do: func(context.Context) (string, error) { return v.reverseNow(p) }},
 	)
+}
+
+// completeCopy applies what was received, unless the copy was completed and
+// sealed offline.
+func (v *VM) completeCopy(ctx context.Context) (string, error) {
+	if st, err := v.storeStatus(); err == nil && st.State == points.Promoted {
+		return "done offline", nil
+	}
+	return v.applyAll(ctx)
 }
 
 func (v *VM) takeRole(event lineage.Event, p *promoteVars, request string) (string, error) {

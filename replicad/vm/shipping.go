@@ -59,7 +59,7 @@ func (v *VM) startShipping() {
 	r := v.record()
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if v.ship == nil || v.ship.sess != nil {
+	if v.ship == nil || v.ship.sess != nil || v.facts.hands.off {
 		return
 	}
 	ctx, cancel := context.WithCancel(context.Background())

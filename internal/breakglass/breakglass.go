@@ -1,0 +1,80 @@
+// Package breakglass keeps the mark that a virtual machine was taken out of
+// the daemon's hands: its domain was given its own disks back, and what its
+// guest writes there is seen by nobody.
+//
+// The mark is durable before anything else of a release happens, and goes away
+// only after everything was marked for comparison. Its presence alone counts:
+// one that cannot be read is a mark. Callers are the offline tool, which writes
+// it, and the daemon, which must not believe a tracker while it is there.
+package breakglass
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"time"
+
+	"kvmreplica/internal/fsx"
+)
+
+// File is the mark's name in a VM's state directory.
+const File = "released.json"
+
+const (
+	markVersion = 1
+	maxMark     = 64 << 10
+)
+
+// Mark says who released the VM and when; for people, its presence decides.
+type Mark struct {
+	Version int       `json:"version"`
+	At      time.Time `json:"at"`
+	By      string    `json:"by"`
+	// Recovered: this host kept a replica, which was promoted offline before.
+	Recovered bool `json:"recovered,omitempty"`
+}
+
+// Set makes the mark durable.
+func Set(fsys fsx.FS, m Mark) error {
+	m.Version = markVersion
+	b, err := json.MarshalIndent(m, "", "  ")
+	if err != nil {
+		return fmt.Errorf("mark the VM as released: %w", err)
+	}
+	if err := fsx.WriteAtomic(fsys, File, append(b, '\n')); err != nil {
+		return fmt.Errorf("mark the VM as released: %w", err)
+	}
+	return nil
+}
+
+// Read returns the mark and whether there is one.
+func Read(fsys fsx.FS) (Mark, bool) {
+	b, err := fsx.ReadFile(fsys, File, maxMark)
+	if errors.Is(err, fs.ErrNotExist) {
+		return Mark{}, false
+	}
+	m := Mark{}
+	if err == nil {
+		err = json.Unmarshal(b, &m)
+	}
+	if err != nil {
+		return Mark{By: "somebody (the mark cannot be read: " + err.Error() + ")"}, true
+	}
+	return m, true
+}
+
+// Clear takes the mark away, durably.
+func Clear(fsys fsx.FS) error {
+	err := fsys.Remove(File)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err == nil {
+		err = fsys.SyncDir(".")
+	}
+	if err != nil {
+		return fmt.Errorf("take the mark of a released VM away: %w", err)
+	}
+	return nil
+}
