@@ -43,14 +43,14 @@ if ! usable; then
   if [ "$(id -u)" = 0 ] && [ "${VERSION_CODENAME:-}" = bookworm ]; then
     say "no usable Go; installing golang-go from bookworm-backports, which then fetches Go $want"
     mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Release: bookworm' 2>/dev/null | head -n 1)
-    [ -n "$mirror" ] || mirror=http://deb.debian.org/debian
+    [ -n "$mirror" ] || die "apt names no mirror of bookworm; install Go $want by hand and run make deps again"
     echo "deb $mirror bookworm-backports main" >/etc/apt/sources.list.d/kvmreplica-backports.list
     apt-get update -q
     DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends -t bookworm-backports golang-go || true
   fi
   usable || go version || true # its own words, when there is one
   usable || die "Go $want or newer is needed and could not be installed.
-      Debian 12's own golang is too old. Unpack the archive from https://go.dev/dl/ to
+      Debian 12's own golang is too old. Unpack the Go project's archive to
       /usr/local/go (the Makefile looks there) and run make deps again."
 fi
 say "$(go version)"
