@@ -24,6 +24,9 @@ func (c *command) open(dir string, readOnly bool) (*points.Store, *points.Dir, e
 }
 
 func (c *command) check(dir string) (err error) {
+	if dir, err = c.replicaDir(dir); err != nil {
+		return err
+	}
 	s, _, err := c.open(dir, true)
 	if err != nil {
 		return err

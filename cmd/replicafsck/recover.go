@@ -24,6 +24,10 @@ func (c *command) recover(dir string) error {
 	if modes != 1 {
 		return fmt.Errorf("%w: recover wants one of --in-place, --out OUT, --read-only-copy OUT", errUsage)
 	}
+	dir, err := c.replicaDir(dir)
+	if err != nil {
+		return err
+	}
 	if c.copyDir != "" {
 		return c.copyOnly(dir)
 	}

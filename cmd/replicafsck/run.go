@@ -19,12 +19,22 @@ const usage = `usage: replicafsck VERB ...
   recover DIR --out OUT           the same, and copy the images to OUT/DISK.raw
   recover DIR --read-only-copy OUT
                                   copy only: the replica stays a replica
+  release NAME|UUID...|--all      give domains of this host their own disks back,
+                                  without any daemon; their guests must be off
   version
+
+DIR may be the name of a VM in the state directory.
 
 flags of recover and check:
   --disk NAME=PATH    an image that is not DIR/NAME.raw (repeatable)
 flags of recover:
   --point EPOCH       an older recovery point instead of the newest state
+flags of release:
+  --force             although replicad runs, or the two copies diverged
+  --socket PATH       libvirt's socket instead of the usual ones
+flags of all:
+  --state-dir DIR     replicad's state directory (/var/lib/replicad)
+  --run-dir DIR       replicad's boot-scoped directory (/run/replicad)
 
 exit status: 0 done, 1 damage found or refused, 2 wrong usage
 `
@@ -43,6 +53,9 @@ type command struct {
 	point           uint64
 	inPlace, helped bool
 	outDir, copyDir string
+
+	stateDir, runDir, socket string
+	all, force               bool
 }
 
 // run executes one command line and returns the exit status.
@@ -71,6 +84,11 @@ func (c *command) parse(args []string) error {
 	f.StringVar(&c.outDir, "out", "", "")
 	f.StringVar(&c.copyDir, "read-only-copy", "", "")
 	f.Uint64Var(&c.point, "point", 0, "")
+	f.StringVar(&c.stateDir, "state-dir", "/var/lib/replicad", "")
+	f.StringVar(&c.runDir, "run-dir", "/run/replicad", "")
+	f.StringVar(&c.socket, "socket", "", "")
+	f.BoolVar(&c.all, "all", false, "")
+	f.BoolVar(&c.force, "force", false, "")
 	f.Func("disk", "", func(s string) error {
 		name, path, ok := strings.Cut(s, "=")
 		if !ok || name == "" || path == "" {
@@ -99,14 +117,19 @@ func (c *command) do() error {
 		fmt.Fprintln(c.out, version.String())
 		return nil
 	}
+	if len(c.args) > 0 && c.args[0] == "release" {
+		return c.release(c.args[1:])
+	}
 	if len(c.args) != 2 {
 		return fmt.Errorf("%w: want a verb and a directory", errUsage)
 	}
-	switch verb, target := c.args[0], c.args[1]; verb {
+	verb, target := c.args[0], c.args[1]
+	if verb == "dump" {
+		return c.dump(target)
+	}
+	switch verb {
 	case "check":
 		return c.check(target)
-	case "dump":
-		return c.dump(target)
 	case "recover":
 		return c.recover(target)
 	default:

@@ -40,7 +40,7 @@ func broken() map[string][2]map[string]string {
 		},
 		"offline-tools": {
 			{"cmd/replicafsck/a.go": imports("kvmreplica/internal/x"), "internal/x/a.go": imports("net/http")},
-			{"cmd/replicafsck/a.go": imports("kvmreplica/internal/x"), "internal/x/a_test.go": "package x\nimport _ \"net/http\""},
+			{"cmd/replicafsck/a.go": imports("kvmreplica/libvirt"), "internal/x/a_test.go": "package x\nimport _ \"net/http\"", "libvirt/a.go": imports("net")},
 		},
 		"thin-client": {
 			{"cmd/replicactl/a.go": imports("kvmreplica/replicad/config")},

@@ -15,7 +15,7 @@ func Rules() []Rule {
 	return []Rule{
 		{"layers", "a package that knows only what ARCHITECTURE.md lets it know can be tested, moved and replaced alone", layers},
 		{"one-place", "a foreign module used in one place can be replaced there", onePlace},
-		{"offline-tools", "replicafsck must work with neither daemon nor network", offlineTools},
+		{"offline-tools", "replicafsck must work with neither daemon nor network; only the libvirtd of its own machine may be there", offlineTools},
 		{"thin-client", "the CLI is replaceable and every verb scriptable only if it goes through the daemon's API", thinClient},
 		{"nothing-imports-tests", "integration is for whole-system tests; the product must not depend on it", noIntegration},
 		{"pure", "the core must replay from a seed: no clock, no randomness, no files, no network", pure},
