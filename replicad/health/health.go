@@ -57,6 +57,10 @@ type Facts struct {
 	Stopped      string // the session stopped for this reason and waits for the operator
 	StoppedHint  string // the command that leads out
 	LinkError    string // last error while trying to reach the peer
+	SourceError  string // the disks here cannot be read or tracked
+	Refused      string // the peer answers, and says no
+	Corrupt      string // what arrives is not what was sent
+	ApplyError   string // replica: what was received cannot be written into the image
 	LinkSince    time.Time
 	Bypass       string // an export is missing from the guest's block graph
 	Overlay      string // a snapshot lies above our export
@@ -70,6 +74,7 @@ type Facts struct {
 	TrackingLost string
 	NoSpace      string
 	Held         string // the VM is held back from starting
+	Released     string // its domain stands on its own images, unprotected
 }
 
 // Evaluate returns the conditions, worst first, and the worst severity.
@@ -102,6 +107,10 @@ func evaluateFaults(f Facts, add adder) {
 	}
 	if f.Interrupted != "" {
 		add("plan-interrupted", Critical, "replicactl failover resume "+f.Name+" (or take-back)", "%s", f.Interrupted)
+	}
+	if f.Released != "" {
+		add("released", Critical, "shut the guest down: protection then resumes by digest; or end it: replicactl vm disable "+f.Name,
+			"the guest writes to its own images and nothing is replicated: %s", f.Released)
 	}
 	if f.StoreSuspect != "" {
 		add("replica-suspect", Critical, "replicactl vm resync "+f.Name, "the replica image was changed from outside: %s", f.StoreSuspect)
@@ -155,8 +164,18 @@ func evaluatePrimary(f Facts, now time.Time, add adder) {
 	if f.Verifying != "" {
 		add("verifying", Warning, "wait; replicactl vm watch "+f.Name, "comparing %d MiB by digest: %s", f.SuspectBytes>>20, f.Verifying)
 	}
+	if f.SourceError != "" {
+		add("source-error", Critical, "check the disk's image and its storage; then: replicactl vm resync "+f.Name,
+			"the changes cannot be read from this host's disks: %s", f.SourceError)
+	}
+	if f.Refused != "" {
+		add("peer-refuses", Critical, "replicactl peer test PEER; replicactl peer allow … on the replica host", "the replica host refuses the VM: %s", f.Refused)
+	}
+	if f.Corrupt != "" {
+		add("corrupt", Critical, "check both hosts' memory and network", "what arrives is not what was sent: %s", f.Corrupt)
+	}
 	if f.LinkError != "" {
-		add("peer-unreachable", Warning, "replicactl peer test", "the replica host does not answer since %s: %s", f.LinkSince.Format(time.DateTime), f.LinkError)
+		add("peer-unreachable", Warning, "replicactl peer test PEER", "the replica host does not answer since %s: %s", f.LinkSince.Format(time.DateTime), f.LinkError)
 	}
 	lateness(f, now, add)
 }
@@ -179,6 +198,9 @@ func lateness(f Facts, now time.Time, add adder) {
 func evaluateReplica(f Facts, now time.Time, add adder) {
 	if f.Incomplete {
 		add("incomplete", Warning, "wait for the initial copy", "the replica holds no complete copy yet")
+	}
+	if f.ApplyError != "" {
+		add("apply-failed", Critical, "check the replica's storage: df -h; it is tried again by itself", "what was received cannot be written: %s", f.ApplyError)
 	}
 	if f.Backlog != "" {
 		add("backlog", Warning, "check the replica's storage", "applying is late: %s", f.Backlog)

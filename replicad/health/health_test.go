@@ -23,6 +23,7 @@ func TestEveryFactBecomesItsConditionWithARemedy(t *testing.T) {
 		"replica-suspect":  {func(f *health.Facts) { f.StoreSuspect = "x" }, health.Critical},
 		"data-plane-down":  {func(f *health.Facts) { f.DataPlane = "x" }, health.Critical},
 		"no-space":         {func(f *health.Facts) { f.NoSpace = "x" }, health.Critical},
+		"released":         {func(f *health.Facts) { f.Released = "x" }, health.Critical},
 		"start-held":       {func(f *health.Facts) { f.Held = "x" }, health.Critical},
 		"no-reverse":       {func(f *health.Facts) { f.NoReverse = true }, health.Critical},
 		"session-stopped":  {func(f *health.Facts) { f.Stopped = "x" }, health.Critical},

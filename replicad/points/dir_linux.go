@@ -102,8 +102,17 @@ func (d *Dir) Identity(disk string) (Identity, error) {
 	if err != nil {
 		return Identity{}, err
 	}
-	state := fmt.Sprintf("%d %d", id.MtimeNS, id.CtimeNS)
-	return Identity{File: fmt.Sprintf("%s %d %d %d %d", id.Kind, id.Size, id.Device, id.Inode, id.BirthTime), State: state}, nil
+	return FileIdentity(id), nil
+}
+
+// FileIdentity is the identity of an image on this machine. Everybody who opens
+// the same store must use it, or the image looks changed. The change time does
+// not count: libvirt gives images to QEMU's user and back.
+func FileIdentity(id block.Identity) Identity {
+	return Identity{
+		File:  fmt.Sprintf("%v/%d/%d/%d/%d", id.Kind, id.Device, id.Inode, id.BirthTime, id.Size),
+		State: fmt.Sprintf("%d", id.MtimeNS),
+	}
 }
 
 // Free is the free space of the file system in bytes.

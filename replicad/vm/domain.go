@@ -106,16 +106,20 @@ func (v *VM) onExports(doc []byte) ([]byte, []libvirt.DiskOriginal, error) {
 			return nil, nil, err
 		}
 	}
-	doc, err := libvirt.InsertMetadata(doc, v.metadata())
+	r.Disks = slices.Clone(r.Disks)
+	for i := range originals {
+		r.Disks[i].Original = &originals[i]
+	}
+	doc, err := libvirt.InsertMetadata(doc, metadata(r))
 	return doc, originals, err
 }
 
 // metadata says in the domain's own definition who protects it, so that every
-// tool can see it.
-func (v *VM) metadata() string {
-	r := v.record()
+// tool can see it, and what its disks were, so that it can be released without
+// our state.
+func metadata(r Record) string {
 	b, err := json.Marshal(map[string]any{
-		"role": r.Lineage.State, "generation": r.Lineage.Generation, "peer": r.Peer, "disks": r.Disks,
+		"role": r.Lineage.State, "generation": r.Lineage.Generation, "peer": r.Peer, "disks": r.Disks, "autostart": r.Autostart,
 	})
 	if err != nil {
 		return "{}"
@@ -167,7 +171,7 @@ func (v *VM) placeDomain(ctx context.Context) (string, error) {
 		_, err = v.defineReplica(ctx)
 		return "defined again", err
 	}
-	if doc, err = libvirt.InsertMetadata(doc, v.metadata()); err == nil {
+	if doc, err = libvirt.InsertMetadata(doc, metadata(v.record())); err == nil {
 		_, err = v.deps.Hyper.Define(lctx, doc)
 	}
 	return "stands on its exports", err

@@ -145,10 +145,7 @@ func (v *VM) baseIdentity(disk string) (points.Identity, error) {
 	if err != nil {
 		return points.Identity{}, err
 	}
-	return points.Identity{
-		File:  fmt.Sprintf("%v/%d/%d/%d/%d", id.Kind, id.Device, id.Inode, id.BirthTime, id.Size),
-		State: fmt.Sprintf("%d", id.MtimeNS),
-	}, nil
+	return points.FileIdentity(id), nil
 }
 
 // startKeeping opens the store and applies in the background.

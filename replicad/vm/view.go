@@ -74,6 +74,9 @@ func (v *VM) viewCommon(out *status.VM, f *health.Facts) {
 		f.Interrupted = fmt.Sprintf("the plan %q stopped at step %q: %s", j.Kind, j.Begun, j.Failure)
 	}
 	f.Bypass, f.Overlay = v.facts.bypass, v.facts.overlay
+	if v.facts.hands.off {
+		f.Released, out.State = v.facts.hands.why, status.Unprotected
+	}
 	if v.facts.overlay != "" && out.State == status.Replicating {
 		out.State = status.Behind
 	}
@@ -183,14 +186,7 @@ func viewSession(s session.Status, out *status.VM, f *health.Facts) {
 		out.Position, out.Epoch = s.Committed.String(), s.Committed.Epoch
 	}
 	out.LastCommit = s.LastCut
-	if s.Failures > 0 {
-		f.LinkError, f.LinkSince = s.LastError, s.Since
-	}
-	for _, c := range s.Conditions {
-		if c.Code == session.CondNoSpace {
-			f.NoSpace = c.Text
-		}
-	}
+	viewConditions(s, f)
 	if p := s.Progress; p != nil {
 		out.Job = &status.Job{Phase: p.Phase, Done: p.Done, Total: p.Total, Rate: p.Rate, ETA: p.ETA}
 	}
@@ -199,5 +195,26 @@ func viewSession(s session.Status, out *status.VM, f *health.Facts) {
 		AverageBytes: s.Stats.AverageBytes, LargestBytes: s.Stats.LargestBytes, AverageLatency: s.Stats.AverageLatency,
 		RPOMedian: s.Stats.RPOMedian, RPOMax: s.Stats.RPOMax, RawBytes: s.Stats.RawBytes, SentBytes: s.Stats.SentBytes,
 		LastError: s.Stats.LastError, Abandoned: s.Stats.Abandoned,
+	}
+}
+
+// viewConditions tells a silent peer from one that says no and from trouble
+// with this host's own disks.
+func viewConditions(s session.Status, f *health.Facts) {
+	told := false
+	for _, c := range s.Conditions {
+		switch c.Code {
+		case session.CondNoSpace:
+			f.NoSpace, told = c.Text, true
+		case session.CondSource:
+			f.SourceError, told = s.LastError, true
+		case session.CondRefused:
+			f.Refused, told = s.LastError, true
+		case session.CondCorrupt:
+			f.Corrupt, told = s.LastError, true
+		}
+	}
+	if s.Failures > 0 && !told {
+		f.LinkError, f.LinkSince = s.LastError, s.Since
 	}
 }
