@@ -15,6 +15,9 @@ import (
 
 const defaultPort = config.DefaultPort
 
+// maxInterval between two cuts.
+const maxInterval = 24 * time.Hour
+
 func emitChecks(cs []wire.Check, emit func(api.Event)) (failed *wire.Check) {
 	for i := range cs {
 		c := cs[i]
@@ -42,6 +45,9 @@ func (d *Daemon) enable(ctx context.Context, a api.Action, request string, step 
 	case string(config.Start), string(config.Hold):
 	default:
 		return &wire.Error{Kind: wire.KindInvalid, Text: fmt.Sprintf("on-silent-peer is %q", silent), Hint: "use start or hold"}
+	}
+	if a.Interval < 0 || a.Interval > maxInterval || a.Interval%time.Second != 0 {
+		return &wire.Error{Kind: wire.KindInvalid, Text: fmt.Sprintf("interval %s", a.Interval), Hint: "whole seconds from 1s to 24h, or 0 for back to back"}
 	}
 	o := vm.EnableOptions{Name: a.VM, Peer: rec.Host, Interval: a.Interval, Disks: a.Disks, OnSilent: silent, Request: request}
 	if a.DryRun {

@@ -228,6 +228,7 @@ func (d *Daemon) Act(ctx context.Context, a api.Action, emit func(api.Event)) er
 			err = d.actOn(ctx, v, a, request, step, emit)
 		}
 	}
+	err = d.explain(err, a.VM)
 	if err != nil {
 		d.log.Warn("action failed", "verb", string(a.Verb), "vm", a.VM, "request", request, "err", err)
 	}

@@ -35,6 +35,10 @@ func TestEveryFactBecomesItsConditionWithARemedy(t *testing.T) {
 		"overlay":          {func(f *health.Facts) { f.Overlay = "x" }, health.Warning},
 		"verifying":        {func(f *health.Facts) { f.Verifying = "x" }, health.Warning},
 		"peer-unreachable": {func(f *health.Facts) { f.LinkError = "x" }, health.Warning},
+		"source-error":     {func(f *health.Facts) { f.SourceError = "x" }, health.Critical},
+		"peer-refuses":     {func(f *health.Facts) { f.Refused = "x" }, health.Critical},
+		"corrupt":          {func(f *health.Facts) { f.Corrupt = "x" }, health.Critical},
+		"apply-failed":     {func(f *health.Facts) { f.Primary = false; f.ApplyError = "x" }, health.Critical},
 		"incomplete":       {func(f *health.Facts) { f.Primary = false; f.Incomplete = true }, health.Warning},
 		"backlog":          {func(f *health.Facts) { f.Primary = false; f.Backlog = "x" }, health.Warning},
 	} {

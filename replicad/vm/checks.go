@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -211,10 +212,14 @@ func (v *VM) checkCopy(c *checklist) {
 	}
 	st := s.Status()
 	switch {
+	case st.Stop != nil:
+		c.add("Replication", wire.Failed, strings.ReplaceAll(st.Stop.Hint, "NAME", name), "it has stopped: %s", st.Stop.Reason)
 	case !st.Protected:
 		c.add("Replication", wire.Failed, "replicactl vm watch "+name, "the replica holds no consistent copy yet")
 	case st.Failures > 0:
 		c.add("Replication", wire.Failed, "replicactl peer test", "the last cycle failed: %s", st.LastError)
+	case st.Paused:
+		c.add("Replication", wire.Warning, "", "it is paused; the failover sends the %d pending bytes all the same", st.Pending)
 	default:
 		c.add("Replication", wire.OK, "", "%d bytes are pending", st.Pending)
 	}

@@ -22,7 +22,7 @@ import (
 
 // keeping is the replica's machinery.
 type keeping struct {
-	store  *points.Store
+	store  *points.Store // guarded by VM.mu while apply runs
 	cancel context.CancelFunc
 	done   chan struct{}
 }
@@ -150,6 +150,8 @@ func (v *VM) baseIdentity(disk string) (points.Identity, error) {
 
 // startKeeping opens the store and applies in the background.
 func (v *VM) startKeeping(ctx context.Context) error {
+	v.machine.Lock()
+	defer v.machine.Unlock()
 	v.mu.Lock()
 	have := v.keep != nil
 	v.mu.Unlock()
@@ -164,10 +166,7 @@ func (v *VM) startKeeping(ctx context.Context) error {
 	k := &keeping{store: st, cancel: cancel, done: make(chan struct{})}
 	go func() {
 		defer close(k.done)
-		if err := st.Run(run); err != nil && !errors.Is(err, context.Canceled) {
-			v.log.Error("apply", "err", err)
-			v.setTrouble("applying failed: " + err.Error())
-		}
+		v.apply(run, k)
 	}()
 	v.mu.Lock()
 	v.keep = k
@@ -177,6 +176,8 @@ func (v *VM) startKeeping(ctx context.Context) error {
 
 // stopKeeping closes the store; what was committed and not applied stays.
 func (v *VM) stopKeeping() error {
+	v.machine.Lock()
+	defer v.machine.Unlock()
 	v.mu.Lock()
 	k := v.keep
 	v.keep = nil

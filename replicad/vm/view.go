@@ -107,6 +107,11 @@ func (v *VM) viewReplica(out *status.VM, f *health.Facts) {
 	case points.Promoted:
 		out.State = status.FailedOver
 	}
+	v.mu.Lock()
+	if v.applying != nil {
+		f.ApplyError = v.applying.Error()
+	}
+	v.mu.Unlock()
 	f.Incomplete = st.Committed.IsZero() || v.record().Incomplete
 	out.Position, out.Epoch, out.LastCommit = st.Committed.String(), st.Committed.Epoch, st.CutTime
 	if f.Incomplete {

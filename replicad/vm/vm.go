@@ -19,7 +19,9 @@ import (
 // VM is one virtual machine's replication on this host. All methods are safe
 // for concurrent use.
 //
-// Locks, in this order: plan (held for a whole plan), mu (held for moments,
+// Locks, in this order: plan (held for a whole plan), machine (held while a
+// role's machinery starts or stops), intake (read-held while an epoch begins),
+// gate (held while the start gate's files are written), mu (held for moments,
 // never across I/O but the replacement of the record file).
 type VM struct {
 	deps *Deps
@@ -28,17 +30,24 @@ type VM struct {
 	fsys fsx.FS // this VM's state directory
 	log  *slog.Logger
 
-	plan chan struct{} // holds one token; taken by whoever changes roles
+	plan    chan struct{} // holds one token; taken by whoever changes roles
+	loaded  bool          // found by Open: Run brings it into its role
+	machine sync.Mutex
+	intake  sync.RWMutex
+	gate    sync.Mutex
 
-	mu      sync.Mutex
-	rec     Record           // guarded by mu; the file is never newer
-	running *failover.Runner // guarded by mu; the plan under way, nil = none
-	step    string           // guarded by mu; what the plan does now
-	stuck   *failover.Journal
-	facts   guestFacts // guarded by mu
-	held    string     // guarded by mu; why the guest is not started
-	trouble string     // guarded by mu; why the role is not up
-	gone    bool       // guarded by mu; the relationship ended
+	mu       sync.Mutex
+	rec      Record           // guarded by mu; the file is never newer
+	running  *failover.Journal // guarded by mu; the plan under way, nil = none
+	cancel   func()            // guarded by mu; ends what the running plan does now
+	step     string            // guarded by mu; the title of that
+	stuck    *failover.Journal // guarded by mu; a plan that has not ended and does not run
+	closed   bool              // guarded by mu; nothing is received: a promotion is under way
+	facts    guestFacts // guarded by mu
+	held     string     // guarded by mu; why the guest is not started
+	trouble  string     // guarded by mu; why the role is not up
+	applying error      // guarded by mu; why the last try to apply failed
+	gone     bool       // guarded by mu; the relationship ended
 
 	// The role's machinery; set while the role is up, guarded by mu.
 	ship *shipping
@@ -105,7 +114,7 @@ func (v *VM) lock() (unlock func(), err error) {
 		defer v.mu.Unlock()
 		what := "another operation"
 		if v.running != nil {
-			what = "the plan " + string(v.running.Journal().Kind)
+			what = "the plan " + string(v.running.Kind)
 		}
 		return nil, &wire.Error{Kind: wire.KindConflict, Text: what + " of this VM is under way", Hint: "replicactl vm status " + v.rec.Name}
 	}
