@@ -30,6 +30,10 @@ func (v *VM) half() (wire.HandshakeReply, error) {
 		h.Committed = delta.Pos{}
 		return h, nil
 	}
+	if g, ancestors, ok := v.promotedOffline(); ok {
+		h.Role, h.Generation, h.Ancestors = lineage.RolePrimary, g, ancestors
+		return h, nil
+	}
 	st, err := v.storeStatus()
 	if err != nil {
 		return h, err

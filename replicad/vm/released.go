@@ -29,6 +29,9 @@ var errReleased = errors.New("the VM was released and its guest runs")
 type hands struct {
 	off bool // the VM is out of our hands
 	why string
+	// seal of an offline promotion that is not completed: this host is the
+	// VM's primary, whatever the record says.
+	seal *points.Seal
 }
 
 func (v *VM) outOfHands() bool {
@@ -224,6 +227,9 @@ func (v *VM) adoptRecovered(ctx context.Context) (bool, error) {
 		return false, err
 	}
 	v.setReleased(true, fmt.Sprintf("promoted offline at %v by replicafsck recover", st.Seal.At))
+	v.mu.Lock()
+	v.facts.hands.seal = st.Seal
+	v.mu.Unlock()
 	if err := v.wayBackRecovered(ctx); err != nil {
 		return false, err
 	}
@@ -241,6 +247,18 @@ func (v *VM) adoptRecovered(ctx context.Context) (bool, error) {
 		return false, err
 	}
 	return true, nil
+}
+
+// promotedOffline is what this host is for its peer while an offline promotion
+// waits for its completion: the primary of the seal's generation.
+func (v *VM) promotedOffline() (g delta.Generation, ancestors []delta.Pos, ok bool) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	s := v.facts.hands.seal
+	if s == nil || v.rec.Lineage.State != lineage.Replica {
+		return g, nil, false
+	}
+	return s.Generation, append([]delta.Pos{s.At}, ancestorsOf(v.rec.Lineage, s.At)...), true
 }
 
 // sealedOffline reports that somebody else than this daemon promoted the store:

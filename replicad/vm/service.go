@@ -443,6 +443,9 @@ func storeError(err error) error {
 func (v *VM) peerView(ctx context.Context) wire.PeerVM {
 	r := v.record()
 	out := wire.PeerVM{VM: r.VM, Name: r.Name, Role: r.Lineage.Role(), State: string(r.Lineage.State), Generation: r.Lineage.Generation, Diverged: r.Lineage.Diverged != nil, Pending: -1, Committed: r.Acked}
+	if g, _, ok := v.promotedOffline(); ok {
+		out.Role, out.Generation = lineage.RolePrimary, g
+	}
 	lctx, cancel := context.WithTimeout(ctx, libvirtTimeout)
 	defer cancel()
 	st, _, err := v.deps.Hyper.DomainState(lctx, string(v.id))
