@@ -91,7 +91,7 @@ func Binaries(ctx context.Context) (string, error) {
 		return "", err
 	}
 	dir := filepath.Join(root, "bin")
-	for _, p := range []string{"replicad", "replicactl"} {
+	for _, p := range []string{"replicad", "replicactl", "replicafsck"} {
 		if err := lab.Build(ctx, filepath.Join(dir, p), "./cmd/"+p); err != nil {
 			return "", err
 		}

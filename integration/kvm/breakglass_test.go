@@ -1,0 +1,217 @@
+package kvm_test
+
+import (
+	"context"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"kvmreplica/integration/estate"
+	"kvmreplica/integration/lab/console"
+	"kvmreplica/integration/lab/guest"
+	"kvmreplica/replicad/status"
+)
+
+// fsck runs replicafsck on a host.
+func (w *world) fsck(host string, args ...string) (string, error) {
+	w.t.Helper()
+	bin, err := estate.Binaries(w.step())
+	w.must(err)
+	out, err := w.Lab.Host(host).Command(w.step(), filepath.Join(bin, "replicafsck"), args...).CombinedOutput()
+	w.t.Logf("%s# replicafsck %s\n%s", host, strings.Join(args, " "), out)
+	return string(out), err
+}
+
+// fsckRefuses expects a refusal with a word in it.
+func (w *world) fsckRefuses(host, word string, args ...string) {
+	w.t.Helper()
+	if out, err := w.fsck(host, args...); err == nil || !strings.Contains(out, word) {
+		w.t.Fatalf("replicafsck %v: %v; want a refusal with %q", args, err, word)
+	}
+}
+
+// powerOff shuts a guest down as libvirt alone does and returns its last record.
+func (w *world) powerOff(host string, d guest.Domain, c *console.Console) uint64 {
+	w.t.Helper()
+	w.virsh(host, "shutdown", d.Name, "--mode", "acpi")
+	last, err := c.WaitWord(w.step(), "LAST")
+	w.must(err)
+	w.eventually("the guest is off", func() bool {
+		return strings.Contains(w.virsh(host, "domstate", d.Name), "shut off")
+	})
+	return last.Uint("n")
+}
+
+func (w *world) eventually(what string, ok func() bool) {
+	w.t.Helper()
+	ctx, cancel := context.WithTimeout(w.t.Context(), time.Minute)
+	defer cancel()
+	tick := time.NewTicker(200 * time.Millisecond)
+	defer tick.Stop()
+	for !ok() {
+		select {
+		case <-ctx.Done():
+			w.t.Fatalf("not within a minute: %s", what)
+		case <-tick.C:
+		}
+	}
+}
+
+// released waits until a host says that the VM is out of its hands.
+func (w *world) released(host string, d guest.Domain) {
+	w.t.Helper()
+	v, err := w.WaitStatus(w.step(), host, d.Name, "released", func(v status.VM) bool {
+		return strings.Contains(fmtConditions(v), "released: ") && v.Health == "critical"
+	})
+	w.must(err)
+	if v.State != status.Unprotected {
+		w.t.Errorf("a released VM has the state %s", v.State)
+	}
+}
+
+// The daemon is gone. The guest is released, runs from its own image with
+// stock libvirt and writes past everybody; when replicad runs again it first
+// leaves the guest alone, and once that is off protection resumes by digest.
+func TestAReleasedGuestRunsWithoutReplicadAndIsProtectedAgainByDigest(t *testing.T) {
+	w := up(t, estate.Options{})
+	d := w.guest("glass", 31, 2, "")
+	c := w.start(d)
+	w.virsh("A", "autostart", d.Name)
+	before := w.virsh("A", "dumpxml", "--inactive", d.Name)
+	w.protect(d, "1s")
+	if info := w.virsh("A", "dominfo", d.Name); !strings.Contains(info, "Autostart:      disable") {
+		t.Errorf("autostart was not taken over:\n%s", info)
+	}
+	w.fsckRefuses("A", "replicad runs", "release", d.Name)
+	w.fsckRefuses("B", "replicad runs", "release", d.Name)
+	w.must(w.Daemon("A").Kill())
+	w.fsckRefuses("A", "virsh shutdown "+d.Name, "release", d.Name)
+	w.fsckRefuses("A", "no such VM", "release", "nobody")
+	last := w.powerOff("A", d, c)
+
+	_, err := w.fsck("A", "release", d.Name)
+	w.must(err)
+	_, err = w.fsck("A", "release", "--all") // again: nothing changes
+	w.must(err)
+	if after := w.virsh("A", "dumpxml", "--inactive", d.Name); after != before {
+		t.Errorf("the definition is not what it was before protection:\n%s\nit was:\n%s", after, before)
+	}
+	if info := w.virsh("A", "dominfo", d.Name); !strings.Contains(info, "Autostart:      enable") {
+		t.Errorf("autostart was not given back:\n%s", info)
+	}
+	c, err = w.Console("A", d, false)
+	w.must(err)
+	w.virsh("A", "start", d.Name)
+	high := w.booted(c, last)
+	_, err = c.WaitSynced(w.step(), high+30)
+	w.must(err)
+
+	w.must(w.StartDaemon(w.step(), "A"))
+	w.released("A", d)
+	_, err = c.WaitSynced(w.step(), c.Synced()+20) // it is left alone
+	w.must(err)
+	last = w.powerOff("A", d, c)
+	c, err = w.Console("A", d, false)
+	w.must(err)
+	_, err = w.WaitStatus(w.step(), "A", d.Name, "in replicad's hands again", func(v status.VM) bool {
+		return !strings.Contains(fmtConditions(v), "released: ") && v.State != status.Unprotected
+	})
+	w.must(err)
+	if doc := w.virsh("A", "dumpxml", "--inactive", d.Name); !strings.Contains(doc, "/nbd.sock") {
+		t.Errorf("the definition does not point to the exports:\n%s", doc)
+	}
+	w.ctl("A", "vm", "start", d.Name)
+	high = w.booted(c, last)
+	v := w.replicating("A", d.Name)
+	full := v.Disks[0].Size + v.Disks[1].Size
+	t.Logf("after the release %d bytes were sent (%d before compression); the disks have %d", v.Stats.SentBytes, v.Stats.RawBytes, full)
+	if v.Stats.RawBytes > full/4 {
+		t.Errorf("after the release %d bytes were shipped, the disks have %d", v.Stats.RawBytes, full)
+	}
+	_, err = c.WaitSynced(w.step(), high+10)
+	w.must(err)
+	b, err := w.Console("B", d, true)
+	w.must(err)
+	w.ctl("A", "failover", "planned", d.Name, "--yes")
+	end, err := c.WaitWord(w.step(), "LAST")
+	w.must(err)
+	w.booted(b, end.Uint("n"))
+	w.noErrors("A", d, false)
+	w.noErrors("B", d, true)
+}
+
+// The primary's host is dead and the replica's daemon is gone. The replica is
+// recovered and released with replicafsck alone and boots from its plain image;
+// the daemons that come back corrupt nothing: the recovered side owns the VM,
+// and the way back is that of an unplanned failover.
+func TestARecoveredReplicaRunsWithoutReplicadAndOwnsTheVM(t *testing.T) {
+	w := up(t, estate.Options{})
+	d := w.guest("saved", 32, 1, "")
+	c := w.start(d)
+	w.protect(d, "1s")
+	cut := w.status("A", d.Name).Epoch
+	_, err := w.WaitStatus(w.step(), "A", d.Name, "two cycles further", func(v status.VM) bool { return v.Epoch >= cut+2 })
+	w.must(err)
+	safe := c.Synced()
+	_, err = w.WaitStatus(w.step(), "A", d.Name, "another cycle further", func(v status.VM) bool { return v.Epoch >= cut+4 })
+	w.must(err)
+	w.must(w.Lab.Host("A").Crash())
+	w.must(w.Daemon("B").Kill())
+
+	w.fsckRefuses("B", "recover "+d.Name+" --in-place", "release", d.Name)
+	_, err = w.fsck("B", "check", d.Name)
+	w.must(err)
+	_, err = w.fsck("B", "recover", d.Name, "--in-place")
+	w.must(err)
+	_, err = w.fsck("B", "release", d.Name)
+	w.must(err)
+	b, err := w.Console("B", d, true)
+	w.must(err)
+	w.virsh("B", "start", d.Name)
+	high := w.booted(b, safe)
+	_, err = b.WaitSynced(w.step(), high+10)
+	w.must(err)
+
+	w.must(w.StartDaemon(w.step(), "B"))
+	w.released("B", d)
+	w.restart("A")
+	w.held("A", d)
+	_, err = b.WaitSynced(w.step(), b.Synced()+10)
+	w.must(err)
+	last := w.powerOff("B", d, b)
+	v, err := w.WaitStatus(w.step(), "B", d.Name, "the primary", func(v status.VM) bool {
+		return v.Role == status.Primary && v.State == status.FailedOver && strings.Contains(fmtConditions(v), "no-reverse")
+	})
+	w.must(err)
+	w.held("A", d)
+	b, err = w.Console("B", d, true)
+	w.must(err)
+	w.ctl("B", "vm", "start", d.Name)
+	w.booted(b, last)
+	w.ctl("B", "failover", "reverse", d.Name, "--yes")
+	v = w.replicating("B", d.Name)
+	t.Logf("the way back sent %d bytes of %d", v.Stats.SentBytes, v.Disks[0].Size)
+	if v.Stats.RawBytes > v.Disks[0].Size/4 {
+		t.Errorf("the way back shipped %d bytes of a %d byte disk", v.Stats.RawBytes, v.Disks[0].Size)
+	}
+	a, err := w.Console("A", d, false)
+	w.must(err)
+	w.ctl("B", "failover", "planned", d.Name, "--yes")
+	end, err := b.WaitWord(w.step(), "LAST")
+	w.must(err)
+	w.booted(a, end.Uint("n"))
+	w.noErrors("B", d, true)
+}
+
+// held waits until a host holds the VM back and shows that it cannot be started.
+func (w *world) held(host string, d guest.Domain) {
+	w.t.Helper()
+	_, err := w.WaitStatus(w.step(), host, d.Name, "held back", func(v status.VM) bool {
+		return !v.Running && strings.Contains(fmtConditions(v), "start-held: ")
+	})
+	w.must(err)
+	if out, err := w.Lab.Host(host).Virsh(w.step(), "start", d.Name); err == nil {
+		w.t.Fatalf("host %s started the VM: %s", host, out)
+	}
+}
