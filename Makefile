@@ -91,11 +91,12 @@ bench: ## all benchmarks, BENCHTIME each (1s)
 
 .PHONY: demo
 demo: deps build ## two hosts, one guest, a failover and the way back
-	go run ./integration/demo
+	bin/demo
 
 .PHONY: lab
-lab: build ## two pretend hosts to play with, in LAB (/tmp/kvmlab); see bin/kvmlab
-	bin/kvmlab up $(LAB)
+lab: deps build ## two paired hosts and a running guest to play with, in LAB (/tmp/kvmlab)
+	@mkdir -p -m 755 $(LAB)
+	bin/demo -lab -dir $(LAB)
 
 .PHONY: clean
 clean: ## remove what was made; a lab in LAB is taken down

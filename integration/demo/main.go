@@ -28,10 +28,11 @@ import (
 func main() {
 	dir := flag.String("dir", "", "work directory (short path; default a new one below /tmp)")
 	keep := flag.Bool("keep", false, "leave the two hosts running, with the VM protected")
+	hands := flag.Bool("lab", false, "only make the two hosts and a running guest, and leave them for hands-on use")
 	size := flag.Int64("size", 512, "size of the guest's disk in MiB")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	err := run(ctx, *dir, *size<<20, *keep)
+	err := run(ctx, *dir, *size<<20, *keep || *hands, *hands)
 	stop()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "demo:", err)
@@ -58,7 +59,7 @@ type show struct {
 	stats []status.Stats
 }
 
-func run(ctx context.Context, dir string, size int64, keep bool) (err error) {
+func run(ctx context.Context, dir string, size int64, keep, hands bool) (err error) {
 	if dir == "" {
 		if dir, err = os.MkdirTemp("", "demo-"); err != nil {
 			return err
@@ -75,6 +76,15 @@ func run(ctx context.Context, dir string, size int64, keep bool) (err error) {
 	}
 	if !keep {
 		defer func() { err = errors.Join(err, s.e.Down(), os.RemoveAll(dir)) }()
+	}
+	if hands {
+		bctx, cancel := context.WithTimeout(ctx, 2*stepTimeout)
+		defer cancel()
+		if err := s.boot(bctx, size); err != nil {
+			return err
+		}
+		s.tryThis(dir)
+		return nil
 	}
 	for _, step := range []func(context.Context) error{
 		func(ctx context.Context) error { return s.boot(ctx, size) },
@@ -270,6 +280,28 @@ func (s *show) end(ctx context.Context) error {
 		s.last, s.miss, med.Round(10*time.Millisecond), most.Round(10*time.Millisecond),
 		s.moved[0].Round(100*time.Millisecond), s.moved[1].Round(100*time.Millisecond), raw>>10, sent>>10, int(time.Since(s.from).Seconds()))
 	return nil
+}
+
+// tryThis prints what a person can type in a lab that was left running.
+func (s *show) tryThis(dir string) {
+	root, err := lab.RepoRoot()
+	if err != nil {
+		root = "."
+	}
+	bin := filepath.Join(root, "bin")
+	fmt.Printf(`
+Two hosts are up in %[1]s, paired; the guest %[2]q runs on A. Try, as root:
+
+  on() { h=$1; shift; %[3]s/kvmlab exec %[1]s $h -- "$@"; }
+  on A %[3]s/replicactl vm enable %[2]s --to kvm-b --every 5s --yes
+  on A %[3]s/replicactl vm watch %[2]s
+  on A %[3]s/replicactl failover planned %[2]s --yes
+  on B %[3]s/replicactl vm status %[2]s
+  on B virsh list --all
+  %[3]s/kvmlab crash %[1]s A                      # a power cut of host A
+
+Take it down with: make clean (or %[3]s/kvmlab down %[1]s)
+`, dir, vmName, bin)
 }
 
 // logs shows what the daemons said last, after a failure.
