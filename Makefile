@@ -42,6 +42,10 @@ build: ## the programs, static, into bin/
 	  echo "build $$c"; CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o bin/ $$c || exit 1; \
 	done
 
+.PHONY: install
+install: build ## programs, unit, hook, configuration: DESTDIR=, PREFIX=/usr/local
+	@DESTDIR=$(DESTDIR) PREFIX=$(or $(PREFIX),/usr/local) packaging/install.sh bin
+
 .PHONY: lint
 lint: ## format, vet, staticcheck
 	@out=$$(gofumpt -l .); \
