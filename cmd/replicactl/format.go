@@ -166,7 +166,7 @@ func (a *app) planThenAsk(ctx context.Context, act api.Action, sure bool) error 
 	if sure {
 		return nil
 	}
-	if !term.IsTerminal(int(os.Stdin.Fd())) {
+	if !isTerminal(a.in) {
 		return usagef("standard input is no terminal: repeat with --yes to go on")
 	}
 	fmt.Fprint(a.err, "Go on? [y/N] ")
@@ -177,15 +177,26 @@ func (a *app) planThenAsk(ctx context.Context, act api.Action, sure bool) error 
 	return nil
 }
 
+// isTerminal reports whether a person sits at a stream.
+func isTerminal(stream any) bool {
+	f, ok := stream.(*os.File)
+	return ok && term.IsTerminal(int(f.Fd()))
+}
+
 // watchEvery is how often watch asks.
 const watchEvery = 500 * time.Millisecond
 
+// watchLines is how often it prints a line where nothing but figures changes
+// and no terminal shows them in place.
+const watchLines = 10 * time.Second
+
 // watch prints a VM's state until done says so or ctx ends.
 func (a *app) watch(ctx context.Context, name string, done func(status.VM) bool) error {
-	live := !a.json && term.IsTerminal(int(os.Stdout.Fd()))
+	live := !a.json && isTerminal(a.out)
 	tick := time.NewTicker(watchEvery)
 	defer tick.Stop()
-	last := ""
+	var last string
+	var at time.Time
 	for {
 		v, err := a.client().VM(ctx, name)
 		if err != nil {
@@ -196,9 +207,9 @@ func (a *app) watch(ctx context.Context, name string, done func(status.VM) bool)
 			_ = json.NewEncoder(a.out).Encode(v)
 		case live:
 			fmt.Fprintf(a.out, "\r\x1b[K%s", clean(s))
-		case s != last:
+		case watchKey(v) != last || time.Since(at) >= watchLines || done(v):
 			fmt.Fprintln(a.out, clean(s))
-			last = s
+			last, at = watchKey(v), time.Now()
 		}
 		if done(v) {
 			if live {
@@ -212,6 +223,15 @@ func (a *app) watch(ctx context.Context, name string, done func(status.VM) bool)
 		case <-tick.C:
 		}
 	}
+}
+
+// watchKey is what makes a new line worth its place in a log.
+func watchKey(v status.VM) string {
+	s := fmt.Sprint(v.State, v.Health)
+	if v.Job != nil && v.Job.Total > 0 {
+		s += fmt.Sprint(v.Job.Phase, v.Job.Done*10/v.Job.Total)
+	}
+	return s
 }
 
 func watchLine(v status.VM) string {

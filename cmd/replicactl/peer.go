@@ -68,7 +68,7 @@ func newJoin(a *app) *cobra.Command {
 			if a.json {
 				return a.print(p)
 			}
-			fmt.Fprintf(a.out, "paired with %s (%s) at %s\n", clean(p.Name), p.Host, p.Address)
+			fmt.Fprintf(a.out, "paired with %s (%s) at %s\n", clean(p.Name), clean(string(p.Host)), clean(p.Address))
 			return nil
 		},
 	}
@@ -102,7 +102,7 @@ func newPeerList(a *app) *cobra.Command {
 			w := tabwriter.NewWriter(a.out, 0, 8, 2, ' ', 0)
 			fmt.Fprintln(w, "NAME\tADDRESS\tREACHABLE\tMAY SEND\tHOST")
 			for _, p := range ps {
-				fmt.Fprintf(w, "%s\t%s\t%v\t%v\t%s\n", clean(p.Name), p.Address, p.Reachable, p.MaySend, p.Host)
+				fmt.Fprintf(w, "%s\t%s\t%v\t%v\t%s\n", clean(p.Name), clean(p.Address), p.Reachable, p.MaySend, clean(string(p.Host)))
 			}
 			return w.Flush()
 		},

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"strings"
+	"unicode"
 
 	"github.com/spf13/cobra"
 
@@ -64,12 +65,12 @@ func run(ctx context.Context, args []string, out, errw io.Writer, in io.Reader) 
 	root.SetArgs(args)
 	root.SetOut(out)
 	root.SetErr(errw)
-	err := root.ExecuteContext(ctx)
+	cmd, err := root.ExecuteContextC(ctx)
 	if err == nil {
 		return exitOK
 	}
 	code := codeOf(ctx, err)
-	a.printError(err, code)
+	a.printError(err, code, cmd.CommandPath())
 	return code
 }
 
@@ -87,6 +88,9 @@ func codeOf(ctx context.Context, err error) int {
 		if w.Kind == wire.KindRefused || w.Kind == wire.KindConflict || w.Kind == wire.KindDiverged {
 			return exitRefused
 		}
+		if w.Kind == wire.KindInvalid {
+			return exitUsage
+		}
 		return exitFailed
 	case errors.Is(err, errUsage), strings.HasPrefix(err.Error(), "unknown "), strings.Contains(err.Error(), "arg(s)"), strings.Contains(err.Error(), "required flag"):
 		return exitUsage
@@ -94,26 +98,62 @@ func codeOf(ctx context.Context, err error) int {
 	return exitFailed
 }
 
-func (a *app) printError(err error, code int) {
+// failure is how an error looks in JSON.
+type failure struct {
+	Kind string `json:"kind"`
+	Text string `json:"text"`
+	Hint string `json:"hint,omitempty"`
+}
+
+// kindName is a kind of error for scripts; the names are stable.
+func kindName(k wire.Kind) string {
+	names := []string{"internal", "not-found", "conflict", "refused", "diverged", "unavailable", "corrupt", "no-space", "invalid", "position", "version"}
+	if k < 0 || int(k) >= len(names) {
+		return names[0]
+	}
+	return names[k]
+}
+
+// explain is what is said of an error: kind, cause and the next command.
+func explain(err error, code int, command string) failure {
 	e := api.AsError(err)
+	f := failure{Kind: kindName(e.Kind), Text: e.Text, Hint: e.Hint}
+	switch {
+	case code == exitNoDaemon:
+		f.Kind, f.Hint = kindName(wire.KindUnavailable), "systemctl status replicad; journalctl -u replicad"
+	case code == exitInterrupted:
+		f = failure{Kind: "interrupted", Text: "interrupted; an action that had begun goes on in the daemon", Hint: "replicactl vm list"}
+	case code == exitUsage:
+		f.Kind = kindName(wire.KindInvalid)
+		if f.Hint == "" {
+			f.Hint = command + " --help"
+		}
+	}
+	return f
+}
+
+func (a *app) printError(err error, code int, command string) {
+	f := explain(err, code, command)
 	if a.json {
-		_ = json.NewEncoder(a.err).Encode(map[string]any{"error": e, "exit": code})
+		_ = json.NewEncoder(a.err).Encode(map[string]any{"error": f, "exit": code})
 		return
 	}
-	fmt.Fprintf(a.err, "replicactl: %s\n", clean(e.Text))
-	if e.Hint != "" {
-		fmt.Fprintf(a.err, "  next: %s\n", clean(e.Hint))
+	fmt.Fprintf(a.err, "replicactl: %s\n", clean(f.Text))
+	if f.Hint != "" {
+		fmt.Fprintf(a.err, "  next: %s\n", clean(f.Hint))
 	}
 }
 
-// clean keeps what a peer or a guest wrote from steering the terminal.
+// clean keeps what a peer or a guest wrote from steering the terminal, and on
+// one line.
 func clean(s string) string {
 	return strings.Map(func(r rune) rune {
-		if r < ' ' && r != '\n' || r == 0x7f || r >= 0x80 && r < 0xa0 || r >= 0x202a && r <= 0x202e || r >= 0x2066 && r <= 0x2069 {
+		switch {
+		case unicode.IsControl(r), unicode.Is(unicode.Bidi_Control, r), r == '\u2028', r == '\u2029':
 			return '?'
 		}
 		return r
-	}, s)
+	}, strings.ReplaceAll(s, "\n", "; "))
 }
 
 func newRoot(a *app) *cobra.Command {

@@ -57,6 +57,9 @@ replicad's exports one by one, and taken out again if anything fails. The plan i
 			if act.Interval < 0 || act.Interval > 24*time.Hour || act.Interval%time.Second != 0 {
 				return usagef("--every takes whole seconds from 1s to 24h, or 0 for back to back")
 			}
+			if act.OnSilent != "" && act.OnSilent != "start" && act.OnSilent != "hold" {
+				return usagef("--on-silent-peer is %q: start or hold", act.OnSilent)
+			}
 			if err := a.planThenAsk(cmd.Context(), act, yes || act.DryRun); err != nil || act.DryRun {
 				return err
 			}

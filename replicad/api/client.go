@@ -143,7 +143,7 @@ func (c *Client) send(ctx context.Context, method, path string, in any) (*http.R
 		}
 		var ne *net.OpError
 		if errors.As(err, &ne) {
-			return nil, fmt.Errorf("%w on %s: %w (is it running? systemctl status replicad)", ErrNoDaemon, c.socket, ne.Err)
+			return nil, fmt.Errorf("%w on %s: %w", ErrNoDaemon, c.socket, ne.Err)
 		}
 		return nil, fmt.Errorf("%w on %s: %w", ErrNoDaemon, c.socket, err)
 	}
