@@ -88,7 +88,10 @@ func (c *command) claim() (unlock func(), err error) {
 			fmt.Fprintln(c.out, "warning     replicad runs; what is released stays so until it is started again")
 			return func() { _ = f.Close() }, nil
 		}
-		return nil, errors.Join(fmt.Errorf("replicad runs (%w); use: replicactl vm disable NAME; or stop it: systemctl stop replicad; or release under it with --force", err), f.Close())
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			err = errors.New("replicad runs; use: replicactl vm disable NAME; or stop it: systemctl stop replicad; or release under it with --force")
+		}
+		return nil, errors.Join(err, f.Close())
 	}
 	return func() { _ = f.Close() }, nil
 }
