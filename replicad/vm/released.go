@@ -129,7 +129,8 @@ func (v *VM) takeHands(ctx context.Context) error {
 	if _, err := v.pointIn(ctx); err != nil {
 		return fmt.Errorf("point the definition at the exports again: %w", err)
 	}
-	if err := v.update(func(r *Record) error { r.WantRunning = r.WantRunning && v.guestRuns(); return nil }); err != nil {
+	// Off is how its guest was left: what ran before the release does not count.
+	if err := v.update(func(r *Record) error { r.WantRunning = false; return nil }); err != nil {
 		return err
 	}
 	if err := breakglass.Clear(v.fsys); err != nil {
