@@ -105,7 +105,7 @@ func (d *Daemon) actOn(ctx context.Context, v *vm.VM, a api.Action, request stri
 	case api.Reverse:
 		return d.reverse(ctx, v, a, request, step, emit)
 	case api.PlanResume, api.PlanUndo:
-		if err := v.Settle(ctx, a.Verb == api.PlanUndo); err != nil {
+		if err := v.Settle(ctx, a.Verb == api.PlanUndo, a.Force); err != nil {
 			return err
 		}
 		return d.result(ctx, v, emit)

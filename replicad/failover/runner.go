@@ -179,6 +179,10 @@ func (r *Runner) Run(ctx context.Context, steps []Step) error {
 		if r.finished(s.Name) {
 			continue
 		}
+		// A step that is not begun any more must not commit the plan.
+		if err := ctx.Err(); err != nil {
+			return r.stopped(ctx, steps, fmt.Errorf("%s: %w", s.Title, err))
+		}
 		r.j.Begun, r.j.Failure = s.Name, ""
 		r.j.Committed = r.j.Committed || s.Commit
 		if err := r.save(); err != nil {
@@ -189,11 +193,7 @@ func (r *Runner) Run(ctx context.Context, steps []Step) error {
 			if s.Commit && errors.Is(err, ErrNotTaken) {
 				r.j.Committed = r.committedBefore(steps[:i])
 			}
-			if r.j.Committed {
-				r.j.Failure = err.Error()
-				return errors.Join(err, r.save())
-			}
-			return r.TakeBack(context.WithoutCancel(ctx), steps, err)
+			return r.stopped(ctx, steps, err)
 		}
 		r.j.Finished = append(r.j.Finished, s.Name)
 		if err := r.save(); err != nil {
@@ -204,10 +204,17 @@ func (r *Runner) Run(ctx context.Context, steps []Step) error {
 	return r.save()
 }
 
-func (r *Runner) do(ctx context.Context, s *Step, i, n int) error {
-	if err := ctx.Err(); err != nil {
-		return err
+// stopped is the end of a run that failed: a committed plan waits to be
+// continued, any other is taken back.
+func (r *Runner) stopped(ctx context.Context, steps []Step, err error) error {
+	if r.j.Committed {
+		r.j.Failure = err.Error()
+		return errors.Join(err, r.save())
 	}
+	return r.TakeBack(context.WithoutCancel(ctx), steps, err)
+}
+
+func (r *Runner) do(ctx context.Context, s *Step, i, n int) error {
 	begun := r.Now()
 	r.emit(Event{Step: wire.Step{Name: s.Title}, Index: i, Total: n})
 	r.fail(s, "begun")

@@ -34,7 +34,8 @@ type guestFacts struct {
 	beat           time.Time        // last empty cut, for beatAt
 	beatAt         delta.Pos
 	decision       lineage.Decision
-	hands          hands // whether the VM was released
+	told           string // why the last handshake held the guest
+	hands          hands  // whether the VM was released
 }
 
 // The gate is what the libvirt hook looks at before any start. The protected
@@ -46,16 +47,21 @@ func (v *VM) gateFiles() (protected, allow string) {
 
 // publishGate writes what the hook decides from.
 func (v *VM) publishGate() {
+	v.gate.Lock() // what was read last is written last
+	defer v.gate.Unlock()
 	protected, allow := v.gateFiles()
 	r := v.record()
 	v.mu.Lock()
 	held := v.held
 	v.mu.Unlock()
 	if held == "" && v.outOfHands() {
-		v.clearGate() // its start is not ours to decide
+		v.removeGate() // its start is not ours to decide
 		return
 	}
 	why := held
+	if why == "" {
+		why = r.Superseded
+	}
 	if !r.Lineage.MayServe() && why == "" {
 		why = fmt.Sprintf("this host is %s for this VM; it runs on the other host", r.Lineage.State)
 		if r.Lineage.Diverged != nil {
@@ -77,6 +83,13 @@ func (v *VM) publishGate() {
 }
 
 func (v *VM) clearGate() {
+	v.gate.Lock()
+	defer v.gate.Unlock()
+	v.removeGate()
+}
+
+// removeGate leaves the start to libvirt; the gate is locked.
+func (v *VM) removeGate() {
 	protected, allow := v.gateFiles()
 	for _, f := range []string{allow, protected} {
 		if err := os.Remove(f); err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -127,15 +140,20 @@ func (v *VM) openExports(ctx context.Context) error {
 	return c.Export(ctx, dataplane.ExportRequest{On: true})
 }
 
-// startGuest starts the domain; a running one is fine.
+// startGuest starts the domain; a running one is fine. The caller holds the
+// plan token.
 func (v *VM) startGuest(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
-	v.hold("")
-	v.publishGate()
-	if err := v.update(func(r *Record) error { r.WantRunning = true; return nil }); err != nil {
+	if l := v.record().Lineage; !l.MayServe() {
+		return fmt.Errorf("start the guest: this host is %s for it", l.State)
+	}
+	err := v.update(func(r *Record) error { r.WantRunning, r.Superseded = true, ""; return nil })
+	if err != nil {
 		return err
 	}
+	v.hold("")
+	v.publishGate()
 	st, _, err := v.deps.Hyper.DomainState(ctx, string(v.id))
 	if err != nil {
 		return fmt.Errorf("start the guest: %w", err)
@@ -153,16 +171,8 @@ func (v *VM) startGuest(ctx context.Context) error {
 	return nil
 }
 
-// StartGuest is the person's start: the peer is asked first.
-func (v *VM) StartGuest(ctx context.Context, force bool) error {
-	if !v.record().Lineage.MayServe() {
-		return &wire.Error{Kind: wire.KindRefused, Text: fmt.Sprintf("this host is %s for the VM", v.record().Lineage.State), Hint: "replicactl vm status " + v.record().Name}
-	}
-	if why, answered := v.askPeer(ctx); why != "" && !force {
-		return &wire.Error{Kind: wire.KindRefused, Text: why, Hint: "replicactl vm start --force only when the other copy is certainly stopped"}
-	} else if !answered && !force {
-		return &wire.Error{Kind: wire.KindRefused, Text: "the other host does not answer, so it is not known whether the VM runs there", Hint: "replicactl vm start --force when it is certainly stopped there"}
-	}
+// serveGuest opens the exports and starts the guest on them.
+func (v *VM) serveGuest(ctx context.Context) error {
 	c, err := v.plane()
 	if err != nil {
 		return err
@@ -174,6 +184,24 @@ func (v *VM) StartGuest(ctx context.Context, force bool) error {
 		return err
 	}
 	return v.startGuest(ctx)
+}
+
+// StartGuest is the person's start: the peer is asked first.
+func (v *VM) StartGuest(ctx context.Context, force bool) error {
+	unlock, err := v.lock()
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if !v.record().Lineage.MayServe() {
+		return &wire.Error{Kind: wire.KindRefused, Text: fmt.Sprintf("this host is %s for the VM", v.record().Lineage.State), Hint: "replicactl vm status " + v.record().Name}
+	}
+	if why, answered := v.askPeer(ctx); why != "" && !force {
+		return &wire.Error{Kind: wire.KindRefused, Text: why, Hint: "replicactl vm start --force only when the other copy is certainly stopped"}
+	} else if !answered && !force {
+		return &wire.Error{Kind: wire.KindRefused, Text: "the other host does not answer, so it is not known whether the VM runs there", Hint: "replicactl vm start --force when it is certainly stopped there"}
+	}
+	return v.serveGuest(ctx)
 }
 
 // askPeer asks the other host whether the VM may run here: why not, and
@@ -198,57 +226,6 @@ func (v *VM) askPeer(ctx context.Context) (why string, answered bool) {
 		return "the other host was promoted and owns the VM now", true
 	}
 	return "", true
-}
-
-// bootDecision starts a guest that ran before the host went down, after asking
-// the peer. It acts once per boot and only for a guest that is off.
-func (v *VM) bootDecision(ctx context.Context) {
-	r := v.record()
-	if !r.Lineage.MayServe() {
-		v.publishGate()
-		return
-	}
-	booted := filepath.Join(v.deps.RunDir, "booted", string(v.id))
-	if _, err := os.Stat(booted); err == nil || v.guestRuns() {
-		v.publishGate()
-		v.noteBoot(booted)
-		return
-	}
-	v.hold("the other host is being asked")
-	begun := v.deps.Now()
-	for pause := newPause(); ; {
-		why, answered := v.askPeer(ctx)
-		switch {
-		case why != "":
-			v.hold(why)
-			v.refuseExports(ctx, why)
-			return
-		case answered || (v.deps.Now().Sub(begun) > v.deps.SilentAfter && r.OnSilent != "hold"):
-			v.hold("")
-			v.noteBoot(booted)
-			if !answered {
-				v.log.Error("the other host is silent; the VM is started by policy on-silent-peer=start")
-			}
-			if r.WantRunning || r.Autostart {
-				if err := v.startGuest(ctx); err != nil {
-					v.log.Error("start the guest after the boot", "err", err)
-					v.setTrouble(err.Error())
-				}
-			}
-			return
-		case v.deps.Now().Sub(begun) > v.deps.SilentAfter:
-			v.hold("the other host is silent and the policy is on-silent-peer=hold")
-		}
-		if !pause.wait(ctx) {
-			return
-		}
-	}
-}
-
-func (v *VM) noteBoot(path string) {
-	if err := writeFile(path, "decided\n"); err != nil {
-		v.log.Error("remember that the boot was handled", "err", err)
-	}
 }
 
 func (v *VM) refuseExports(ctx context.Context, why string) {

@@ -38,6 +38,9 @@ func (v *VM) half() (wire.HandshakeReply, error) {
 	if err != nil {
 		return h, err
 	}
+	if r.Incomplete && st.State != points.Seeding && r.Next == nil {
+		return h, &wire.Error{Kind: wire.KindUnavailable, Text: "this host is still giving up its own writes", Hint: "replicactl vm status " + r.Name}
+	}
 	h.VerifyAll = st.VerifyAll
 	switch st.State {
 	case points.Seeding:
@@ -85,7 +88,7 @@ func (v *VM) judged(q wire.HandshakeRequest, h wire.HandshakeReply) {
 	v.mu.Lock()
 	v.facts.peerGeneration, v.facts.peerAncestors = q.Generation, q.Ancestors
 	v.facts.allowed = delta.Generation{}
-	if d.MayShip() {
+	if d.MayShip() && !v.closed {
 		v.facts.allowed = q.Generation
 	}
 	v.facts.heard, v.facts.peerRunning = v.deps.Now(), q.Running
@@ -100,11 +103,39 @@ func (v *VM) judge(q wire.HandshakeRequest, h wire.HandshakeReply) lineage.Decis
 	v.mu.Lock()
 	v.facts.heard = v.deps.Now()
 	v.facts.decision = d
+	lift := d.MayShip() && v.held != "" && v.held == v.facts.told
+	if v.facts.told = ""; !d.MayRun(lineage.P) {
+		v.facts.told = d.Reason
+	}
 	v.mu.Unlock()
 	if !d.MayRun(lineage.P) {
 		v.hold(d.Reason)
 	}
+	if lift {
+		v.hold("")
+	}
+	v.supersede(d)
 	return d
+}
+
+// supersede keeps, also over a boot at which the other host is silent, that it
+// was promoted; it ends when the other host follows this one.
+func (v *VM) supersede(d lineage.Decision) {
+	why := v.record().Superseded
+	switch {
+	case d.Outcome == lineage.Stale:
+		why = d.Reason
+	case d.MayShip():
+		why = ""
+	}
+	if why == v.record().Superseded {
+		return
+	}
+	if err := v.update(func(r *Record) error { r.Superseded = why; return nil }); err != nil {
+		v.log.Error("keep what the other host said of its role", "err", err)
+		return
+	}
+	v.publishGate()
 }
 
 // conclude persists what must not be forgotten.
@@ -128,11 +159,14 @@ func (m *Manager) receiving(ctx context.Context, id wire.VMID, g delta.Generatio
 		return nil, nil, err
 	}
 	v.mu.Lock()
-	allowed := v.facts.allowed
+	allowed, closed := v.facts.allowed, v.closed
 	state := v.rec.Lineage.State
 	v.mu.Unlock()
 	if state != lineage.Replica {
 		return nil, nil, &wire.Error{Kind: wire.KindRefused, Text: fmt.Sprintf("this host is %s for the VM, not its replica", state), Hint: "replicactl vm status"}
+	}
+	if closed {
+		return nil, nil, &wire.Error{Kind: wire.KindUnavailable, Text: "a promotion of this host is under way", Hint: "replicactl vm status"}
 	}
 	if g.IsZero() || allowed != g {
 		return nil, nil, &wire.Error{Kind: wire.KindUnavailable, Text: "this generation has not shaken hands since the replica started", Hint: "begin with a handshake"}
@@ -145,14 +179,20 @@ func (m *Manager) receiving(ctx context.Context, id wire.VMID, g delta.Generatio
 func (v *VM) committed(pos delta.Pos) error {
 	v.heard()
 	r := v.record()
-	if r.Lineage.Generation == pos.Generation && !r.Incomplete && r.Lineage.Sealed.IsZero() {
+	if r.Lineage.Generation == pos.Generation && !r.Incomplete && r.Lineage.Sealed.IsZero() && r.Next == nil {
 		return nil
 	}
 	v.mu.Lock()
 	ancestors := v.facts.peerAncestors
 	v.mu.Unlock()
+	switch {
+	case r.Next != nil && r.Next.Generation == pos.Generation:
+		ancestors = r.Next.Ancestors
+	case r.Lineage.Generation == pos.Generation:
+		ancestors = r.Lineage.Ancestors
+	}
 	err := v.move(lineage.Change{Event: lineage.Follow, Generation: pos.Generation, At: pos, Ancestors: ancestors}, func(r *Record) {
-		r.Incomplete = false
+		r.Incomplete, r.Next = false, nil
 		r.Lineage.Sealed = delta.Pos{}
 		r.Lineage.Discard = delta.Generation{}
 	})
@@ -183,6 +223,20 @@ func (v *VM) heard() {
 	v.mu.Lock()
 	v.facts.heard = v.deps.Now()
 	v.mu.Unlock()
+}
+
+// guestIsOff is certain or an error: in doubt a guest may run.
+func (v *VM) guestIsOff(ctx context.Context) (bool, error) {
+	ctx, cancel := context.WithTimeout(ctx, libvirtTimeout)
+	defer cancel()
+	st, _, err := v.deps.Hyper.DomainState(ctx, string(v.id))
+	if errors.Is(err, libvirt.ErrNotFound) {
+		return true, nil
+	}
+	if err != nil {
+		return false, &wire.Error{Kind: wire.KindUnavailable, Text: "it is not known whether the guest runs: " + err.Error(), Hint: "systemctl status libvirtd virtqemud"}
+	}
+	return off(st), nil
 }
 
 // guestRuns asks libvirt; doubt counts as "as last seen".

@@ -275,6 +275,43 @@ func (v *VM) adoptBase(pos delta.Pos, assume bool) error {
 	return s.Close()
 }
 
+// completeStore makes anew what a crash left half-made: the empty store of a
+// new replica, or the one around an old primary's images that gave its writes
+// up. Neither holds anything that was committed.
+func (v *VM) completeStore(ctx context.Context) error {
+	r := v.record()
+	fresh := r.Lineage.Generation.IsZero() && r.Next == nil
+	released := r.Incomplete && !r.Lineage.Discard.IsZero() && r.Next == nil
+	v.mu.Lock()
+	open := v.keep != nil
+	v.mu.Unlock()
+	if open || !fresh && !released {
+		return nil
+	}
+	s, err := points.Open(v.storeConfig())
+	if err == nil {
+		st := s.Status()
+		for _, d := range r.Disks {
+			if released && st.State == points.Seeding {
+				err = errors.Join(err, s.SeedAssume(string(d.Name)))
+			}
+		}
+		if err = errors.Join(err, s.Close()); err != nil || st.State != points.Promoted || fresh {
+			return err
+		}
+	} else if !absent(err) {
+		return fmt.Errorf("open the replica store: %w", err)
+	}
+	if released {
+		return v.adoptBase(delta.Pos{}, true)
+	}
+	if err := v.createStore(); err != nil {
+		return err
+	}
+	_, err = v.defineReplica(ctx)
+	return err
+}
+
 func (v *VM) deltaDisks() []delta.Disk {
 	var out []delta.Disk
 	for _, d := range v.record().Disks {
@@ -312,8 +349,10 @@ func (v *VM) sealStore(p *promoteVars) (string, error) {
 	if err != nil && !errors.Is(err, points.ErrPromoted) {
 		return "", fmt.Errorf("read the firmware state: %w", err)
 	}
-	if err := v.keepFirmware(blobs); err != nil {
-		return "", err
+	if err == nil {
+		if err := v.keepFirmware(blobs); err != nil {
+			return "", err
+		}
 	}
 	if s.Status().State == points.Promoted {
 		return "", nil
@@ -321,6 +360,9 @@ func (v *VM) sealStore(p *promoteVars) (string, error) {
 	seal, err := s.Promote(p.Generation, v.record().Lineage.Forced)
 	if err != nil {
 		return "", fmt.Errorf("end the replica's history: %w", err)
+	}
+	if seal.At != p.At {
+		return "", fmt.Errorf("the replica's history ended at %v, the promotion is at %v: its images hold more than was decided for", seal.At, p.At)
 	}
 	return fmt.Sprintf("%d recovery points ended", seal.Points), nil
 }
@@ -332,6 +374,11 @@ const (
 )
 
 func (v *VM) keepFirmware(blobs []delta.Blob) error {
+	for _, name := range []string{nvramFile, tpmFile} { // of an earlier promotion
+		if err := v.fsys.Remove(name); err != nil && !absent(err) {
+			return fmt.Errorf("keep the firmware state: %w", err)
+		}
+	}
 	for _, b := range blobs {
 		name := map[delta.BlobKind]string{delta.BlobNVRAM: nvramFile, delta.BlobTPM: tpmFile}[b.Kind]
 		if name == "" {

@@ -21,7 +21,6 @@ import (
 
 	"kvmreplica/internal/fsx"
 	"kvmreplica/replicad/failover"
-	"kvmreplica/replicad/lineage"
 	"kvmreplica/replicad/wire"
 )
 
@@ -64,6 +63,7 @@ func Open(fsys fsx.FS, deps Deps) (*Manager, error) {
 			continue
 		}
 		v := m.newVM(r)
+		v.loaded = true
 		if v.stuck, err = failover.Load(sub, planFile); err != nil {
 			m.broken[n] = err
 			continue
@@ -77,6 +77,7 @@ func (m *Manager) newVM(r Record) *VM {
 	return &VM{
 		deps: &m.deps, mgr: m, id: r.VM, fsys: fsx.Sub(m.fsys, "vms/"+string(r.VM)), rec: r,
 		log: m.deps.Log.With("vm", r.Name, "id", string(r.VM)), plan: make(chan struct{}, 1),
+		facts: guestFacts{running: r.WantRunning}, // until libvirt is heard
 	}
 }
 
@@ -138,7 +139,7 @@ func (m *Manager) add(r Record) (*VM, error) {
 	m.vms[r.VM] = v
 	if m.ctx != nil {
 		m.background.Add(1)
-		go func() { defer m.background.Done(); v.watch(m.ctx) }()
+		go func() { defer m.background.Done(); v.tend(v.mgr.lifetime()) }()
 	}
 	return v, nil
 }
@@ -196,11 +197,18 @@ func (m *Manager) Run(ctx context.Context) error {
 	m.ctx = ctx
 	m.mu.Unlock()
 	for _, v := range m.All() {
+		if !v.loaded {
+			continue // made since: whoever made it brings it up
+		}
 		m.background.Add(1)
 		go func() {
 			defer m.background.Done()
-			v.begin(ctx)
-			v.watch(ctx)
+			if !v.begin(ctx) {
+				return
+			}
+			m.background.Add(1)
+			go func() { defer m.background.Done(); v.bootDecision(ctx) }()
+			v.tend(ctx)
 		}()
 	}
 	<-ctx.Done()
@@ -212,37 +220,46 @@ func (m *Manager) Run(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
+// tend watches the guest and continues interrupted plans until ctx ends or
+// the relationship does.
+func (v *VM) tend(ctx context.Context) {
+	done := make(chan struct{})
+	go func() { defer close(done); v.mend(ctx) }()
+	v.watch(ctx)
+	<-done
+}
+
 // begin settles an interrupted plan, then starts the role; what fails is tried
-// again until it works or ctx ends.
-func (v *VM) begin(ctx context.Context) {
+// again until it works. It reports false when ctx or the relationship ended.
+func (v *VM) begin(ctx context.Context) bool {
 	for pause := newPause(); !v.forgotten(); {
 		err := v.settle(ctx)
 		if err == nil && v.over() {
 			if err = v.mgr.remove(v); err == nil {
-				return
+				return false
 			}
 		}
 		if err == nil {
 			err = v.reclaim(ctx)
 		}
 		if err == nil {
-			err = v.up(ctx)
+			err = v.resume(ctx)
 		}
 		switch {
 		case err == nil:
 			v.setTrouble("")
-			v.bootDecision(ctx)
-			return
-		case errors.Is(err, errReleased):
+			return !v.forgotten()
+		case errors.Is(err, errReleased), conflict(err):
 			v.setTrouble("")
 		default:
 			v.setTrouble(err.Error())
 			v.log.Error("bring the VM into its role", "err", err)
 		}
 		if !pause.wait(ctx) {
-			return
+			return false
 		}
 	}
+	return false
 }
 
 // over reports that nothing of a relationship is left but its record: enabling
@@ -251,64 +268,4 @@ func (v *VM) over() bool {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	return v.stuck == nil && (v.rec.Ended || v.rec.Native && !v.rec.Placed)
-}
-
-// settle continues a plan that has passed its point of no return and takes
-// back one that has not.
-func (v *VM) settle(ctx context.Context) error {
-	j, err := failover.Load(v.fsys, planFile)
-	if err != nil || j == nil {
-		return err
-	}
-	unlock, err := v.lock()
-	if err != nil {
-		return nil // somebody works on it already
-	}
-	defer unlock()
-	return v.settleLocked(ctx, j, !j.Committed)
-}
-
-func (v *VM) settleLocked(ctx context.Context, j *failover.Journal, back bool) error {
-	r := v.runner()
-	r.Resume(j)
-	v.log.Warn("plan was interrupted", "plan", string(j.Kind), "step", j.Begun, "committed", j.Committed, "request", j.Request)
-	if !back {
-		return v.drive(ctx, r, nil)
-	}
-	steps, err := v.stepsOf(r)
-	if err != nil {
-		return err
-	}
-	err = r.TakeBack(ctx, steps, nil)
-	left, lerr := failover.Load(v.fsys, planFile)
-	v.mu.Lock()
-	v.stuck = left
-	v.mu.Unlock()
-	return errors.Join(err, lerr)
-}
-
-// Settle continues (or takes back) an interrupted plan because a person asked.
-func (v *VM) Settle(ctx context.Context, back bool) error {
-	unlock, err := v.lock()
-	if err != nil {
-		return err
-	}
-	defer unlock()
-	j, err := failover.Load(v.fsys, planFile)
-	if err != nil {
-		return err
-	}
-	if j == nil {
-		return &wire.Error{Kind: wire.KindRefused, Text: "no plan of this VM is interrupted", Hint: "replicactl vm status " + v.record().Name}
-	}
-	if err := v.settleLocked(ctx, j, back); err != nil {
-		return err
-	}
-	if v.over() {
-		return v.mgr.remove(v)
-	}
-	if v.record().Lineage.State == lineage.Replica || v.record().Lineage.MayServe() {
-		return v.up(ctx)
-	}
-	return nil
 }

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"kvmreplica/libvirt"
+	"kvmreplica/replicad/dataplane"
 	"kvmreplica/replicad/delta"
 	"kvmreplica/replicad/failover"
 	"kvmreplica/replicad/lineage"
@@ -37,6 +38,8 @@ type plannedVars struct {
 	WasRunning               bool
 	At                       delta.Pos
 	Generation               delta.Generation // the peer's new one
+	// Forced is the generation of a take-back without the peer's word.
+	Forced delta.Generation `json:",omitzero"`
 }
 
 // PlannedOptions are a person's choices.
@@ -74,54 +77,6 @@ func (v *VM) Planned(ctx context.Context, o PlannedOptions, event func(failover.
 	return v.execute(ctx, failover.Planned, o.Request, vars, event)
 }
 
-// execute begins and runs a plan. The caller holds the plan token.
-func (v *VM) execute(ctx context.Context, kind failover.Kind, request string, vars any, event func(failover.Event)) error {
-	r := v.runner()
-	if err := r.Begin(kind, request, vars); err != nil {
-		return planError(err, v.record().Name)
-	}
-	return v.drive(ctx, r, event)
-}
-
-func (v *VM) runner() *failover.Runner {
-	return &failover.Runner{FS: v.fsys, Path: planFile, Now: v.deps.Now, Failpoint: v.deps.Failpoint}
-}
-
-// drive runs a begun plan.
-func (v *VM) drive(ctx context.Context, r *failover.Runner, event func(failover.Event)) error {
-	steps, err := v.stepsOf(r)
-	if err != nil {
-		return err
-	}
-	v.mu.Lock()
-	v.running, v.stuck = r, nil
-	v.mu.Unlock()
-	r.Event = func(e failover.Event) {
-		v.mu.Lock()
-		v.step = e.Name
-		v.mu.Unlock()
-		if e.Result != "" {
-			v.log.Info("plan step", "plan", string(r.Journal().Kind), "step", e.Name, "result", string(e.Result), "detail", e.Detail, "undo", e.Undo, "request", r.Journal().Request)
-		}
-		if event != nil {
-			event(e)
-		}
-	}
-	err = r.Run(ctx, steps)
-	j, lerr := failover.Load(v.fsys, planFile)
-	v.mu.Lock()
-	v.running, v.step, v.stuck = nil, "", j
-	v.mu.Unlock()
-	return errors.Join(err, lerr)
-}
-
-func planError(err error, name string) error {
-	if errors.Is(err, failover.ErrInterrupted) {
-		return &wire.Error{Kind: wire.KindConflict, Text: err.Error(), Hint: "replicactl failover resume " + name + " (or take-back)"}
-	}
-	return err
-}
-
 // stepsOf rebuilds the steps of a journalled plan.
 func (v *VM) stepsOf(r *failover.Runner) ([]failover.Step, error) {
 	j := r.Journal()
@@ -151,7 +106,7 @@ func steps[V any](raw json.RawMessage, vars *V, build func(*V) []failover.Step) 
 func (v *VM) plannedSteps(r *failover.Runner, p *plannedVars) []failover.Step {
 	return []failover.Step{
 		{Name: "shutdown", Title: "Shut the guest down", Do: func(ctx context.Context) (string, error) { return v.shutDown(ctx, p) }, Undo: func(ctx context.Context) error { return v.bootAgain(ctx, p) }},
-		{Name: "demote", Title: "Close the disks to writers", Do: v.demote, Undo: v.undoDemote},
+		{Name: "demote", Title: "Close the disks to writers", Do: v.demote, Undo: func(ctx context.Context) error { return v.undoDemote(ctx, p) }},
 		{Name: "final", Title: "Send the last changes", Do: func(ctx context.Context) (string, error) { return v.sendFinal(ctx, r, p) }},
 		{Name: "seal", Title: "Seal the disks at the last position", Do: func(ctx context.Context) (string, error) { return v.seal(ctx, p) }, Undo: v.unseal},
 		{Name: "demoted", Title: "Give up the primary role", Do: func(context.Context) (string, error) {
@@ -192,7 +147,12 @@ func (v *VM) bootAgain(ctx context.Context, p *plannedVars) error {
 	if err != nil || (!off(st)) {
 		return err
 	}
-	v.publishGate()
+	// The peer may have been promoted by force meanwhile.
+	if why, _ := v.askPeer(ctx); why != "" {
+		v.hold(why)
+		v.refuseExports(ctx, why)
+		return nil
+	}
 	return v.startGuest(ctx)
 }
 
@@ -209,7 +169,18 @@ func (v *VM) demote(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	return "", c.Refuse(ctx, "a planned failover is under way")
+	if err := c.Refuse(ctx, "a planned failover is under way"); err != nil {
+		return "", err
+	}
+	// Somebody may have started it after it had shut down.
+	st, _, err := v.deps.Hyper.DomainState(ctx, string(v.id))
+	if err != nil {
+		return "", err
+	}
+	if !off(st) {
+		return "", fmt.Errorf("the guest is %s again", st)
+	}
+	return "", nil
 }
 
 // commitPromotion makes a promotion that nobody cancelled an ordinary primary.
@@ -220,14 +191,17 @@ func (v *VM) commitPromotion() error {
 	return v.move(lineage.Change{Event: lineage.Commit}, nil)
 }
 
-// undoDemote takes the role back. The peer was either never asked to promote,
-// or has durably refused: the runner only comes here in these two cases.
-func (v *VM) undoDemote(ctx context.Context) error {
-	switch v.record().Lineage.State {
-	case lineage.Demoting, lineage.Demoted:
-		if err := v.move(lineage.Change{Event: lineage.TakeBack, PeerConfirmed: true}, nil); err != nil {
+// undoDemote takes the role back. The peer was never asked to promote, has
+// durably refused, or a person forced it: the runner only comes here then.
+func (v *VM) undoDemote(ctx context.Context, p *plannedVars) error {
+	st := v.record().Lineage.State
+	if st == lineage.Demoting || st == lineage.Demoted {
+		if err := v.move(p.takeBack(), nil); err != nil {
 			return err
 		}
+	}
+	if !v.record().Lineage.MayServe() {
+		return nil // the role went another way meanwhile, or the copies diverged
 	}
 	if err := v.startPlane(ctx); err != nil {
 		return err
@@ -236,13 +210,44 @@ func (v *VM) undoDemote(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if !p.Forced.IsZero() {
+		if err := v.trackFrom(ctx, c, p.Forced, p.At); err != nil {
+			return err
+		}
+	}
 	if err := c.Refuse(ctx, ""); err != nil {
 		return err
 	}
 	if err := v.openExports(ctx); err != nil {
 		return err
 	}
-	v.startShipping()
+	v.stopShipping() // a session that has sent its last changes ships no more
+	if !v.record().NoReverse {
+		v.startShipping()
+	}
+	return nil
+}
+
+func (p *plannedVars) takeBack() lineage.Change {
+	if p.Forced.IsZero() {
+		return lineage.Change{Event: lineage.TakeBack, PeerConfirmed: true}
+	}
+	return lineage.Change{Event: lineage.ForceTakeBack, Generation: p.Forced, At: p.At}
+}
+
+// trackFrom starts tracking generation g relative to at, unless that happened.
+func (v *VM) trackFrom(ctx context.Context, c *dataplane.Client, g delta.Generation, at delta.Pos) error {
+	s, err := c.Status(ctx)
+	if err != nil {
+		return fmt.Errorf("start tracking: %w", err)
+	}
+	if s.Tracker && s.Generation == g {
+		return nil // a guest may have written since
+	}
+	err = c.CreateTracker(ctx, dataplane.CreateRequest{Generation: g, Base: at, Parents: v.record().Lineage.Ancestors, Replace: true})
+	if err != nil {
+		return fmt.Errorf("start tracking: %w", err)
+	}
 	return nil
 }
 
@@ -285,6 +290,9 @@ func (v *VM) seal(ctx context.Context, p *plannedVars) (string, error) {
 }
 
 func (v *VM) unseal(ctx context.Context) error {
+	if v.record().Lineage.State == lineage.Replica {
+		return nil
+	}
 	if err := v.startPlane(ctx); err != nil {
 		return err
 	}
@@ -301,6 +309,9 @@ func (v *VM) unseal(ctx context.Context) error {
 // askPromote hands the role over. A lost answer is asked for again until ctx
 // ends; only a durable refusal lets the plan be taken back.
 func (v *VM) askPromote(ctx context.Context, r *failover.Runner, p *plannedVars) (string, error) {
+	if v.record().Lineage.State == lineage.Replica {
+		return "released meanwhile", nil
+	}
 	ctx, cancel := context.WithTimeout(ctx, promoteTimeout)
 	defer cancel()
 	var last error
@@ -309,6 +320,11 @@ func (v *VM) askPromote(ctx context.Context, r *failover.Runner, p *plannedVars)
 		switch {
 		case err != nil:
 			last = err
+		case reply.State == statePromoted && reply.Parent != p.At:
+			return "", &wire.Error{
+				Kind: wire.KindDiverged, Text: fmt.Sprintf("the other host was promoted at %v, this one was sealed at %v", reply.Parent, p.At),
+				Hint: "replicactl failover reverse " + v.record().Name + " on the other host, whose data is kept",
+			}
 		case reply.State == statePromoted:
 			p.Generation = reply.Generation
 			return reply.Detail, r.SetVars(p)
@@ -348,10 +364,12 @@ func (v *VM) follow(ctx context.Context, p *plannedVars) (string, error) {
 		ancestors := append([]delta.Pos{p.At}, v.record().Lineage.Ancestors...)
 		if err := v.move(lineage.Change{Event: lineage.Follow, Generation: p.Generation, At: p.At, Ancestors: ancestors}, func(r *Record) {
 			r.NoReverse, r.WantRunning, r.Verified, r.Acked = false, false, false, p.At
+			r.Paused, r.Superseded, r.Next = false, "", nil
 		}); err != nil {
 			return "", err
 		}
 	}
+	v.openIntake()
 	v.publishGate()
 	v.mu.Lock()
 	v.facts.beat, v.facts.beatAt = v.deps.Now(), p.At // the guest is off: the copy is as new as can be

@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"kvmreplica/libvirt"
-	"kvmreplica/replicad/dataplane"
 	"kvmreplica/replicad/delta"
 	"kvmreplica/replicad/failover"
 	"kvmreplica/replicad/lineage"
@@ -55,44 +54,69 @@ func (v *VM) promoteAsked(ctx context.Context, q wire.FailoverRequest) (wire.Fai
 		return wire.FailoverReply{}, err
 	}
 	vars := &promoteVars{At: q.At, Generation: g, Start: q.Start, Reverse: q.Reverse}
-	if err := v.execute(ctx, failover.Promote, q.Request, vars, nil); err != nil {
-		if done, ok := v.promoted(q.Request); ok {
-			done.Detail = "took over, but: " + err.Error()
-			return done, nil
-		}
-		return v.decline(q.Request, err.Error())
-	}
-	done, _ := v.promoted(q.Request)
-	return done, nil
+	// A cut link must not stop a promotion half-way: the primary asks again.
+	return v.promotionEnded(q.Request, v.execute(context.WithoutCancel(ctx), failover.Promote, q.Request, vars, nil))
 }
 
 // finishPromotion continues a promotion that was interrupted.
 func (v *VM) finishPromotion(ctx context.Context, j *failover.Journal) (wire.FailoverReply, error) {
 	r := v.runner()
 	r.Resume(j)
-	err := v.drive(ctx, r, nil)
-	if done, ok := v.promoted(j.Request); ok {
+	return v.promotionEnded(j.Request, v.drive(context.WithoutCancel(ctx), r, nil))
+}
+
+// promotionEnded answers after a try. What may still happen is not declined:
+// the primary would start its guest again.
+func (v *VM) promotionEnded(request string, err error) (wire.FailoverReply, error) {
+	if done, ok := v.promoted(request); ok {
 		if err != nil {
 			done.Detail = "took over, but: " + err.Error()
 		}
 		return done, nil
 	}
+	j, lerr := failover.Load(v.fsys, planFile)
+	if lerr != nil || j != nil {
+		return wire.FailoverReply{}, &wire.Error{Kind: wire.KindUnavailable, Text: fmt.Sprintf("the promotion has not ended: %v", errors.Join(err, lerr)), Hint: "ask again; or on the replica host: replicactl failover resume " + v.record().Name}
+	}
 	if err == nil {
 		err = errors.New("the plan ended without a promotion")
 	}
-	return v.decline(j.Request, err.Error())
+	return v.decline(request, err.Error())
 }
 
-// promoted answers for a correlation id that is already settled.
+// promoted answers for a correlation id that is already settled. A host that
+// owns the VM by now, through whatever request, says so: a refusal would let
+// the caller start its guest again.
 func (v *VM) promoted(request string) (wire.FailoverReply, bool) {
 	r := v.record()
-	switch {
-	case request != "" && r.Promotion == request:
+	switch st := r.Lineage.State; {
+	case request != "" && r.Promotion == request, st == lineage.Promoted, st == lineage.Primary, st == lineage.Demoting:
 		return wire.FailoverReply{State: statePromoted, Generation: r.Lineage.Generation, Parent: r.Lineage.Parent()}, true
 	case slices.Contains(r.Refused, request):
 		return wire.FailoverReply{State: stateRefused, Detail: "this promotion was declined before"}, true
 	}
 	return wire.FailoverReply{}, false
+}
+
+// declineAsked declines a promotion for good because the primary wants its role
+// back, unless it has happened or may be happening.
+func (v *VM) declineAsked(q wire.FailoverRequest) (wire.FailoverReply, error) {
+	unlock, err := v.lock()
+	if err != nil {
+		return wire.FailoverReply{}, err
+	}
+	defer unlock()
+	if done, ok := v.promoted(q.Request); ok {
+		return done, nil
+	}
+	j, err := failover.Load(v.fsys, planFile)
+	if err != nil {
+		return wire.FailoverReply{}, err
+	}
+	if j != nil && j.Request == q.Request {
+		return wire.FailoverReply{}, &wire.Error{Kind: wire.KindUnavailable, Text: "the promotion is under way", Hint: "ask again"}
+	}
+	return v.decline(q.Request, "the primary takes the role back")
 }
 
 // decline makes the refusal durable before it is said.
@@ -116,6 +140,10 @@ func (v *VM) mayPromote(at delta.Pos) string {
 	case r.Lineage.State != lineage.Replica:
 		return fmt.Sprintf("this host is %s, not a replica", r.Lineage.State)
 	}
+	if err := v.catchUp(); err != nil {
+		return err.Error()
+	}
+	r = v.record()
 	st, err := v.storeStatus()
 	switch {
 	case err != nil:
@@ -138,7 +166,10 @@ func (v *VM) promoteSteps(r *failover.Runner, p *promoteVars, kind failover.Kind
 		steps = append(steps, failover.Step{Name: "fence", Title: "Fence the old primary", Do: v.fence})
 	}
 	return append(steps,
-		failover.Step{Name: "apply", Title: "Complete the copy", Do: func(ctx context.Context) (string, error) { return v.completeCopy(ctx) }},
+		failover.Step{
+			Name: "apply", Title: "Complete the copy", Do: func(ctx context.Context) (string, error) { return v.completeAt(ctx, p.At) },
+			Undo: func(context.Context) error { v.openIntake(); return nil },
+		},
 		failover.Step{Name: "generation", Title: "Take the primary role", Commit: true, Do: func(context.Context) (string, error) {
 			return v.takeRole(event, p, r.Journal().Request)
 		}},
@@ -165,13 +196,38 @@ func (v *VM) completeCopy(ctx context.Context) (string, error) {
 	return v.applyAll(ctx)
 }
 
+// completeAt ends what is being received and applies the rest.
+func (v *VM) completeAt(ctx context.Context, at delta.Pos) (string, error) {
+	if err := v.closeIntake(); err != nil {
+		return "", err
+	}
+	if err := v.standsAt(at); err != nil {
+		return "", err
+	}
+	return v.completeCopy(ctx)
+}
+
 func (v *VM) takeRole(event lineage.Event, p *promoteVars, request string) (string, error) {
-	if v.record().Lineage.Generation == p.Generation {
+	r := v.record()
+	if r.Lineage.Generation == p.Generation {
 		return "", nil
 	}
-	return p.Generation.String()[:8], v.move(lineage.Change{Event: event, Generation: p.Generation, At: p.At}, func(r *Record) {
+	if slices.Contains(r.Refused, request) {
+		return "", fmt.Errorf("this promotion was declined: %w", failover.ErrNotTaken)
+	}
+	err := v.move(lineage.Change{Event: event, Generation: p.Generation, At: p.At}, func(r *Record) {
 		r.Promotion, r.NoReverse, r.WantRunning, r.Verified, r.Placed = request, true, p.Start, true, true
+		r.Paused, r.UnionMarked, r.Superseded, r.Next = false, false, "", nil
+		r.Acked, r.LastCut = delta.Pos{}, time.Time{}
+		if event == lineage.Promote { // the old primary is sealed exactly there
+			r.Acked, r.LastCut = p.At, v.deps.Now()
+		}
 	})
+	var never *lineage.TransitionError
+	if errors.As(err, &never) {
+		return "", fmt.Errorf("%w: %w", err, failover.ErrNotTaken) // nothing was written
+	}
+	return p.Generation.String()[:8], err
 }
 
 // serveAs starts the data plane on the promoted images with a tracker that is
@@ -187,10 +243,8 @@ func (v *VM) serveAs(ctx context.Context, p *promoteVars) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	r := v.record()
-	err = c.CreateTracker(ctx, dataplane.CreateRequest{Generation: p.Generation, Base: p.At, Parents: r.Lineage.Ancestors, Replace: true})
-	if err != nil {
-		return "", fmt.Errorf("start tracking: %w", err)
+	if err := v.trackFrom(ctx, c, p.Generation, p.At); err != nil {
+		return "", err
 	}
 	if err := c.Refuse(ctx, ""); err != nil {
 		return "", err
@@ -267,6 +321,18 @@ func (v *VM) Unplanned(ctx context.Context, o UnplannedOptions, event func(failo
 		return err
 	}
 	defer unlock()
+	// Nothing may be acknowledged any more that the promotion would leave out.
+	if err := v.closeIntake(); err != nil {
+		return err
+	}
+	defer func() {
+		v.mu.Lock()
+		over := v.stuck == nil
+		v.mu.Unlock()
+		if over {
+			v.openIntake() // the role refuses now, or everything is as before
+		}
+	}()
 	if why := v.mayPromote(delta.Pos{}); why != "" {
 		return &wire.Error{Kind: wire.KindRefused, Text: why, Hint: "replicactl vm status " + v.record().Name}
 	}

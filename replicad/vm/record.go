@@ -60,6 +60,11 @@ type Record struct {
 	// UnionMarked: what a released old primary had changed by itself is marked
 	// in this host's tracker.
 	UnionMarked bool `json:"union_marked,omitempty"`
+	// Next is a generation whose first epoch may be committed here already.
+	Next *Succession `json:"next,omitempty"`
+	// Superseded says why this host, although nothing else here tells so, must
+	// not start the guest: the other host was promoted.
+	Superseded string `json:"superseded,omitempty"`
 	// Refused are correlation ids of promotions this host declined for good.
 	Refused []string `json:"refused,omitempty"`
 	// Promotion is the correlation id that made Lineage.Generation here.
@@ -69,6 +74,12 @@ type Record struct {
 	Acked   delta.Pos `json:"acked,omitzero"`
 	LastCut time.Time `json:"last_cut,omitzero"`
 	Created time.Time `json:"created"`
+}
+
+// Succession is a generation that follows the present one.
+type Succession struct {
+	Generation delta.Generation `json:"generation"`
+	Ancestors  []delta.Pos      `json:"ancestors"`
 }
 
 // Disk is one protected disk on this host.

@@ -2,6 +2,7 @@ package vm
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"kvmreplica/replicad/dataplane"
@@ -29,6 +30,10 @@ func (v *VM) Reverse(ctx context.Context, request string, event func(failover.Ev
 func (v *VM) reverseSteps(r *failover.Runner) []failover.Step {
 	return []failover.Step{
 		{Name: "keep", Title: "Decide for this host's data", Do: func(context.Context) (string, error) {
+			// What an earlier return marked counts no more.
+			if err := v.update(func(r *Record) error { r.UnionMarked = false; return nil }); err != nil {
+				return "", err
+			}
 			if v.record().Lineage.Diverged == nil {
 				return "", nil
 			}
@@ -60,11 +65,15 @@ func (v *VM) askRelease(ctx context.Context, request string) (string, error) {
 		return "", err
 	}
 	reply, err := peer.Failover(ctx, wire.FailoverRequest{VM: v.id, Step: stepRelease, Request: request, At: v.record().Lineage.Parent()})
+	if refusal(err) && !conflict(err) {
+		return "", fmt.Errorf("ask the old primary: %w: %w", err, failover.ErrNotTaken)
+	}
 	if err != nil {
 		return "", fmt.Errorf("ask the old primary: %w", err)
 	}
 	if reply.State != stateAccepted {
-		return "", &wire.Error{Kind: wire.KindRefused, Text: "the old primary refuses: " + reply.Detail, Hint: "stop the VM there first"}
+		err := &wire.Error{Kind: wire.KindRefused, Text: "the old primary refuses: " + reply.Detail, Hint: "stop the VM there first"}
+		return "", fmt.Errorf("%w: %w", err, failover.ErrNotTaken)
 	}
 	c, err := v.plane()
 	if err != nil {
@@ -96,37 +105,70 @@ func (v *VM) release(ctx context.Context, q wire.FailoverRequest) (wire.Failover
 		return wire.FailoverReply{}, err
 	}
 	defer unlock()
-	r := v.record()
-	if v.guestRuns() {
+	switch isOff, err := v.guestIsOff(ctx); {
+	case err != nil:
+		return wire.FailoverReply{}, err
+	case !isOff:
 		return wire.FailoverReply{State: stateRefused, Detail: "the VM runs on this host"}, nil
 	}
-	if r.Lineage.State == lineage.Replica {
-		if r.Lineage.Discard.IsZero() {
-			return wire.FailoverReply{State: stateRefused, Detail: "this host is a replica and has nothing to give up"}, nil
-		}
-		// A repeated request: what was changed is not known any more.
-		return wire.FailoverReply{State: stateAccepted, All: true, Detail: "released before"}, v.startKeeping(ctx)
+	j, err := failover.Load(v.fsys, planFile)
+	if err != nil {
+		return wire.FailoverReply{}, err
 	}
+	if j != nil && !handingOver(j) {
+		return wire.FailoverReply{}, &wire.Error{Kind: wire.KindUnavailable, Text: "a plan of that host has not ended: " + string(j.Kind), Hint: "there: replicactl failover resume " + v.record().Name}
+	}
+	if l := v.record().Lineage; l.State == lineage.Replica && l.Discard.IsZero() {
+		// It follows already, cleanly: the handshake knows where it stands.
+		return wire.FailoverReply{State: stateAccepted, Detail: "nothing was changed there"}, v.up(ctx)
+	}
+	if v.record().Lineage.State == lineage.Replica {
+		// A repeated request: what was changed is not known any more.
+		return wire.FailoverReply{State: stateAccepted, All: true, Detail: "released before"}, v.up(ctx)
+	}
+	reply, err := v.giveUp(ctx)
+	if err != nil {
+		return wire.FailoverReply{}, errors.Join(err, v.up(ctx))
+	}
+	if j != nil { // a hand-over that the peer's promotion has overtaken
+		if err := v.fsys.Remove(planFile); err != nil && !absent(err) {
+			return wire.FailoverReply{}, err
+		}
+		if err := v.noteStuck(); err != nil {
+			return wire.FailoverReply{}, err
+		}
+	}
+	v.openIntake()
+	v.hold("")
+	return reply, v.up(ctx)
+}
+
+// giveUp ends the role and makes it durable that what this host wrote is void.
+func (v *VM) giveUp(ctx context.Context) (wire.FailoverReply, error) {
 	reply := wire.FailoverReply{State: stateAccepted}
+	v.hold("its writes are being given up")
+	// Somebody may have started it before the gate was shut.
+	if isOff, err := v.guestIsOff(ctx); err != nil || !isOff {
+		v.hold("")
+		return reply, errors.Join(err, &wire.Error{Kind: wire.KindUnavailable, Text: "the guest was started meanwhile"})
+	}
 	base, tracked, why := v.ownChanges(ctx, &reply)
 	if why != "" {
 		reply.All, reply.Dirty, reply.Detail = true, nil, why
 	}
-	if err := v.stopPlane(ctx); err != nil {
-		return wire.FailoverReply{}, err
+	err := v.stopPlane(ctx)
+	if err == nil {
+		err = v.move(lineage.Change{Event: lineage.Discard}, func(r *Record) {
+			r.Incomplete, r.NoReverse, r.WantRunning = true, false, false
+			r.ReleasedBase, r.ReleasedTracked = base, tracked
+			r.Paused, r.Superseded, r.Next = false, "", nil
+		})
 	}
-	err = v.move(lineage.Change{Event: lineage.Discard}, func(r *Record) {
-		r.Incomplete, r.NoReverse, r.WantRunning = true, false, false
-		r.ReleasedBase, r.ReleasedTracked = base, tracked
-	})
 	if err != nil {
-		return wire.FailoverReply{}, err
+		v.hold("")
+		return reply, err
 	}
-	if err := v.adoptBase(q.At, true); err != nil {
-		return wire.FailoverReply{}, err
-	}
-	v.hold("")
-	return reply, v.startKeeping(ctx)
+	return reply, v.adoptBase(delta.Pos{}, true)
 }
 
 // ownChanges lists what this host changed since its base.

@@ -148,11 +148,17 @@ func (v *VM) refreshOffer(ctx context.Context, o wire.Offer) (wire.OfferReply, e
 	if r.Lineage.State != lineage.Replica {
 		return wire.OfferReply{State: "exists"}, nil // the handshake says what is wrong
 	}
+	if !sameDisks(r.wireDisks(), o.Disks) {
+		return wire.OfferReply{}, &wire.Error{
+			Kind: wire.KindConflict, Text: "the replica of " + r.Name + " was made for other disks or sizes",
+			Hint: "on the replica host: replicactl vm disable --force " + r.Name + ", then enable it again",
+		}
+	}
 	if string(r.Spec) == string(o.Spec) && r.Interval == o.Interval && r.Name == o.Name {
 		return wire.OfferReply{State: "exists"}, nil
 	}
 	if err := v.update(func(r *Record) error {
-		r.Spec, r.Interval = o.Spec, o.Interval
+		r.Spec, r.Interval, r.Name = o.Spec, o.Interval, o.Name
 		return nil
 	}); err != nil {
 		return wire.OfferReply{}, err
@@ -162,6 +168,20 @@ func (v *VM) refreshOffer(ctx context.Context, o wire.Offer) (wire.OfferReply, e
 		v.log.Warn("follow the primary's description", "err", err)
 	}
 	return wire.OfferReply{State: "exists", Dropped: dropped}, nil
+}
+
+// sameDisks compares names and sizes, in any order.
+func sameDisks(have, want []wire.Disk) bool {
+	sizes := map[wire.DiskName]int64{}
+	for _, d := range have {
+		sizes[d.Name] = d.Size
+	}
+	for _, d := range want {
+		if n, ok := sizes[d.Name]; !ok || n != d.Size {
+			return false
+		}
+	}
+	return len(have) == len(want)
 }
 
 const maxSpec = 1 << 20
@@ -242,6 +262,9 @@ func (m *Manager) Handshake(ctx context.Context, q wire.HandshakeRequest) (wire.
 	if err != nil {
 		return reply, err
 	}
+	if err := v.catchUp(); err != nil {
+		return wire.HandshakeReply{}, err
+	}
 	v.judged(q, reply)
 	return reply, nil
 }
@@ -292,8 +315,7 @@ func (m *Manager) EpochProgress(ctx context.Context, k wire.EpochKey) (uint32, e
 
 // PutEpoch receives and commits an epoch.
 func (m *Manager) PutEpoch(ctx context.Context, k wire.EpochKey, from uint32, body io.Reader) (delta.Pos, error) {
-	v, s, err := m.receiving(ctx, k.VM, k.Generation)
-	if err != nil {
+	if _, _, err := m.receiving(ctx, k.VM, k.Generation); err != nil {
 		return delta.Pos{}, err
 	}
 	d := delta.NewDecoder(body)
@@ -304,7 +326,7 @@ func (m *Manager) PutEpoch(ctx context.Context, k wire.EpochKey, from uint32, bo
 	if h.Seed || h.VM.String() != string(k.VM) || h.Generation != k.Generation || h.Epoch != k.Epoch || h.Nonce != k.Nonce {
 		return delta.Pos{}, &wire.Error{Kind: wire.KindInvalid, Text: "the stream is not the epoch that was announced"}
 	}
-	rcv, err := s.Begin(h)
+	v, rcv, err := m.beginEpoch(ctx, k, h)
 	if err != nil {
 		return delta.Pos{}, storeError(err)
 	}
@@ -319,6 +341,25 @@ func (m *Manager) PutEpoch(ctx context.Context, k wire.EpochKey, from uint32, bo
 		return delta.Pos{}, err
 	}
 	return pos, nil
+}
+
+// beginEpoch opens an epoch, or finds the intake closed; nothing comes between.
+func (m *Manager) beginEpoch(ctx context.Context, k wire.EpochKey, h delta.Header) (*VM, *points.Receive, error) {
+	v, err := m.ofPeer(ctx, k.VM)
+	if err != nil {
+		return nil, nil, err
+	}
+	v.intake.RLock()
+	defer v.intake.RUnlock()
+	_, s, err := m.receiving(ctx, k.VM, k.Generation)
+	if err != nil {
+		return nil, nil, err
+	}
+	if err := v.expect(k.Generation); err != nil {
+		return nil, nil, err
+	}
+	rcv, err := s.Begin(h)
+	return v, rcv, err
 }
 
 // Beat says that nothing changed since the committed cut.
@@ -374,7 +415,7 @@ func (m *Manager) Status(ctx context.Context, id wire.VMID) (wire.PeerVM, error)
 	if err != nil {
 		return wire.PeerVM{}, err
 	}
-	return v.peerView(ctx), nil
+	return v.peerView(ctx)
 }
 
 // Failover carries one step of a role change.
@@ -390,10 +431,7 @@ func (m *Manager) Failover(ctx context.Context, q wire.FailoverRequest) (wire.Fa
 	case stepPromote:
 		return v.promoteAsked(ctx, q)
 	case stepQuery:
-		if done, ok := v.promoted(q.Request); ok {
-			return done, nil
-		}
-		return wire.FailoverReply{State: stateNotPromoted}, nil
+		return v.declineAsked(q)
 	case stepRelease:
 		return v.release(ctx, q)
 	case stepRequest:
@@ -440,7 +478,7 @@ func storeError(err error) error {
 }
 
 // peerView is what the other host may know.
-func (v *VM) peerView(ctx context.Context) wire.PeerVM {
+func (v *VM) peerView(ctx context.Context) (wire.PeerVM, error) {
 	r := v.record()
 	out := wire.PeerVM{VM: r.VM, Name: r.Name, Role: r.Lineage.Role(), State: string(r.Lineage.State), Generation: r.Lineage.Generation, Diverged: r.Lineage.Diverged != nil, Pending: -1, Committed: r.Acked}
 	if g, _, ok := v.promotedOffline(); ok {
@@ -449,6 +487,10 @@ func (v *VM) peerView(ctx context.Context) wire.PeerVM {
 	lctx, cancel := context.WithTimeout(ctx, libvirtTimeout)
 	defer cancel()
 	st, _, err := v.deps.Hyper.DomainState(lctx, string(v.id))
+	if err != nil && !errors.Is(err, libvirt.ErrNotFound) {
+		// "it does not run" would let the other host start it
+		return out, &wire.Error{Kind: wire.KindUnavailable, Text: "that host cannot tell whether the guest runs: " + err.Error(), Hint: "systemctl status libvirtd virtqemud there"}
+	}
 	out.Defined = err == nil
 	out.Running = err == nil && !off(st)
 	if st, err := v.storeStatus(); err == nil {
@@ -464,5 +506,5 @@ func (v *VM) peerView(ctx context.Context) wire.PeerVM {
 	if v.stuck != nil {
 		out.Interrupted = string(v.stuck.Kind)
 	}
-	return out
+	return out, nil
 }

@@ -19,6 +19,8 @@ import (
 
 // startPlane makes sure that the VM's data plane runs and serves.
 func (v *VM) startPlane(ctx context.Context) error {
+	v.machine.Lock()
+	defer v.machine.Unlock()
 	v.mu.Lock()
 	have := v.ship != nil
 	v.mu.Unlock()
@@ -39,6 +41,8 @@ func (v *VM) startPlane(ctx context.Context) error {
 // stopPlane drains and ends the data plane, so that nothing holds the images.
 func (v *VM) stopPlane(ctx context.Context) error {
 	v.stopShipping()
+	v.machine.Lock()
+	defer v.machine.Unlock()
 	v.mu.Lock()
 	s := v.ship
 	v.ship = nil
@@ -68,7 +72,7 @@ func (v *VM) startShipping() {
 		Interval: r.Interval, Complete: v.complete, Describe: v.describe, Union: v.union,
 		Firmware: v.firmware, FirmwareCommitted: v.firmwareCommitted,
 		Limit:    v.limit(r.Peer),
-		Verified: r.Verified, Scrub: r.Scrub, Holes: true, Paused: r.Paused,
+		Verified: r.Verified, Scrub: r.Scrub, LastCut: r.LastCut, Holes: true, Paused: r.Paused,
 		OnChange: v.sessionChanged,
 		Log:      v.log,
 	})
@@ -108,14 +112,18 @@ func (v *VM) union(ctx context.Context, _ lineage.Decision) error {
 
 // stopShipping ends the session and waits for it.
 func (v *VM) stopShipping() {
+	v.machine.Lock()
+	defer v.machine.Unlock()
 	v.mu.Lock()
 	s := v.ship
-	v.mu.Unlock()
 	if s == nil || s.sess == nil {
+		v.mu.Unlock()
 		return
 	}
-	s.cancel()
-	<-s.done
+	cancel, done := s.cancel, s.done
+	v.mu.Unlock()
+	cancel()
+	<-done
 	v.mu.Lock()
 	s.sess, s.cancel, s.done = nil, nil, nil
 	v.mu.Unlock()
@@ -128,19 +136,22 @@ func (v *VM) limit(host wire.HostID) func(context.Context, io.Reader) io.Reader 
 	return v.deps.Limit(host)
 }
 
-// sessionChanged keeps what must survive a restart.
+// sessionChanged keeps what must survive a restart. Where the replica stands
+// and when it was cut is for display only and not worth a sync per epoch; the
+// end of a session is.
 func (v *VM) sessionChanged(s session.Status) {
 	r := v.record()
-	moved := s.Committed != r.Acked && !s.Committed.IsZero()
-	if s.Verified == r.Verified && (s.Scrub.Disk == r.Scrub.Disk && s.Scrub.Offset-r.Scrub.Offset < scrubKept) && !moved {
+	scrubbed := s.Verified != r.Verified || s.Scrub.Disk != r.Scrub.Disk || s.Scrub.Offset-r.Scrub.Offset >= scrubKept
+	moved := !s.Committed.IsZero() && (s.Committed != r.Acked || s.LastCut.After(r.LastCut))
+	late := s.LastCut.Sub(r.LastCut) >= ackKept || s.Phase == session.Idle
+	if !scrubbed && !(moved && late) {
 		return
-	}
-	if moved && s.Verified == r.Verified && s.LastCut.Sub(r.LastCut) < ackKept {
-		return // display only: not worth a sync per epoch
 	}
 	err := v.update(func(r *Record) error {
 		r.Verified, r.Scrub = s.Verified, s.Scrub
-		r.Acked, r.LastCut = s.Committed, s.LastCut
+		if moved {
+			r.Acked, r.LastCut = s.Committed, s.LastCut
+		}
 		return nil
 	})
 	if err != nil {

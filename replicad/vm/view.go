@@ -66,8 +66,7 @@ func (v *VM) viewCommon(out *status.VM, f *health.Facts) {
 	if d := v.rec.Lineage.Diverged; d != nil {
 		f.Diverged, out.State = d.Reason, status.Diverged
 	}
-	if v.running != nil {
-		j := v.running.Journal()
+	if j := v.running; j != nil {
 		out.Plan = &status.Plan{Kind: string(j.Kind), Request: j.Request, Step: v.step, Committed: j.Committed, Started: j.Started}
 	} else if j := v.stuck; j != nil {
 		out.Plan = &status.Plan{Kind: string(j.Kind), Request: j.Request, Step: j.Begun, Committed: j.Committed, Started: j.Started, Interrupted: true, Failure: j.Failure}

@@ -37,17 +37,17 @@ type VM struct {
 	gate    sync.Mutex
 
 	mu       sync.Mutex
-	rec      Record           // guarded by mu; the file is never newer
+	rec      Record            // guarded by mu; the file is never newer
 	running  *failover.Journal // guarded by mu; the plan under way, nil = none
 	cancel   func()            // guarded by mu; ends what the running plan does now
 	step     string            // guarded by mu; the title of that
 	stuck    *failover.Journal // guarded by mu; a plan that has not ended and does not run
 	closed   bool              // guarded by mu; nothing is received: a promotion is under way
-	facts    guestFacts // guarded by mu
-	held     string     // guarded by mu; why the guest is not started
-	trouble  string     // guarded by mu; why the role is not up
-	applying error      // guarded by mu; why the last try to apply failed
-	gone     bool       // guarded by mu; the relationship ended
+	facts    guestFacts        // guarded by mu
+	held     string            // guarded by mu; why the guest is not started
+	trouble  string            // guarded by mu; why the role is not up
+	applying error             // guarded by mu; why the last try to apply failed
+	gone     bool              // guarded by mu; the relationship ended
 
 	// The role's machinery; set while the role is up, guarded by mu.
 	ship *shipping
@@ -175,7 +175,13 @@ func (v *VM) up(ctx context.Context) error {
 	r := v.record()
 	switch {
 	case r.Lineage.State == lineage.Replica:
-		return v.startKeeping(ctx)
+		if err := v.completeStore(ctx); err != nil {
+			return err
+		}
+		if err := v.startKeeping(ctx); err != nil {
+			return err
+		}
+		return v.catchUp()
 	case r.Lineage.MayServe():
 		if err := v.startPlane(ctx); err != nil {
 			return err

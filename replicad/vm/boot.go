@@ -1,0 +1,104 @@
+package vm
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+)
+
+// bootDecision starts a guest that ran before the host went down, after asking
+// the peer. It acts once per boot and only for a guest that is off; it goes on
+// until that is decided, so that nothing is held for ever by what has passed.
+func (v *VM) bootDecision(ctx context.Context) {
+	booted := filepath.Join(v.deps.RunDir, "booted", string(v.id))
+	if _, err := os.Stat(booted); err == nil {
+		v.publishGate()
+		return
+	}
+	begun, failures := v.deps.Now(), 0
+	for pause := newPause(); !v.forgotten(); {
+		done, err := v.decideBoot(ctx, begun)
+		if err != nil {
+			failures++
+			v.log.Error("start the guest after the boot", "err", err)
+			v.setTrouble(err.Error())
+		}
+		if done || failures >= bootTries {
+			v.noteBoot(booted)
+			return
+		}
+		if !pause.wait(ctx) {
+			return
+		}
+	}
+}
+
+// bootTries is how often a start that fails is tried after a boot.
+const bootTries = 5
+
+// decideBoot is one try. It holds the plan token only while it acts: the other
+// host may be silent for long.
+func (v *VM) decideBoot(ctx context.Context, begun time.Time) (done bool, err error) {
+	r := v.record()
+	if !r.Lineage.MayServe() || v.outOfHands() {
+		v.publishGate()
+		return true, nil
+	}
+	isOff, err := v.guestIsOff(ctx)
+	if err != nil {
+		v.hold(err.Error())
+		return false, nil // libvirt comes back; that is no failed start
+	}
+	if !isOff {
+		v.hold("")
+		v.publishGate()
+		return true, nil
+	}
+	why, answered := v.askPeer(ctx)
+	silent := v.deps.Now().Sub(begun)
+	switch {
+	case why != "":
+		v.hold(why)
+		v.refuseExports(ctx, why)
+		return false, nil
+	case answered:
+	case silent <= v.deps.SilentAfter:
+		v.hold("the other host is being asked")
+		return false, nil
+	case r.Superseded != "":
+		v.hold(r.Superseded)
+		return false, nil
+	case r.OnSilent == "hold":
+		v.hold("the other host is silent and the policy is on-silent-peer=hold")
+		return false, nil
+	}
+	unlock, err := v.lock()
+	if err != nil {
+		return false, nil // a plan decides now
+	}
+	defer unlock()
+	if r = v.record(); !r.Lineage.MayServe() {
+		return true, nil
+	}
+	v.hold("")
+	if !r.WantRunning && !r.Autostart {
+		v.publishGate()
+		return true, nil
+	}
+	if !answered {
+		v.log.Error("the other host is silent; the VM is started by policy on-silent-peer=start")
+	}
+	if err := v.serveGuest(ctx); err != nil {
+		return false, fmt.Errorf("after the boot: %w", err)
+	}
+	v.setTrouble("")
+	return true, nil
+}
+
+func (v *VM) noteBoot(path string) {
+	if err := writeFile(path, "decided\n"); err != nil {
+		v.log.Error("remember that the boot was handled", "err", err)
+	}
+}

@@ -1,0 +1,303 @@
+package vm
+
+import (
+	"context"
+	"encoding/binary"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"kvmreplica/libvirt/libvirttest"
+	"kvmreplica/nbd"
+	"kvmreplica/replicad/delta"
+	"kvmreplica/replicad/lineage"
+	"kvmreplica/replicad/wire"
+)
+
+type position = delta.Pos
+
+const (
+	testVM   wire.VMID = "deadbeef-0000-4000-8000-0000000000aa"
+	diskSize           = 4 << 20
+)
+
+// pair is two hosts that know only each other, and one VM.
+type pair struct {
+	t    testing.TB
+	a, b *side
+	// counter is the highest value the guest was told to be durable.
+	counter atomic.Uint64
+	// lossy: an operator accepted a loss, the counter may go back.
+	lossy atomic.Bool
+	// forced: an operator forced a promotion; two guests may run.
+	forced atomic.Bool
+
+	mu     sync.Mutex
+	faults map[string]fault // guarded by mu; one-shot, by SIDE/METHOD
+	broken []string         // guarded by mu; violations seen
+}
+
+func (w *pair) fault(key string) fault {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	f := w.faults[key]
+	delete(w.faults, key)
+	return f
+}
+
+func (w *pair) inject(key string, f fault) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.faults[key] = f
+}
+
+func (w *pair) violation(format string, a ...any) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.broken = append(w.broken, fmt.Sprintf(format, a...))
+}
+
+// booted checks what a starting guest finds; its hypervisor holds its lock.
+func (w *pair) booted(s *side, c *nbd.Client) {
+	if s.other.hyper.runs() && !w.forced.Load() {
+		w.violation("the guest starts on %s while it runs on %s", s.name, s.other.name)
+	}
+	var b [512]byte
+	if _, err := c.ReadAt(b[:], 0); err != nil {
+		w.violation("the guest on %s cannot read: %v", s.name, err)
+		return
+	}
+	n, want := binary.LittleEndian.Uint64(b[:]), w.counter.Load()
+	if n < want && !w.lossy.Load() {
+		w.violation("the guest on %s finds %d, %d was durable", s.name, n, want)
+	}
+	w.counter.Store(n)
+}
+
+// check looks at both roles at this moment.
+func (w *pair) check() {
+	w.t.Helper()
+	var serving []string
+	gens := map[delta.Generation]string{}
+	for _, s := range []*side{w.a, w.b} {
+		v := s.vm()
+		if v == nil {
+			continue
+		}
+		l := v.record().Lineage
+		if !l.MayServe() {
+			continue
+		}
+		if o := gens[l.Generation]; o != "" {
+			w.violation("%s and %s both serve generation %.8s", o, s.name, l.Generation)
+		}
+		gens[l.Generation] = s.name
+		serving = append(serving, s.name)
+	}
+	if len(serving) > 1 && !w.forced.Load() {
+		w.violation("both hosts serve and nobody forced it")
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, b := range w.broken {
+		w.t.Error(b)
+	}
+	if len(w.broken) > 0 {
+		w.t.FailNow()
+	}
+}
+
+// newPair makes two hosts and a protected VM that runs on A, with a complete copy on B.
+func newPair(t testing.TB) *pair {
+	t.Helper()
+	w := &pair{t: t, faults: map[string]fault{}}
+	dir, err := os.MkdirTemp("", "vmp")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	w.a, w.b = newSide(t, w, dir, "A"), newSide(t, w, dir, "B")
+	w.a.other, w.b.other = w.b, w.a
+	t.Cleanup(func() {
+		for _, s := range []*side{w.a, w.b} {
+			s.kill()
+			s.hyper.halt()
+			s.stopPlane()
+		}
+	})
+	image := filepath.Join(dir, "web.raw")
+	if err := os.WriteFile(image, make([]byte, diskSize), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	doc := "<domain type='qemu'><name>web</name><uuid>" + string(testVM) + "</uuid><memory>1048576</memory><vcpu>1</vcpu>" +
+		"<os><type arch='x86_64' machine='pc'>hvm</type></os><devices><disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='" +
+		image + "'/><target dev='vda' bus='virtio'/></disk></devices></domain>"
+	if _, err := w.a.hyper.Define(t.Context(), []byte(doc)); err != nil {
+		t.Fatal(err)
+	}
+	w.a.start()
+	w.b.start()
+	return w
+}
+
+func newSide(t testing.TB, w *pair, dir, name string) *side {
+	s := &side{t: t, w: w, name: name, host: wire.HostID("00000000-0000-4000-8000-00000000000" + name), dir: filepath.Join(dir, name)}
+	s.root = filepath.Join(s.dir, "images")
+	s.hyper = &guestHost{Fake: libvirttest.New(), s: s}
+	s.grant = Grant{Name: "peer", MaySend: true, Root: s.root}
+	for _, d := range []string{"state", "run"} {
+		if err := os.MkdirAll(filepath.Join(s.dir, d), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return s
+}
+
+// protect enables the VM on A towards B, boots it and waits for a complete copy.
+func (w *pair) protect() {
+	w.t.Helper()
+	err := w.a.do(func(ctx context.Context, m *Manager, _ *VM) error {
+		_, err := m.Enable(ctx, EnableOptions{Name: "web", Peer: w.b.host, Interval: 20 * time.Millisecond, Request: "enable"}, nil)
+		return err
+	})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.until("a complete copy", func() error { return w.copied(w.a, w.b) })
+	if err := w.a.do(func(ctx context.Context, _ *Manager, v *VM) error { return v.StartGuest(ctx, false) }); err != nil {
+		w.t.Fatal(err)
+	}
+	w.write(w.a, 3)
+}
+
+func (w *pair) write(s *side, n int) {
+	w.t.Helper()
+	for range n {
+		if err := s.hyper.write(); err != nil {
+			w.t.Fatalf("guest on %s: %v", s.name, err)
+		}
+	}
+}
+
+// copied says why to does not hold all of from.
+func (w *pair) copied(from, to *side) error {
+	p, r := from.vm(), to.vm()
+	if p == nil || r == nil {
+		return fmt.Errorf("a side is down")
+	}
+	s := p.session()
+	if s == nil {
+		return fmt.Errorf("%s does not ship (trouble %q)", from.name, p.trouble)
+	}
+	st := s.Status()
+	if !st.Protected || st.Committed.IsZero() {
+		return fmt.Errorf("session: %+v", st)
+	}
+	rs, err := r.storeStatus()
+	if err != nil {
+		return err
+	}
+	rec := r.record()
+	if rs.Committed != st.Committed || rec.Incomplete {
+		return fmt.Errorf("replica at %v, primary at %v, incomplete %t", rs.Committed, st.Committed, rec.Incomplete)
+	}
+	if rec.Lineage.Generation != p.record().Lineage.Generation {
+		return fmt.Errorf("the replica's record follows another generation")
+	}
+	return nil
+}
+
+const patience = 30 * time.Second
+
+// until polls a condition that must come true.
+func (w *pair) until(what string, f func() error) {
+	w.t.Helper()
+	end := time.NewTimer(patience)
+	defer end.Stop()
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		err := f()
+		if err == nil {
+			return
+		}
+		select {
+		case <-end.C:
+			w.t.Fatalf("waited for %s: %v\nA: %s\nB: %s", what, err, w.a.describe(), w.b.describe())
+		case <-tick.C:
+		}
+	}
+}
+
+func (s *side) describe() string {
+	v := s.vm()
+	if v == nil {
+		return "unknown VM"
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	j := "none"
+	if v.stuck != nil {
+		j = fmt.Sprintf("%s/%s committed=%t: %s", v.stuck.Kind, v.stuck.Begun, v.stuck.Committed, v.stuck.Failure)
+	}
+	return fmt.Sprintf("%s noreverse=%t held=%q trouble=%q running=%t plan=%s", v.rec.Lineage.State, v.rec.NoReverse, v.held, v.trouble, s.hyper.runs(), j)
+}
+
+// owner is the one side that serves; nil when there is none.
+func (w *pair) owner() *side {
+	for _, s := range []*side{w.a, w.b} {
+		if v := s.vm(); v != nil && v.record().Lineage.MayServe() {
+			return s
+		}
+	}
+	return nil
+}
+
+// settled says why the pair is not at rest: one serves and runs, the other
+// follows, no plan is open.
+func (w *pair) settled() error {
+	o := w.owner()
+	if o == nil {
+		return fmt.Errorf("nobody serves")
+	}
+	for _, s := range []*side{w.a, w.b} {
+		v := s.vm()
+		v.mu.Lock()
+		open, running := v.stuck != nil, v.running != nil
+		v.mu.Unlock()
+		if open || running {
+			return fmt.Errorf("a plan of %s is open", s.name)
+		}
+	}
+	if st := o.other.vm().record().Lineage.State; st != lineage.Replica {
+		return fmt.Errorf("%s is %s", o.other.name, st)
+	}
+	if !o.hyper.runs() {
+		return fmt.Errorf("the guest does not run on %s", o.name)
+	}
+	return w.copied(o, o.other)
+}
+
+// rest drives the pair to quiescence and checks it.
+func (w *pair) rest() *side {
+	w.t.Helper()
+	w.until("the pair to be at rest", func() error { w.check(); return w.settled() })
+	o := w.owner()
+	w.write(o, 2)
+	w.until("the last writes to be copied", func() error {
+		n := o.vm().session().Status()
+		if n.Pending > 0 {
+			return fmt.Errorf("%d pending", n.Pending)
+		}
+		return w.settled()
+	})
+	return o
+}
+
+func planned(ctx context.Context, _ *Manager, v *VM) error {
+	return v.Planned(ctx, PlannedOptions{Request: fmt.Sprintf("planned-%d", time.Now().UnixNano())}, nil)
+}
