@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -55,22 +56,30 @@ func TestLabEveryStateCanBeLeftBothWays(t *testing.T) {
 // awaitEvent skips events of other kinds.
 func awaitEvent(t *testing.T, events <-chan Event, kind EventKind) Event {
 	t.Helper()
+	return awaitEvents(t, events, kind)[kind]
+}
+
+// awaitEvents waits for one event of each kind, in whatever order they come.
+func awaitEvents(t *testing.T, events <-chan Event, kinds ...EventKind) map[EventKind]Event {
+	t.Helper()
 	late := time.NewTimer(time.Minute)
 	defer late.Stop()
-	for {
+	got := map[EventKind]Event{}
+	for len(got) < len(kinds) {
 		select {
 		case e, ok := <-events:
 			if !ok {
-				t.Fatalf("no event %q", kind)
+				t.Fatalf("of the events %q only %v came", kinds, got)
 			}
 			t.Logf("event %s %s %s %v", e.Kind, e.Name, e.Detail, e.Err)
-			if e.Kind == kind {
-				return e
+			if slices.Contains(kinds, e.Kind) {
+				got[e.Kind] = e
 			}
 		case <-late.C:
-			t.Fatalf("no event %q within a minute", kind)
+			t.Fatalf("of the events %q only %v came within a minute", kinds, got)
 		}
 	}
+	return got
 }
 
 // TestLabLibvirtStaysRightAfterAnInsertion: libvirt's own view of the disk and

@@ -84,11 +84,10 @@ func TestLabAGuestPausedByAnIOErrorIsResumed(t *testing.T) {
 	g.start()
 	must(t, s.cmd.Process.Kill())
 	_ = s.cmd.Wait()
-	e := awaitEvent(t, events, EventIOError)
+	e := awaitEvents(t, events, EventIOError, EventSuspended)[EventIOError]
 	if e.UUID != g.uuid || e.Detail != "pause" {
 		t.Fatalf("%+v", e)
 	}
-	awaitEvent(t, events, EventSuspended)
 	if st, why, err := g.host.DomainState(t.Context(), g.uuid); err != nil || st != StatePaused || why != ReasonIOError {
 		t.Fatalf("%s %s %v", st, why, err)
 	}

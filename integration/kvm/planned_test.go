@@ -29,7 +29,7 @@ func TestPlannedFailoverThereAndBackLosesNothing(t *testing.T) {
 	}
 	if out, err := w.Lab.Host("B").Virsh(w.step(), "start", d.Name); err == nil {
 		t.Fatalf("the replica could be started by mistake: %s", out)
-	} else if !strings.Contains(err.Error(), "does not let VM") {
+	} else if !strings.Contains(err.Error(), "refuses to start") {
 		t.Fatalf("the refusal does not say why: %v", err)
 	}
 
