@@ -176,7 +176,7 @@ var (
 	// ErrNotDrained: writes of the epoch are still in flight.
 	ErrNotDrained = errors.New("writes of the epoch are still in flight")
 	// ErrSealed: the VM was handed over in a planned failover.
-	ErrSealed = errors.New("disk is sealed after a planned failover; take it back first: replicactl failover cancel NAME")
+	ErrSealed = errors.New("disk is sealed after a planned failover; take it back first: replicactl failover take-back NAME")
 	// ErrDirty: Seal while something is not replicated yet.
 	ErrDirty = errors.New("not everything has been replicated yet")
 	// ErrPosition: a position that is not on this tracker's history.

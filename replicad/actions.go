@@ -2,6 +2,7 @@ package replicad
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"time"
@@ -9,6 +10,7 @@ import (
 	"kvmreplica/replicad/api"
 	"kvmreplica/replicad/config"
 	"kvmreplica/replicad/failover"
+	"kvmreplica/replicad/status"
 	"kvmreplica/replicad/vm"
 	"kvmreplica/replicad/wire"
 )
@@ -161,6 +163,10 @@ func (d *Daemon) plannedElsewhere(ctx context.Context, v *vm.VM, a api.Action, r
 	reply, err := c.Failover(ctx, wire.FailoverRequest{
 		VM: v.ID(), Step: "request-planned", Request: request, Start: !a.NoStart, Reverse: !a.NoReverse, Force: a.Force, Reason: a.Reason,
 	})
+	var w *wire.Error
+	if errors.As(err, &w) && w.Kind == wire.KindUnavailable {
+		return &wire.Error{Kind: w.Kind, Text: "the primary " + name + " cannot be asked: " + w.Text, Hint: "replicactl peer test " + name + "; when it is dead: replicactl failover unplanned " + a.VM}
+	}
 	if err != nil {
 		return err
 	}
@@ -174,6 +180,9 @@ func (d *Daemon) plannedElsewhere(ctx context.Context, v *vm.VM, a api.Action, r
 }
 
 func (d *Daemon) unplanned(ctx context.Context, v *vm.VM, a api.Action, request string, step func(failover.Event), emit func(api.Event)) error {
+	if v.Serves() {
+		return &wire.Error{Kind: wire.KindRefused, Text: "this host is the primary of " + a.VM + ": there is no replica here to fail over to", Hint: "replicactl failover planned " + a.VM + ", or type it on the replica host"}
+	}
 	l, err := v.Loss(ctx)
 	if err != nil {
 		return err
@@ -201,8 +210,11 @@ func (d *Daemon) unplanned(ctx context.Context, v *vm.VM, a api.Action, request 
 
 func (d *Daemon) reverse(ctx context.Context, v *vm.VM, a api.Action, request string, step func(failover.Event), emit func(api.Event)) error {
 	name := d.peerName(v.Peer())
+	s := v.Status(ctx, name)
+	if s.Role == status.Primary && s.State == status.Replicating {
+		return &wire.Error{Kind: wire.KindRefused, Text: fmt.Sprintf("there is nothing to reverse: %s replicates to %s", a.VM, name), Hint: "replicactl vm status " + a.VM}
+	}
 	if a.DryRun {
-		s := v.Status(ctx, name)
 		note(emit, "%s becomes the replica. What it wrote after %s was promoted is DISCARDED.", name, d.name)
 		note(emit, "Changed here since: %s. Blocks changed on either side are sent or compared.", strings.TrimSpace(fmt.Sprintf("%d bytes", s.Pending)))
 		return nil

@@ -106,5 +106,5 @@ func (d *Daemon) grant(host wire.HostID) (vm.Grant, error) {
 	if root == "" && len(d.cfg.StorageRoots) > 0 {
 		root = d.cfg.StorageRoots[0]
 	}
-	return vm.Grant{Name: r.Name, MaySend: a.MaySend && d.cfg.Receiving, Root: root, MaxVMs: a.MaxVMs, MaxDisks: a.MaxDisks, MaxBytes: a.MaxBytes}, nil
+	return vm.Grant{Name: r.Name, MaySend: a.MaySend && d.cfg.Receiving, Deaf: !d.cfg.Receiving, Root: root, MaxVMs: a.MaxVMs, MaxDisks: a.MaxDisks, MaxBytes: a.MaxBytes}, nil
 }

@@ -40,10 +40,10 @@ func Join(ctx context.Context, id *Identity, store *Store, address, code string,
 	}
 	key, err := codeKey(code)
 	if err != nil {
-		return Record{}, &wire.Error{Kind: wire.KindInvalid, Text: err.Error()}
+		return Record{}, &wire.Error{Kind: wire.KindInvalid, Text: err.Error(), Hint: "make a code on the other host: replicactl peer invite"}
 	}
 	if err := checkAddress(address); err != nil {
-		return Record{}, &wire.Error{Kind: wire.KindInvalid, Text: err.Error()}
+		return Record{}, &wire.Error{Kind: wire.KindInvalid, Text: err.Error(), Hint: "replicactl peer join HOST[:PORT] CODE"}
 	}
 	if err := o.Grant.Validate(); err != nil {
 		return Record{}, fmt.Errorf("join: %w", err)

@@ -30,6 +30,8 @@ func (m *Manager) checks(ctx context.Context, p wire.Peer, q wire.CheckRequest) 
 	case err != nil:
 		c.add("Authorisation", wire.Failed, "pair the hosts again", "%v", err)
 		return c
+	case g.Deaf:
+		c.add("Authorisation", wire.Failed, "on the receiving host: receiving = true in /etc/replicad/replicad.toml, then: systemctl restart replicad", "%s does not receive replicas at all", m.deps.HostName)
 	case !g.MaySend:
 		c.add("Authorisation", wire.Failed, "on the receiving host: replicactl peer allow "+p.Name+" --may-send", "%s may not send replicas to %s", p.Name, m.deps.HostName)
 	default:
@@ -55,7 +57,7 @@ func (m *Manager) checks(ctx context.Context, p wire.Peer, q wire.CheckRequest) 
 
 func (m *Manager) checkSpace(c *checklist, g Grant, q wire.CheckRequest) error {
 	if g.Root == "" {
-		c.add("Storage root", wire.Failed, "replicactl peer allow … --root DIR on the receiving host", "none is set")
+		c.add("Storage root", wire.Failed, "on the receiving host: replicactl peer allow PEER --may-send --root DIR", "none is set")
 		return nil
 	}
 	dir := g.Root
@@ -105,9 +107,9 @@ func (m *Manager) checkRender(ctx context.Context, c *checklist, q wire.CheckReq
 		return
 	}
 	if id, err := m.deps.Hyper.LookupName(ctx, s.Name); err == nil && id != s.UUID {
-		c.add("Name", wire.Failed, "rename one of them", "another domain is called %q there", s.Name)
+		c.add("Name", wire.Failed, "rename one of them: virsh domrename "+s.Name+" NEWNAME", "another domain is called %q there", s.Name)
 	} else if _, _, err := m.deps.Hyper.DomainState(ctx, s.UUID); err == nil {
-		c.add("Name", wire.Failed, "virsh undefine it there; its images are never overwritten", "a domain with this UUID exists there")
+		c.add("Name", wire.Failed, "on the receiving host: virsh undefine "+s.UUID+" (its images are never overwritten)", "a domain with this UUID exists there")
 	} else if errors.Is(err, libvirt.ErrNotFound) {
 		c.add("Name", wire.OK, "", "%q is free", s.Name)
 	} else {
@@ -166,7 +168,7 @@ func (v *VM) PlanPlanned(ctx context.Context, noReverse bool) ([]wire.Check, err
 		h, err = p.Hello(ctx, wire.HelloRequest{Min: wire.ProtocolMin, Max: wire.ProtocolMax, Host: v.deps.Host, Name: v.deps.HostName, Now: v.deps.Now()})
 	}
 	if err != nil {
-		c.add("Replica host", wire.Failed, "replicactl peer test; or after its loss: nothing to fail over to", "%v", err)
+		c.add("Replica host", wire.Failed, "replicactl peer test "+v.mgr.peerName(r.Peer), "%s", said(err))
 		return c, nil
 	}
 	skew := h.Now.Sub(v.deps.Now())
@@ -177,7 +179,7 @@ func (v *VM) PlanPlanned(ctx context.Context, noReverse bool) ([]wire.Check, err
 	c.add("Clocks", res, "run a time service on both hosts", "they differ by %s", skew.Abs().Round(skewUnit))
 	reply, err := p.Check(ctx, wire.CheckRequest{VM: v.id, For: "planned", Spec: r.Spec})
 	if err != nil {
-		c.add("Replica host", wire.Failed, "replicactl peer test", "%v", err)
+		c.add("Replica host", wire.Failed, "replicactl peer test "+v.mgr.peerName(r.Peer), "%s", said(err))
 		return c, nil
 	}
 	c = append(c, reply.Checks...)
@@ -217,7 +219,7 @@ func (v *VM) checkCopy(c *checklist) {
 	case !st.Protected:
 		c.add("Replication", wire.Failed, "replicactl vm watch "+name, "the replica holds no consistent copy yet")
 	case st.Failures > 0:
-		c.add("Replication", wire.Failed, "replicactl peer test", "the last cycle failed: %s", st.LastError)
+		c.add("Replication", wire.Failed, "replicactl peer test "+v.mgr.peerName(v.record().Peer), "the last cycle failed: %s", st.LastError)
 	case st.Paused:
 		c.add("Replication", wire.Warning, "", "it is paused; the failover sends the %d pending bytes all the same", st.Pending)
 	default:
@@ -240,4 +242,13 @@ func (v *VM) checkReversal(c *checklist, noReverse bool) {
 	default:
 		c.add("Reversal", wire.OK, "", "this host accepts the way back")
 	}
+}
+
+// said is an error's text without the hint that is shown apart from it.
+func said(err error) string {
+	var w *wire.Error
+	if errors.As(err, &w) && w.Hint != "" {
+		return strings.TrimSuffix(err.Error(), " ("+w.Hint+")")
+	}
+	return err.Error()
 }

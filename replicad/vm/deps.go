@@ -37,6 +37,7 @@ type Hypervisor interface {
 type Grant struct {
 	Name     string
 	MaySend  bool
+	Deaf     bool   // this host receives nothing from anybody
 	Root     string // storage root for its replicas
 	MaxVMs   int
 	MaxDisks int

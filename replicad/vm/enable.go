@@ -115,14 +115,14 @@ func (p *EnablePlan) check(name string, r wire.Result, remedy, format string, a 
 
 func (p *EnablePlan) checkDomain(ctx context.Context, m *Manager, d libvirt.Domain) {
 	if !d.Persistent {
-		p.check("Domain", wire.Failed, "virsh define its XML first", "%s is transient", d.Name)
+		p.check("Domain", wire.Failed, "virsh dumpxml "+d.Name+" >FILE; virsh define FILE", "%s is transient: it has no definition", d.Name)
 	} else {
 		p.check("Domain", wire.OK, "", "%s is %s", d.Name, d.State)
 	}
 	if saved, err := m.deps.Hyper.HasSaved(ctx, d.UUID); err != nil {
 		p.check("Saved state", wire.Unknown, "", "%v", err)
 	} else if saved {
-		p.check("Saved state", wire.Failed, "virsh start it, or virsh managedsave-remove "+d.Name, "a managed save image would restore the old disk sources")
+		p.check("Saved state", wire.Failed, "virsh start "+d.Name+", or: virsh managedsave-remove "+d.Name, "a managed save image would restore the old disk sources")
 	}
 	for _, n := range d.Notes {
 		p.check("Features", wire.Warning, "", "%s stays on this host and is not replicated", n)
@@ -182,7 +182,7 @@ func (p *EnablePlan) checkPeer(ctx context.Context, m *Manager, host wire.HostID
 		}
 	}
 	if err != nil {
-		p.check("Replica host", wire.Failed, "replicactl peer test", "%v", err)
+		p.check("Replica host", wire.Failed, "replicactl peer test "+m.peerName(host), "%s", said(err))
 	}
 }
 

@@ -194,7 +194,7 @@ func (v *VM) StartGuest(ctx context.Context, force bool) error {
 	}
 	defer unlock()
 	if !v.record().Lineage.MayServe() {
-		return &wire.Error{Kind: wire.KindRefused, Text: fmt.Sprintf("this host is %s for the VM", v.record().Lineage.State), Hint: "replicactl vm status " + v.record().Name}
+		return &wire.Error{Kind: wire.KindRefused, Text: fmt.Sprintf("this host is %s for the VM", v.record().Lineage.State), Hint: "replicactl failover planned " + v.record().Name + "; when the primary is dead: failover unplanned"}
 	}
 	if why, answered := v.askPeer(ctx); why != "" && !force {
 		return &wire.Error{Kind: wire.KindRefused, Text: why, Hint: "replicactl vm start --force only when the other copy is certainly stopped"}

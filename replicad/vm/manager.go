@@ -15,6 +15,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"sort"
 	"strings"
 	"sync"
@@ -134,7 +135,7 @@ func (m *Manager) add(r Record) (*VM, error) {
 	}
 	v := m.newVM(r)
 	if err := saveRecord(v.fsys, r); err != nil {
-		return nil, err
+		return nil, errors.Join(err, removeTree(m.fsys, dir))
 	}
 	m.vms[r.VM] = v
 	if m.ctx != nil {
@@ -149,6 +150,10 @@ func (m *Manager) remove(v *VM) error {
 	v.clearGate()
 	if err := removeTree(m.fsys, "vms/"+string(v.id)); err != nil {
 		return fmt.Errorf("remove the VM's state: %w", err)
+	}
+	cfg := v.planeConfig()
+	if err := errors.Join(os.RemoveAll(cfg.RunDir), os.RemoveAll(cfg.SharedDir)); err != nil {
+		v.log.Warn("remove what the data plane left behind", "err", err)
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
