@@ -89,8 +89,11 @@ func TestAReleasedGuestRunsWithoutReplicadAndIsProtectedAgainByDigest(t *testing
 	w.fsckRefuses("A", "virsh shutdown "+d.Name, "release", d.Name)
 	w.fsckRefuses("A", "no such VM", "release", "nobody")
 	last := w.powerOff("A", d, c)
-
-	_, err := w.fsck("A", "release", d.Name)
+	// The data plane dies as well: its tracker looks as if it had gone on, and
+	// only the mark tells the next one what it must not believe.
+	_, err := w.Lab.Host("A").Exec(w.step(), "sh", "-c", "cd /run/replicad/vm/"+d.UUID+"; kill -9 $(cat keeper.pid); kill -9 $(cat dataplane.pid)")
+	w.must(err)
+	_, err = w.fsck("A", "release", d.Name)
 	w.must(err)
 	_, err = w.fsck("A", "release", "--all") // again: nothing changes
 	w.must(err)

@@ -222,7 +222,7 @@ func (v *VM) askPeer(ctx context.Context) (why string, answered bool) {
 		return "", false
 	case s.Running:
 		return "the VM runs on the other host", true
-	case s.Role == lineage.RolePrimary && s.Generation != v.record().Lineage.Generation:
+	case s.Role == lineage.RolePrimary && !v.knows(s.Generation):
 		return "the other host was promoted and owns the VM now", true
 	}
 	return "", true

@@ -269,8 +269,14 @@ func (v *VM) sealedOffline(st storeState) bool {
 	if st.State != points.Promoted || st.Seal == nil || !st.Seal.Forced || r.Incomplete || !r.Lineage.Discard.IsZero() {
 		return false
 	}
-	known := func(p delta.Pos) bool { return p.Generation == st.Seal.Generation }
-	return r.Lineage.Generation != st.Seal.Generation && !slices.ContainsFunc(r.Lineage.Ancestors, known)
+	return !v.knows(st.Seal.Generation)
+}
+
+// knows reports that a generation is this host's own or an ancestor of it: an
+// old primary that comes back after a promotion here has one of these.
+func (v *VM) knows(g delta.Generation) bool {
+	l := v.record().Lineage
+	return l.Generation == g || slices.ContainsFunc(l.Ancestors, func(p delta.Pos) bool { return p.Generation == g })
 }
 
 func (v *VM) wayBackRecovered(ctx context.Context) error {
