@@ -17,8 +17,8 @@ import (
 // plane that cannot start should not eat the host.
 const (
 	restartFirst  = 50 * time.Millisecond
-	restartMax    = 5 * time.Second
-	restartStable = 10 * time.Second // a run this long resets the pause
+	restartMax    = time.Second     // the guest waits meanwhile; one start a second costs a host little
+	restartStable = 2 * time.Second // a run this long resets the pause
 )
 
 // exitDrained is how a data plane says that it ended on purpose.
