@@ -43,6 +43,7 @@ func BenchmarkAgainstPeers(b *testing.B) {
 			"--image-opts", "driver=raw,file.driver=file,file.locking=off,file.filename="+img),
 		startServer(b, "nbdkit", dir, "nbdkit", "-f", "-U", filepath.Join(dir, "nbdkit"), "file", img),
 	}
+	servers = append(servers, trackedServer(b, dir, size)...)
 	for _, w := range []benchLoad{
 		{cmdWrite, 4096, 1, false},
 		{cmdRead, 4096, 1, false},
@@ -82,7 +83,7 @@ const (
 
 // compare runs rounds in turn and reports medians.
 func (w benchLoad) compare(b *testing.B, servers []*benchServer, size int64) {
-	var rate, cpu [3][]float64
+	rate, cpu := make([][]float64, len(servers)), make([][]float64, len(servers))
 	for round := range benchRounds {
 		for i, s := range servers {
 			ops, took, used := s.run(b, w, size, uint64(round))
@@ -97,6 +98,31 @@ func (w benchLoad) compare(b *testing.B, servers []*benchServer, size int64) {
 		b.ReportMetric(median(rate[0])/median(rate[i+1]), "x-"+s.name)
 		b.ReportMetric(median(cpu[0])/median(cpu[i+1]), "x-cpu-"+s.name)
 	}
+	if last := len(servers) - 1; servers[last].name == tracked {
+		for i := 1; i < last; i++ {
+			b.ReportMetric(median(rate[last])/median(rate[i]), tracked+"-x-"+servers[i].name)
+			b.ReportMetric(median(cpu[last])/median(cpu[i]), tracked+"-x-cpu-"+servers[i].name)
+		}
+	}
+}
+
+// tracked is our server with change tracking on, as a guest's data plane is.
+const tracked = "tracked"
+
+// trackedServer starts the built program with tracking, on an image of its own;
+// none when it was not built (make build).
+func trackedServer(b *testing.B, dir string, size int64) []*benchServer {
+	b.Helper()
+	bin, err := filepath.Abs("../bin/replicad")
+	must(b, err)
+	if _, err := os.Stat(bin); err != nil {
+		b.Logf("without tracking: %v (run make build)", err)
+		return nil
+	}
+	img := filepath.Join(dir, "tracked.img")
+	must(b, os.WriteFile(img, make([]byte, size), 0o600))
+	state := filepath.Join(dir, "state")
+	return []*benchServer{startServer(b, tracked, dir, bin, "nbd", img, "--socket", filepath.Join(dir, tracked), "--state", state)}
 }
 
 func median(v []float64) float64 {

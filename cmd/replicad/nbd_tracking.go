@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
 	"time"
 
 	"github.com/spf13/pflag"
@@ -57,6 +58,9 @@ func (f *trackingFlags) wrap(src *source, readOnly bool, log *slog.Logger) (bloc
 // open continues the tracker in the directory, or starts one with everything
 // dirty.
 func (f *trackingFlags) open(src *source, log *slog.Logger) (*cbt.Group, error) {
+	if err := os.MkdirAll(f.state, 0o700); err != nil {
+		return nil, fmt.Errorf("make the state directory: %w", err)
+	}
 	dir, err := fsx.OS(f.state)
 	if err != nil {
 		return nil, err
