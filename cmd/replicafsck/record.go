@@ -124,5 +124,6 @@ func (c *command) replicaDir(target string) (string, error) {
 	if ferr != nil {
 		return "", errors.Join(fmt.Errorf("%q is neither a directory nor a VM of %s", target, c.stateDir), err)
 	}
+	c.vmDir = filepath.Join(c.stateDir, "vms", string(r.VM))
 	return c.storeOf(r), nil
 }

@@ -136,6 +136,9 @@ func (c *command) sealed(s *points.Store) (points.Seal, error) {
 	if err != nil {
 		return points.Seal{}, err
 	}
+	if err := c.keepFirmware(s, pos); err != nil {
+		return points.Seal{}, err
+	}
 	if pos != s.Committed() {
 		return s.PromoteAt(ctx, pos, g)
 	}

@@ -30,6 +30,7 @@ type hypervisor interface {
 	XML(ctx context.Context, uuid string, k libvirt.XMLKind) ([]byte, error)
 	Define(ctx context.Context, doc []byte) (uuid string, err error)
 	SetAutostart(ctx context.Context, uuid string, on bool) error
+	Domain(ctx context.Context, uuid string) (libvirt.Domain, error)
 	HasSaved(ctx context.Context, uuid string) (bool, error)
 	Metadata(ctx context.Context, uuid string) (string, error)
 }
@@ -122,6 +123,9 @@ func (c *command) releaseOne(ctx context.Context, h hypervisor, r vmRecord) erro
 	}
 	if err == nil {
 		err = restoreDomain(ctx, h, r)
+	}
+	if err == nil && r.Lineage.State == lineage.Replica {
+		err = c.writeFirmware(ctx, h, r)
 	}
 	if err == nil {
 		err = openGate(gates)

@@ -61,6 +61,10 @@ func (f *fakeHost) SetAutostart(_ context.Context, _ string, on bool) error {
 	return nil
 }
 
+func (f *fakeHost) Domain(context.Context, string) (libvirt.Domain, error) {
+	return libvirt.ParseDomain(f.doc)
+}
+
 func (f *fakeHost) HasSaved(context.Context, string) (bool, error) { return f.saved, nil }
 
 func (f *fakeHost) Metadata(context.Context, string) (string, error) {
@@ -251,5 +255,27 @@ func TestAReleaseIsRefusedWhileTheDaemonRuns(t *testing.T) {
 		t.Errorf("after its end: %v", err)
 	} else {
 		free()
+	}
+}
+
+func TestARecoveredGuestGetsItsFirmwareStateOnce(t *testing.T) {
+	t.Parallel()
+	s := newScene(t, nil)
+	vars := s.path("vars.fd")
+	s.host.doc = []byte(strings.Replace(testDoc, "<devices>", "<os><type arch='x86_64'>hvm</type><loader readonly='yes' type='pflash'>/ovmf</loader><nvram>"+vars+"</nvram></os><devices>", 1))
+	s.write("vars.fd", "old")
+	s.write("state/vms/"+testID+"/"+nvramFile, "recovered")
+	all, err := records(s.cmd.stateDir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"recovered", "the guest's own"} { // the second time there is nothing to write
+		if err := s.cmd.writeFirmware(t.Context(), s.host, all[0]); err != nil {
+			t.Fatal(err)
+		}
+		if b, err := os.ReadFile(vars); err != nil || string(b) != want {
+			t.Errorf("firmware state %q, %v; want %q", b, err, want)
+		}
+		s.write("vars.fd", "the guest's own")
 	}
 }

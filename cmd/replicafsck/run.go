@@ -32,6 +32,7 @@ flags of recover:
 flags of release:
   --force             although replicad runs, or the two copies diverged
   --socket PATH       libvirt's socket instead of the usual ones
+  --libvirt-state DIR where libvirt keeps firmware state (/var/lib/libvirt)
 flags of all:
   --state-dir DIR     replicad's state directory (/var/lib/replicad)
   --run-dir DIR       replicad's boot-scoped directory (/run/replicad)
@@ -55,6 +56,8 @@ type command struct {
 	outDir, copyDir string
 
 	stateDir, runDir, socket string
+	libvirtState             string
+	vmDir                    string // of the VM named, empty for a bare directory
 	all, force               bool
 }
 
@@ -87,6 +90,7 @@ func (c *command) parse(args []string) error {
 	f.StringVar(&c.stateDir, "state-dir", "/var/lib/replicad", "")
 	f.StringVar(&c.runDir, "run-dir", "/run/replicad", "")
 	f.StringVar(&c.socket, "socket", "", "")
+	f.StringVar(&c.libvirtState, "libvirt-state", "/var/lib/libvirt", "")
 	f.BoolVar(&c.all, "all", false, "")
 	f.BoolVar(&c.force, "force", false, "")
 	f.Func("disk", "", func(s string) error {
