@@ -87,7 +87,7 @@ sim: ## the simulation, SEEDS histories (2000), or one with SEED=
 
 .PHONY: sweep
 sweep: ## the unit tests and the model with nothing left out (slow)
-	KVMREPLICA_SWEEP=full KVMREPLICA_MODEL=full go test -count=1 -timeout 2h $(ALL) ./integration/model/...
+	KVMREPLICA_MODEL=full go test -count=1 -timeout 2h $(ALL) ./integration/model/...
 
 .PHONY: bench
 bench: ## all benchmarks, BENCHTIME each (1s)
