@@ -186,7 +186,7 @@ func (f *File) readFull(p []byte, off int64) (int, error) {
 func (f *File) errShrunk(op string, off int64) error {
 	return &os.PathError{
 		Op: op, Path: f.path,
-		Err: fmt.Errorf("image ends at byte %d, it had %d when opened: %w", off, f.real.Load(), io.ErrUnexpectedEOF),
+		Err: fmt.Errorf("somebody cut the image off before byte %d, it had %d bytes when opened: %w", off, f.real.Load(), io.ErrUnexpectedEOF),
 	}
 }
 

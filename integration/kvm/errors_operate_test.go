@@ -1,0 +1,51 @@
+package kvm_test
+
+import (
+	"kvmreplica/integration/estate"
+)
+
+// stopped ends a host's daemon for a case.
+func stopped(host string) func(w *errorWorld) func() {
+	return func(w *errorWorld) func() {
+		w.must(w.Daemon(host).Stop(w.step()))
+		return func() { w.must(w.StartDaemon(w.step(), host)) }
+	}
+}
+
+// pausedAtStart has the protected VM running, at its first instruction.
+func pausedAtStart(w *errorWorld) func() {
+	w.virsh("A", "start", "--paused", keptVM)
+	return func() { w.virsh("A", "destroy", keptVM) }
+}
+
+func operateErrors() []errorCase {
+	planned := func(more ...string) []string {
+		return append([]string{"failover", "planned", keptVM, "--yes"}, more...)
+	}
+	addr := func(code string) []string { return []string{"peer", "join", "10.77.0.1:7878", code} }
+	return []errorCase{
+		{id: "daemon-not-running", args: []string{"vm", "list"}, code: 5, words: []string{"the daemon does not answer", "systemctl status replicad"}, setup: stopped("A")},
+		{id: "vm-unknown", args: []string{"vm", "status", freeVM}, code: 1, words: []string{"is not protected here", "replicactl vm enable " + freeVM}},
+		{id: "interval", args: []string{"vm", "enable", freeVM, "--to", estate.Peer("B"), "--every", "25h", "--yes"}, code: 2, words: []string{"--every takes", "1s to 24h"}},
+		{id: "on-silent-peer", args: enable(freeVM, "--on-silent-peer", "maybe"), code: 2, words: []string{`"maybe"`, "start or hold"}},
+		{id: "pairing-code-wrong", host: "B", args: addr("AAAA-AAAA-AAAA-AAAA"), code: 6, words: []string{"pairing code is wrong", "replicactl peer invite"}, setup: func(w *errorWorld) func() {
+			w.ctl("A", "peer", "invite", "--valid", "1m")
+			return func() {}
+		}},
+		{id: "pairing-code-malformed", host: "B", args: addr("nonsense"), code: 2, words: []string{"mistyped", "replicactl peer invite"}},
+		{id: "peer-shares-vms", args: []string{"peer", "remove", estate.Peer("B")}, code: 6, words: []string{"VMs are still shared with", "replicactl vm disable"}},
+		{id: "peer-shares-vms-there", host: "B", args: []string{"peer", "remove", estate.Peer("A")}, code: 6, words: []string{"VMs are still shared with", "replicactl vm disable"}},
+		{id: "planned-peer-away", args: planned(), code: 6, words: []string{"Repli", "replicactl peer test"}, setup: stopped("B")},
+		{id: "planned-primary-away", host: "B", args: planned(), code: 1, words: []string{"cannot reach", "when it is dead: replicactl failover unplanned " + keptVM}, setup: stopped("A")},
+		{id: "planned-libvirt-down-there", args: planned(), code: 6, words: []string{"Hypervisor", "systemctl status libvirtd"}, setup: libvirtDown("B")},
+		{id: "unplanned-on-primary", args: []string{"failover", "unplanned", keptVM, "--yes"}, code: 6, words: []string{"this host is the primary", "failover planned " + keptVM}},
+		{id: "unplanned-primary-alive", host: "B", args: []string{"failover", "unplanned", keptVM, "--yes"}, code: 6, words: []string{"it answers and its guest runs", "failover planned " + keptVM}, setup: pausedAtStart},
+		{id: "reverse-without-failover", args: []string{"failover", "reverse", keptVM, "--yes"}, code: 6, words: []string{"nothing to reverse", "replicactl vm status"}},
+		{id: "pause-on-replica", host: "B", args: []string{"vm", "pause", keptVM}, code: 6, words: []string{"this host does not ship", "on the primary"}},
+		{id: "start-on-replica", host: "B", args: []string{"vm", "start", keptVM}, code: 6, words: []string{"this host is replica", "failover"}},
+		{id: "disable-on-replica", host: "B", args: []string{"vm", "disable", keptVM, "--yes"}, code: 6, words: []string{"this host is the replica", "on the primary"}},
+		{id: "disable-peer-away", args: []string{"vm", "disable", keptVM, "--yes"}, code: 1, words: []string{"the replica host cannot be told", "--force"}, setup: stopped("B")},
+		{id: "no-plan-to-resume", args: []string{"failover", "resume", keptVM}, code: 6, words: []string{"no plan of this VM is interrupted", "replicactl vm status"}},
+		{id: "pause-state-disk-full", args: []string{"vm", "pause", keptVM}, code: 1, words: []string{"no space left on device", "df -h /var/lib/replicad"}, setup: full("A", stateDir)},
+	}
+}
