@@ -27,6 +27,8 @@ type vmRecord struct {
 	Disks     []vmDisk        `json:"disks"`
 	Native    bool            `json:"native"`
 	Autostart bool            `json:"autostart"`
+	// Superseded says that the other host was promoted.
+	Superseded string `json:"superseded"`
 }
 
 // vmDisk is one disk of the record.

@@ -152,6 +152,9 @@ func (c *command) mayRelease(r vmRecord) error {
 	if d := r.Lineage.Diverged; d != nil && !c.force {
 		return fmt.Errorf("both hosts changed this VM (%s); when this host's copy is the one to use, repeat with --force", d.Reason)
 	}
+	if r.Superseded != "" && !c.force {
+		return fmt.Errorf("the other host may own this VM (%s); when this host's copy is the one to use, repeat with --force", r.Superseded)
+	}
 	if len(r.Disks) == 0 {
 		return errors.New("its record names no disks")
 	}

@@ -217,6 +217,7 @@ func TestWhatMayNotBeReleasedIsRefusedUnchanged(t *testing.T) {
 		}, nil, "failover resume"},
 		"diverged":     {func(r *vm.Record) { r.Lineage.Diverged = &lineage.Divergence{Reason: "both ran"} }, nil, "--force"},
 		"replica":      {func(r *vm.Record) { r.Lineage = lineage.New(wire.VMID(testID), delta.Generation{}) }, nil, "store"},
+		"superseded":   {func(r *vm.Record) { r.Superseded = "the replica was promoted" }, nil, "--force"},
 		"never placed": {func(r *vm.Record) { r.Disks[0].Original = nil }, nil, "never completed"},
 	} {
 		s := newScene(t, c.record)

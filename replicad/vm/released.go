@@ -40,6 +40,12 @@ func (v *VM) outOfHands() bool {
 	return v.facts.hands.off
 }
 
+// marked reports that what this host's tracker says must not be believed.
+func (v *VM) marked() bool {
+	_, ok := breakglass.Read(v.fsys)
+	return ok
+}
+
 func (v *VM) setReleased(off bool, why string) {
 	v.mu.Lock()
 	v.facts.hands = hands{off: off, why: why}
@@ -66,12 +72,14 @@ func (v *VM) noticeRelease() bool {
 	v.setReleased(true, releaseText(m)+"; restart replicad with the guest off to protect it again")
 	v.log.Error("the VM was released under the running daemon", "by", m.By)
 	v.stopShipping()
+	v.machine.Lock()
 	v.mu.Lock()
 	if v.ship != nil {
 		v.ship.plane.Close()
 		v.ship = nil
 	}
 	v.mu.Unlock()
+	v.machine.Unlock()
 	v.publishGate()
 	return true
 }
@@ -129,8 +137,9 @@ func (v *VM) takeHands(ctx context.Context) error {
 	if _, err := v.pointIn(ctx); err != nil {
 		return fmt.Errorf("point the definition at the exports again: %w", err)
 	}
-	// Off is how its guest was left: what ran before the release does not count.
-	if err := v.update(func(r *Record) error { r.WantRunning = false; return nil }); err != nil {
+	// As its guest was left: what ran before the release does not count.
+	runs := v.guestRuns()
+	if err := v.update(func(r *Record) error { r.WantRunning = runs; return nil }); err != nil {
 		return err
 	}
 	if err := breakglass.Clear(v.fsys); err != nil {
@@ -150,6 +159,9 @@ func (v *VM) wayBack(ctx context.Context) error {
 		return fmt.Errorf("take the released VM back: %w", err)
 	}
 	if !off(st) {
+		if v.standsOnExports(ctx) {
+			return nil // the release never came that far
+		}
 		return errReleased
 	}
 	saved, err := v.deps.Hyper.HasSaved(ctx, string(v.id))
@@ -165,6 +177,20 @@ func (v *VM) wayBack(ctx context.Context) error {
 		return err
 	}
 	return v.inTheWay(v.sameSources(doc))
+}
+
+// standsOnExports reports that every write of the running guest passes us.
+func (v *VM) standsOnExports(ctx context.Context) bool {
+	g, err := v.deps.Hyper.Graph(ctx, string(v.id), v.exports())
+	if err != nil {
+		return false
+	}
+	for name := range v.exports() {
+		if g[name].Position != libvirt.PositionTop {
+			return false
+		}
+	}
+	return true
 }
 
 // inTheWay keeps a reason for the status.
@@ -235,7 +261,7 @@ func (v *VM) adoptRecovered(ctx context.Context) (bool, error) {
 		return false, err
 	}
 	m := breakglass.Mark{At: v.deps.Now(), By: "replicafsck recover", Recovered: true}
-	if _, ok := breakglass.Read(v.fsys); !ok {
+	if !v.marked() {
 		// What was written to the images since is not known.
 		if err := breakglass.Set(v.fsys, m); err != nil {
 			return false, err
