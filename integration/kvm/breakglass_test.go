@@ -230,3 +230,50 @@ func (w *world) held(host string, d guest.Domain) {
 		w.t.Fatalf("host %s started the VM: %s", host, out)
 	}
 }
+
+// A daemon that hangs can be worked around: a forced release holds until that
+// daemon is started again. What is in the way then is said and left alone.
+func TestAForcedReleaseHoldsUntilReplicadIsStartedAgain(t *testing.T) {
+	w := up(t, estate.Options{})
+	d := w.guest("forced", 33, 1, "")
+	c := w.start(d)
+	w.protect(d, "1s")
+	last := w.powerOff("A", d, c)
+	_, err := w.fsck("A", "release", "--force", d.Name)
+	w.must(err)
+	w.released("A", d)
+	c, err = w.Console("A", d, false)
+	w.must(err)
+	w.virsh("A", "start", d.Name)
+	high := w.booted(c, last)
+	_, err = c.WaitSynced(w.step(), high+10)
+	w.must(err)
+	w.virsh("A", "managedsave", d.Name)
+	w.released("A", d)
+
+	w.must(w.Daemon("A").Kill())
+	w.must(w.StartDaemon(w.step(), "A"))
+	_, err = w.WaitStatus(w.step(), "A", d.Name, "waiting for the saved guest", func(v status.VM) bool {
+		return strings.Contains(fmtConditions(v), "managed save image")
+	})
+	w.must(err)
+	w.virsh("A", "start", d.Name) // from the saved state, past us
+	_, err = c.WaitSynced(w.step(), c.Synced()+10)
+	w.must(err)
+	last = w.powerOff("A", d, c)
+	c, err = w.Console("A", d, false)
+	w.must(err)
+	_, err = w.WaitStatus(w.step(), "A", d.Name, "in replicad's hands again", func(v status.VM) bool {
+		return !strings.Contains(fmtConditions(v), "released: ") && v.State != status.Unprotected
+	})
+	w.must(err)
+	w.startVM("A", d)
+	w.booted(c, last)
+	w.replicating("A", d.Name)
+	b, err := w.Console("B", d, true)
+	w.must(err)
+	w.ctl("A", "failover", "planned", d.Name, "--yes")
+	end, err := c.WaitWord(w.step(), "LAST")
+	w.must(err)
+	w.booted(b, end.Uint("n"))
+}
