@@ -52,7 +52,7 @@ lint: ## format, vet, staticcheck
 	  [ -z "$$out" ] || { echo "not formatted (run: bin/tools/gofumpt -w FILE):"; echo "$$out"; exit 1; }
 	go vet ./...
 	staticcheck ./...
-	@if command -v shellcheck >/dev/null; then shellcheck -S error .ci/run internal/tools/deps.sh; fi
+	@if command -v shellcheck >/dev/null; then shellcheck -S error .ci/run internal/tools/deps.sh packaging/install.sh packaging/hooks/kvmreplica; fi
 
 .PHONY: check
 check: build lint ## lint, and the rules of ARCHITECTURE.md
