@@ -42,10 +42,47 @@ func (m *Manager) Disable(ctx context.Context, v *VM, o DisableOptions, event fu
 		return &wire.Error{Kind: wire.KindRefused, Text: "this host is the replica", Hint: "disable protection on the primary; with --force only this host's part is removed"}
 	}
 	vars := &disableVars{Delete: o.Delete, Force: o.Force, Replica: st == lineage.Replica}
-	if err := v.execute(ctx, failover.Disable, o.Request, vars, event); err != nil {
+	if err := v.disable(ctx, vars, o.Request, event); err != nil {
 		return err
 	}
 	return m.remove(v)
+}
+
+// disable runs the plan. A force that comes while an unforced try waits for the
+// other host goes to that one.
+func (v *VM) disable(ctx context.Context, vars *disableVars, request string, event func(failover.Event)) error {
+	j, err := failover.Load(v.fsys, planFile)
+	if err != nil {
+		return err
+	}
+	if j != nil && j.Kind == failover.Disable && vars.Force {
+		r := v.runner()
+		r.Resume(j)
+		if err := r.SetVars(vars); err != nil {
+			return err
+		}
+		return v.drive(ctx, r, event)
+	}
+	if !vars.Replica && !vars.Force {
+		if err := v.reachable(ctx); err != nil {
+			return err
+		}
+	}
+	return v.execute(ctx, failover.Disable, request, vars, event)
+}
+
+// reachable refuses to begin what only the other host can complete.
+func (v *VM) reachable(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, peerTimeout)
+	defer cancel()
+	p, err := v.peer()
+	if err == nil {
+		_, err = p.Hello(ctx, wire.HelloRequest{Min: wire.ProtocolMin, Max: wire.ProtocolMax, Host: v.deps.Host, Name: v.deps.HostName, Now: v.deps.Now()})
+	}
+	if err != nil {
+		return &wire.Error{Kind: wire.KindUnavailable, Text: "the replica host cannot be told: " + err.Error(), Hint: "repeat when it answers, or with --force"}
+	}
+	return nil
 }
 
 func (v *VM) disableSteps(p *disableVars) []failover.Step {

@@ -51,8 +51,20 @@ func (v *VM) storeConfig() points.Config {
 	}
 }
 
-// openBase opens a replica's image under both locks, making it first where
-// there is none.
+// makeBase is openBase for a new replica's image: there is none yet, or an
+// earlier try made it.
+func (v *VM) makeBase(disk string, size int64) (block.Device, error) {
+	r := v.record()
+	if d, ok := r.disk(wire.DiskName(disk)); ok && d.Kind == diskRaw {
+		if err := makeImage(d.Path); err != nil {
+			return nil, err
+		}
+	}
+	return v.openBase(disk, size)
+}
+
+// openBase opens a replica's image under both locks. One that is missing is an
+// error: its file system may not be mounted.
 func (v *VM) openBase(disk string, size int64) (block.Device, error) {
 	r := v.record()
 	d, ok := r.disk(wire.DiskName(disk))
@@ -96,14 +108,23 @@ func openNBDBase(d Disk, size int64) (block.Device, error) {
 	return c, nil
 }
 
-// ensureImage makes a sparse image, or grows one; it never shrinks.
-func ensureImage(path string, size int64, uid, gid *int) error {
+// makeImage makes an empty image.
+func makeImage(path string) error {
 	if err := os.MkdirAll(filepath.Dir(path), 0o711); err != nil {
 		return fmt.Errorf("make the replica's directory: %w", err)
 	}
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return fmt.Errorf("make the replica's image: %w", err)
+	}
+	return f.Close()
+}
+
+// ensureImage grows a sparse image to its size; it never shrinks one.
+func ensureImage(path string, size int64, uid, gid *int) error {
+	f, err := os.OpenFile(path, os.O_RDWR|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return fmt.Errorf("open the replica's image: %w (is its file system mounted?)", err)
 	}
 	defer f.Close()
 	st, err := f.Stat()
@@ -226,7 +247,9 @@ func (v *VM) storeStatus() (storeState, error) {
 
 // createStore makes an empty store for a VM that is to be seeded.
 func (v *VM) createStore() error {
-	s, err := points.Create(v.storeConfig(), v.deltaDisks())
+	cfg := v.storeConfig()
+	cfg.Bases = v.makeBase
+	s, err := points.Create(cfg, v.deltaDisks())
 	if errors.Is(err, points.ErrExists) {
 		return nil
 	}

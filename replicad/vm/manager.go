@@ -239,6 +239,10 @@ func (v *VM) tend(ctx context.Context) {
 func (v *VM) begin(ctx context.Context) bool {
 	for pause := newPause(); !v.forgotten(); {
 		err := v.settle(ctx)
+		if err != nil && v.returning() {
+			v.log.Warn("the return is tried again later", "err", err)
+			err = nil // it waits for the other host, this one's role does not
+		}
 		if err == nil && v.over() {
 			if err = v.mgr.remove(v); err == nil {
 				return false
@@ -265,6 +269,14 @@ func (v *VM) begin(ctx context.Context) bool {
 		}
 	}
 	return false
+}
+
+// returning: a return of the old primary is in the journal. It changes nothing
+// of this host's role.
+func (v *VM) returning() bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.stuck != nil && v.stuck.Kind == failover.Reverse
 }
 
 // over reports that nothing of a relationship is left but its record: enabling

@@ -60,6 +60,9 @@ func (v *VM) reverseSteps(r *failover.Runner) []failover.Step {
 // askRelease makes the old primary a replica and marks here what it had
 // changed by itself, so that the next epochs bring it to this host's content.
 func (v *VM) askRelease(ctx context.Context, request string) (string, error) {
+	if err := v.startPlane(ctx); err != nil { // a plan is continued before the role is up
+		return "", err
+	}
 	peer, err := v.peer()
 	if err != nil {
 		return "", err
@@ -110,6 +113,8 @@ func (v *VM) release(ctx context.Context, q wire.FailoverRequest) (wire.Failover
 		return wire.FailoverReply{}, err
 	case !isOff:
 		return wire.FailoverReply{State: stateRefused, Detail: "the VM runs on this host"}, nil
+	case v.marked():
+		return wire.FailoverReply{}, &wire.Error{Kind: wire.KindUnavailable, Text: "the VM was released there by replicafsck and is not taken back yet", Hint: "there: replicactl vm status " + v.record().Name}
 	}
 	j, err := failover.Load(v.fsys, planFile)
 	if err != nil {
@@ -227,19 +232,4 @@ func join(rs []wire.Range, gap int64) []wire.Range {
 		out = append(out, r)
 	}
 	return out
-}
-
-// plannedAsked runs a planned failover because the replica's operator asked.
-func (v *VM) plannedAsked(q wire.FailoverRequest) (wire.FailoverReply, error) {
-	ctx := context.Background()
-	var steps []wire.Step
-	err := v.Planned(ctx, PlannedOptions{NoStart: !q.Start, NoReverse: !q.Reverse, ForceOff: q.Force, Request: q.Request}, func(e failover.Event) {
-		if e.Result != "" {
-			steps = append(steps, e.Step)
-		}
-	})
-	if err != nil {
-		return wire.FailoverReply{State: stateRefused, Detail: err.Error(), Steps: steps}, nil
-	}
-	return wire.FailoverReply{State: stateAccepted, Steps: steps}, nil
 }

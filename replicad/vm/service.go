@@ -5,11 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"path/filepath"
-	"strings"
-	"time"
-	"unicode"
-	"unicode/utf8"
 
 	"kvmreplica/internal/block"
 	"kvmreplica/libvirt"
@@ -51,187 +46,6 @@ func (m *Manager) Count(host wire.HostID, except wire.VMID) (vms int, bytes int6
 		}
 	}
 	return vms, bytes
-}
-
-// Offer makes or refreshes a replica relationship.
-func (m *Manager) Offer(ctx context.Context, o wire.Offer) (wire.OfferReply, error) {
-	p, ok := wire.PeerFrom(ctx)
-	if !ok {
-		return wire.OfferReply{}, &wire.Error{Kind: wire.KindRefused, Text: "an offer needs an authenticated host"}
-	}
-	if err := checkOffer(o); err != nil {
-		return wire.OfferReply{}, err
-	}
-	if v, ok := m.get(o.VM); ok {
-		if v.record().Peer != p.Host {
-			return wire.OfferReply{}, &wire.Error{Kind: wire.KindConflict, Text: "VM " + o.Name + " is replicated here by another host", Hint: "replicactl vm list on the replica host"}
-		}
-		return v.refreshOffer(ctx, o)
-	}
-	g, err := m.deps.Grant(p.Host)
-	if err != nil {
-		return wire.OfferReply{}, err
-	}
-	if err := m.admit(ctx, p, g, o); err != nil {
-		return wire.OfferReply{}, err
-	}
-	return m.accept(ctx, p, g, o)
-}
-
-// admit checks authorisation, names and room before anything is made.
-func (m *Manager) admit(ctx context.Context, p wire.Peer, g Grant, o wire.Offer) error {
-	vms, used := m.Count(p.Host, o.VM)
-	var need int64
-	for _, d := range o.Disks {
-		need += d.Size
-	}
-	refuse := func(format string, a ...any) error {
-		return &wire.Error{Kind: wire.KindRefused, Text: fmt.Sprintf(format, a...), Hint: "on the replica host: replicactl peer allow " + p.Name + " --may-send …"}
-	}
-	switch {
-	case !g.MaySend:
-		return refuse("this host does not accept replicas from %s", p.Name)
-	case g.Root == "":
-		return refuse("no storage root is set for %s", p.Name)
-	case g.MaxVMs > 0 && vms >= g.MaxVMs:
-		return refuse("%s may send %d VMs and sends as many already", p.Name, g.MaxVMs)
-	case g.MaxDisks > 0 && len(o.Disks) > g.MaxDisks:
-		return refuse("%s may send %d disks a VM, this one has %d", p.Name, g.MaxDisks, len(o.Disks))
-	case g.MaxBytes > 0 && used+need > g.MaxBytes:
-		return refuse("%s may send %d bytes of disks, with this VM it would be %d", p.Name, g.MaxBytes, used+need)
-	}
-	if id, err := m.deps.Hyper.LookupName(ctx, o.Name); err == nil && id != string(o.VM) {
-		return &wire.Error{Kind: wire.KindConflict, Text: fmt.Sprintf("the replica host has another domain called %q", o.Name), Hint: "rename one of them"}
-	}
-	if _, _, err := m.deps.Hyper.DomainState(ctx, string(o.VM)); err == nil {
-		return &wire.Error{Kind: wire.KindConflict, Text: "a domain with this UUID exists on the replica host already", Hint: "undefine it there, or use its images: they are never overwritten"}
-	} else if !errors.Is(err, libvirt.ErrNotFound) {
-		return fmt.Errorf("ask libvirt on the replica host: %w", err)
-	}
-	return nil
-}
-
-// accept makes the record, the images, the store and the domain.
-func (m *Manager) accept(ctx context.Context, p wire.Peer, g Grant, o wire.Offer) (wire.OfferReply, error) {
-	r := Record{
-		VM: o.VM, Name: o.Name, Lineage: lineage.New(o.VM, delta.Generation{}), Peer: p.Host, Interval: o.Interval,
-		Spec: o.Spec, Created: m.deps.Now(), OnSilent: "start",
-	}
-	for _, d := range o.Disks {
-		r.Disks = append(r.Disks, Disk{Name: d.Name, Size: d.Size, Kind: "raw", Path: filepath.Join(imageDir(g.Root, o.VM), string(d.Name)+".raw")})
-	}
-	v, err := m.add(r)
-	if err != nil {
-		return wire.OfferReply{}, err
-	}
-	undo := func(err error) (wire.OfferReply, error) {
-		return wire.OfferReply{}, errors.Join(err, v.stopKeeping(), v.deleteImages(), m.remove(v))
-	}
-	if err := v.createStore(); err != nil {
-		return undo(err)
-	}
-	v.publishGate()
-	dropped, err := v.defineReplica(ctx)
-	if err != nil {
-		return undo(fmt.Errorf("define the VM on the replica host: %w", err))
-	}
-	if err := v.startKeeping(ctx); err != nil {
-		return undo(err)
-	}
-	v.log.Info("replica made", "peer", string(p.Host), "request", o.Request)
-	return wire.OfferReply{State: "created", Dropped: dropped}, nil
-}
-
-// refreshOffer follows edits of the description while this host is a replica.
-func (v *VM) refreshOffer(ctx context.Context, o wire.Offer) (wire.OfferReply, error) {
-	r := v.record()
-	if r.Lineage.State != lineage.Replica {
-		return wire.OfferReply{State: "exists"}, nil // the handshake says what is wrong
-	}
-	if !sameDisks(r.wireDisks(), o.Disks) {
-		return wire.OfferReply{}, &wire.Error{
-			Kind: wire.KindConflict, Text: "the replica of " + r.Name + " was made for other disks or sizes",
-			Hint: "on the replica host: replicactl vm disable --force " + r.Name + ", then enable it again",
-		}
-	}
-	if string(r.Spec) == string(o.Spec) && r.Interval == o.Interval && r.Name == o.Name {
-		return wire.OfferReply{State: "exists"}, nil
-	}
-	if err := v.update(func(r *Record) error {
-		r.Spec, r.Interval, r.Name = o.Spec, o.Interval, o.Name
-		return nil
-	}); err != nil {
-		return wire.OfferReply{}, err
-	}
-	dropped, err := v.defineReplica(ctx)
-	if err != nil {
-		v.log.Warn("follow the primary's description", "err", err)
-	}
-	return wire.OfferReply{State: "exists", Dropped: dropped}, nil
-}
-
-// sameDisks compares names and sizes, in any order.
-func sameDisks(have, want []wire.Disk) bool {
-	sizes := map[wire.DiskName]int64{}
-	for _, d := range have {
-		sizes[d.Name] = d.Size
-	}
-	for _, d := range want {
-		if n, ok := sizes[d.Name]; !ok || n != d.Size {
-			return false
-		}
-	}
-	return len(have) == len(want)
-}
-
-const maxSpec = 1 << 20
-
-// checkOffer refuses what is malformed before anything is looked up.
-func checkOffer(o wire.Offer) error {
-	bad := func(format string, a ...any) error {
-		return &wire.Error{Kind: wire.KindInvalid, Text: "offer: " + fmt.Sprintf(format, a...)}
-	}
-	if _, err := delta.ParseVM(string(o.VM)); err != nil || strings.ToLower(string(o.VM)) != string(o.VM) {
-		return bad("%q is no VM id", o.VM)
-	}
-	if !goodName(o.Name) {
-		return bad("the name is empty, too long or not printable")
-	}
-	if len(o.Disks) == 0 || len(o.Disks) > 64 {
-		return bad("%d disks; 1 to 64 are possible", len(o.Disks))
-	}
-	if len(o.Spec) > maxSpec {
-		return bad("the description has %d bytes", len(o.Spec))
-	}
-	if o.Interval < 0 || o.Interval > 24*time.Hour {
-		return bad("interval %s", o.Interval)
-	}
-	if o.Generation.IsZero() {
-		return bad("no generation")
-	}
-	var ds []delta.Disk
-	for _, d := range o.Disks {
-		if d.Format != "raw" {
-			return bad("disk %s: format %q; only raw travels", d.Name, d.Format)
-		}
-		ds = append(ds, delta.Disk{Name: string(d.Name), Size: d.Size})
-	}
-	if err := delta.ValidateDisks(ds); err != nil {
-		return bad("%v", err)
-	}
-	return nil
-}
-
-func goodName(s string) bool {
-	if s == "" || len(s) > 255 || !utf8.ValidString(s) || strings.ContainsAny(s, "/\x00") || s[0] == '-' || s[0] == '.' {
-		return false
-	}
-	for _, r := range s {
-		if !unicode.IsPrint(r) {
-			return false
-		}
-	}
-	return true
 }
 
 // Withdraw ends a relationship.
@@ -435,7 +249,7 @@ func (m *Manager) Failover(ctx context.Context, q wire.FailoverRequest) (wire.Fa
 	case stepRelease:
 		return v.release(ctx, q)
 	case stepRequest:
-		return v.plannedAsked(q)
+		return v.plannedAsked(ctx, q)
 	}
 	return wire.FailoverReply{}, &wire.Error{Kind: wire.KindInvalid, Text: fmt.Sprintf("unknown step %.32q", q.Step)}
 }

@@ -42,6 +42,7 @@ type VM struct {
 	cancel   func()            // guarded by mu; ends what the running plan does now
 	step     string            // guarded by mu; the title of that
 	stuck    *failover.Journal // guarded by mu; a plan that has not ended and does not run
+	asked    *answered         // guarded by mu; the last planned failover the peer asked for
 	closed   bool              // guarded by mu; nothing is received: a promotion is under way
 	facts    guestFacts        // guarded by mu
 	held     string            // guarded by mu; why the guest is not started

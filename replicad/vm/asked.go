@@ -1,0 +1,66 @@
+package vm
+
+import (
+	"context"
+
+	"kvmreplica/replicad/failover"
+	"kvmreplica/replicad/wire"
+)
+
+// plannedAsked runs a planned failover because the replica's operator asked. A
+// repeated request waits for the end of the first and has its answer.
+func (v *VM) plannedAsked(ctx context.Context, q wire.FailoverRequest) (wire.FailoverReply, error) {
+	v.mu.Lock()
+	a := v.asked
+	again := a != nil && a.request == q.Request
+	if !again {
+		a = &answered{request: q.Request, done: make(chan struct{})}
+		v.asked = a
+	}
+	v.mu.Unlock()
+	if !again {
+		a.reply = v.runAsked(q)
+		close(a.done)
+	}
+	select {
+	case <-a.done:
+		return a.reply, nil
+	case <-ctx.Done():
+		return wire.FailoverReply{}, &wire.Error{Kind: wire.KindUnavailable, Text: "the planned failover is under way", Hint: "replicactl vm status " + v.record().Name}
+	}
+}
+
+// answered is a planned failover that the peer asked for, and how it ended.
+type answered struct {
+	request string
+	done    chan struct{}
+	reply   wire.FailoverReply // valid when done is closed
+}
+
+// runAsked checks what the local command would check, then moves the VM. It
+// does not end with the request: a cut link must not tear a plan apart.
+func (v *VM) runAsked(q wire.FailoverRequest) wire.FailoverReply {
+	ctx := context.Background()
+	refused := func(steps []wire.Step, why string) wire.FailoverReply {
+		return wire.FailoverReply{State: stateRefused, Detail: why, Steps: steps}
+	}
+	checks, err := v.PlanPlanned(ctx, !q.Reverse)
+	if err != nil {
+		return refused(nil, err.Error())
+	}
+	for _, c := range checks {
+		if c.Result == wire.Failed {
+			return refused(nil, c.Name+": "+c.Detail+" ("+c.Remedy+")")
+		}
+	}
+	var steps []wire.Step
+	err = v.Planned(ctx, PlannedOptions{NoStart: !q.Start, NoReverse: !q.Reverse, ForceOff: q.Force, Request: q.Request}, func(e failover.Event) {
+		if e.Result != "" {
+			steps = append(steps, e.Step)
+		}
+	})
+	if err != nil {
+		return refused(steps, err.Error())
+	}
+	return wire.FailoverReply{State: stateAccepted, Steps: steps}
+}
