@@ -31,8 +31,12 @@ func TestABackupsSnapshotIsBehindAndABypassIsPrevented(t *testing.T) {
 		t.Fatalf("the refusal does not name the way out:\n%s", out)
 	}
 	n := c.Synced()
-	_, err = c.WaitSynced(w.step(), n+10)
+	_, err = c.WaitSynced(w.step(), n+60)
 	w.must(err)
+	// the guest wrote on for over a second: the last copy must age
+	if now := w.status("A", d.Name); !now.LastCommit.Equal(v.LastCommit) || now.RPO < time.Second {
+		t.Fatalf("the last copy is said to be of %v (%v old), it is of %v", now.LastCommit, now.RPO, v.LastCommit)
+	}
 	w.virsh("A", "blockcommit", d.Name, "vda", "--active", "--pivot", "--wait")
 	w.replicating("A", d.Name)
 

@@ -23,6 +23,16 @@ func (w *world) killPlane(host string, d guest.Domain) {
 	w.must(err)
 }
 
+// killKeeper ends the keeper and the data plane together: only replicad is left
+// to bring them back.
+func (w *world) killKeeper(host string, d guest.Domain) {
+	w.t.Helper()
+	h := w.Lab.Host(host)
+	dir := "/run/replicad/vm/" + d.UUID
+	_, err := h.Exec(w.step(), "sh", "-c", "kill -9 $(cat "+dir+"/keeper.pid) $(cat "+dir+"/dataplane.pid)")
+	w.must(err)
+}
+
 // killDaemon ends a host's replicad the hard way and starts it again.
 func (w *world) killDaemon(host string) {
 	w.t.Helper()
@@ -63,6 +73,11 @@ func TestKillsUnderLoadCostNoErrorAndNoFullCopy(t *testing.T) {
 	w.protect(d, "1s")
 	n := rounds(t, 6)
 	w.kills(rng, "A", "B", d, c, n)
+	w.killKeeper("A", d)
+	at := c.Synced()
+	_, err := c.WaitSynced(w.step(), at+10)
+	w.must(err)
+	w.replicating("A", d.Name)
 	w.noErrors("A", d, false)
 
 	b, err := w.Console("B", d, true)

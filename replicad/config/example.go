@@ -13,7 +13,7 @@ func Example() string {
 	b := &strings.Builder{}
 	p := printer(b)
 	p("# KVM Replica daemon. What is commented out is the default; sizes and times")
-	p("# need a unit. Check a change with: replicad --check %s", DefaultPath)
+	p("# need a unit. Check a change with: replicad --check --config %s", DefaultPath)
 	p("")
 	p("# Let paired hosts that were allowed to (replicactl peer allow) keep replicas here.")
 	p("receiving = false")

@@ -272,6 +272,7 @@ func (v *VM) watch(ctx context.Context) {
 func (v *VM) look(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, libvirtTimeout)
 	defer cancel()
+	v.tendPlane(ctx)
 	st, reason, err := v.deps.Hyper.DomainState(ctx, string(v.id))
 	if err != nil {
 		return // libvirtd is away; nothing can be said
@@ -314,11 +315,54 @@ func (v *VM) want(running bool) {
 func (v *VM) seen(bypass, overlay string) {
 	v.mu.Lock()
 	news := bypass != v.facts.bypass
+	begins, ends := overlay != "" && v.facts.overlay == "", overlay == "" && v.facts.overlay != ""
 	v.facts.bypass, v.facts.overlay = bypass, overlay
+	paused := v.rec.Paused
 	v.mu.Unlock()
+	// Below a snapshot the export stands still while the guest goes on: its
+	// empty cuts must not pass for fresh ones.
+	if s := v.session(); s != nil && begins {
+		s.Pause()
+	} else if s != nil && ends && !paused {
+		s.Resume()
+	}
 	if news && bypass != "" {
 		v.log.Error("the guest writes past the tracker", "what", bypass)
 	}
+}
+
+// tendPlane starts the keeper again when it and the data plane died together;
+// a keeper that lives restarts the data plane by itself.
+func (v *VM) tendPlane(ctx context.Context) {
+	c, err := v.plane()
+	if err != nil {
+		return
+	}
+	if _, err := c.Status(ctx); err == nil || v.busy() {
+		return
+	}
+	v.mu.Lock()
+	cfg := dataplane.Config{}
+	if v.ship != nil {
+		cfg = v.ship.cfg
+	}
+	v.mu.Unlock()
+	if cfg.VM == "" {
+		return
+	}
+	again, err := dataplane.Ensure(ctx, cfg)
+	if err != nil {
+		v.log.Error("bring the data plane back", "err", err)
+		return
+	}
+	again.Close()
+}
+
+// busy reports that a plan is under way.
+func (v *VM) busy() bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.running != nil
 }
 
 // lookAtGraph compares the real block graph with what it should be.

@@ -76,7 +76,8 @@ func (v *VM) viewCommon(out *status.VM, f *health.Facts) {
 	if v.facts.hands.off {
 		f.Released, out.State = v.facts.hands.why, status.Unprotected
 	}
-	if v.facts.overlay != "" && out.State == status.Replicating {
+	if v.facts.overlay != "" && (out.State == status.Replicating || out.State == status.Paused) && !v.rec.Paused {
+		f.Paused = false // by the snapshot, not by a person
 		out.State = status.Behind
 	}
 	if v.held != "" && !v.facts.running {
