@@ -12,7 +12,20 @@ func newFailover(a *app) *cobra.Command {
 	c := &cobra.Command{Use: "failover", Short: "Move a VM to the other host, planned or not", RunE: needVerb}
 	c.AddCommand(newPlanned(a), newUnplanned(a), newReverse(a),
 		simple(a, "resume NAME", "Continue an interrupted plan", api.PlanResume),
-		simple(a, "take-back NAME", "Take an interrupted plan back, where that is still possible", api.PlanUndo))
+		newTakeBack(a))
+	return c
+}
+
+func newTakeBack(a *app) *cobra.Command {
+	act := api.Action{Verb: api.PlanUndo}
+	c := &cobra.Command{
+		Use: "take-back NAME", Short: "Take a running or interrupted plan back, where that is still possible", Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			act.VM = args[0]
+			return a.act(cmd.Context(), act)
+		},
+	}
+	c.Flags().BoolVar(&act.Force, "force", false, "the other host cannot be asked and has certainly not taken over (recorded as a new generation)")
 	return c
 }
 
