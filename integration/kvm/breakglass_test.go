@@ -2,6 +2,7 @@ package kvm_test
 
 import (
 	"context"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -276,4 +277,38 @@ func TestAForcedReleaseHoldsUntilReplicadIsStartedAgain(t *testing.T) {
 	end, err := c.WaitWord(w.step(), "LAST")
 	w.must(err)
 	w.booted(b, end.Uint("n"))
+}
+
+// The variables of a UEFI guest come along when its replica is recovered
+// without the daemon: a guest without its boot entries may not boot.
+func TestARecoveredUEFIGuestHasItsVariables(t *testing.T) {
+	if _, err := os.Stat("/usr/share/OVMF/OVMF_CODE_4M.fd"); err != nil {
+		t.Skip("needs ovmf: ", err)
+	}
+	w := up(t, estate.Options{})
+	d := w.guest("efisaved", 34, 1, "")
+	d.UEFI = true
+	w.start(d)
+	v := w.protect(d, "1s")
+	_, err := w.WaitStatus(w.step(), "A", d.Name, "two cycles further", func(n status.VM) bool { return n.Epoch >= v.Epoch+2 })
+	w.must(err)
+	w.must(w.Lab.Host("A").Crash())
+	want, err := os.ReadFile(w.Lab.Host("A").Path(d.NVRAM()))
+	w.must(err)
+	w.must(w.Daemon("B").Kill())
+	_, err = w.fsck("B", "recover", d.Name, "--in-place")
+	w.must(err)
+	_, err = w.fsck("B", "release", d.Name)
+	w.must(err)
+	out, err := w.Lab.Host("B").Exec(w.step(), "sh", "-c", "ls /var/lib/libvirt/qemu/nvram/")
+	w.must(err)
+	got, err := os.ReadFile(w.Lab.Host("B").Path("/var/lib/libvirt/qemu/nvram/" + strings.TrimSpace(out)))
+	w.must(err)
+	if n := differ(got, want); n != 0 || len(got) != len(want) {
+		t.Errorf("the variables differ in %d of %d bytes", n, len(want))
+	}
+	b, err := w.Console("B", d, true)
+	w.must(err)
+	w.virsh("B", "start", d.Name)
+	w.booted(b, 0)
 }
