@@ -69,7 +69,7 @@ func openImage(ctx context.Context, d DiskConfig) (*image, error) {
 	}
 	if n := img.dev.Size(); d.Size != 0 && n != d.Size {
 		return nil, errors.Join(&wire.Error{
-			Kind: wire.KindConflict,
+			Kind: wire.KindRefused,
 			Text: fmt.Sprintf("the image has %d bytes, %d are configured", n, d.Size),
 			Hint: fmt.Sprintf("bring it back to its size: qemu-img resize %s %d (with --shrink), or disable and enable the protection", d.Path, d.Size),
 		}, img.dev.Close())
@@ -103,7 +103,7 @@ func (i *image) lock() error {
 		return nil
 	}
 	if err := i.file.LockQEMU(); err != nil {
-		return &wire.Error{Kind: wire.KindConflict, Text: err.Error(), Hint: "stop that program, then repeat the command"}
+		return &wire.Error{Kind: wire.KindRefused, Text: err.Error(), Hint: "stop that program, then repeat the command"}
 	}
 	i.locked.Store(true)
 	return nil

@@ -258,7 +258,7 @@ func (v *VM) begin(ctx context.Context) bool {
 		case err == nil:
 			v.setTrouble("")
 			return !v.forgotten()
-		case errors.Is(err, errReleased), conflict(err):
+		case errors.Is(err, errReleased), busy(err):
 			v.setTrouble("")
 		default:
 			v.setTrouble(err.Error())

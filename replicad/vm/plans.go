@@ -124,16 +124,24 @@ func (v *VM) mend(ctx context.Context) {
 		if err == nil {
 			err = v.resume(ctx)
 		}
-		if err != nil && !conflict(err) {
+		if err != nil && !busy(err) {
 			v.log.Warn("an interrupted plan does not go on", "err", err)
 		}
 	}
 }
 
-// conflict: another operation of the VM is under way.
+// conflict: another operation of the VM is under way, here or on the host that
+// answered.
 func conflict(err error) bool {
 	var w *wire.Error
 	return errors.As(err, &w) && w.Kind == wire.KindConflict
+}
+
+// busy: another operation of the VM is under way here. Other conflicts, such
+// as an image that another program has locked, are troubles.
+func busy(err error) bool {
+	var b *busyError
+	return errors.As(err, &b)
 }
 
 // resume brings the role up that a settled plan left.

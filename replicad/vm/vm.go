@@ -117,9 +117,18 @@ func (v *VM) lock() (unlock func(), err error) {
 		if v.running != nil {
 			what = "the plan " + string(v.running.Kind)
 		}
-		return nil, &wire.Error{Kind: wire.KindConflict, Text: what + " of this VM is under way", Hint: "replicactl vm status " + v.rec.Name}
+		return nil, &busyError{&wire.Error{Kind: wire.KindConflict, Text: what + " of this VM is under way", Hint: "replicactl vm status " + v.rec.Name}}
 	}
 }
+
+// busyError tells an operation of this VM that is under way from every other
+// conflict, such as an image that another program has locked.
+type busyError struct{ cause *wire.Error }
+
+func (e *busyError) Error() string { return e.cause.Error() }
+
+// Unwrap gives the kind and the hint.
+func (e *busyError) Unwrap() error { return e.cause }
 
 // planeConfig is the data plane's configuration for the present record.
 func (v *VM) planeConfig() dataplane.Config {
