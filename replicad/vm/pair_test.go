@@ -191,7 +191,7 @@ func (w *pair) copied(from, to *side) error {
 	}
 	s := p.session()
 	if s == nil {
-		return fmt.Errorf("%s does not ship (trouble %q)", from.name, p.trouble)
+		return fmt.Errorf("%s does not ship", from.name)
 	}
 	st := s.Status()
 	if !st.Protected || st.Committed.IsZero() {

@@ -178,8 +178,11 @@ func (v *VM) promoteSteps(r *failover.Runner, p *promoteVars, kind failover.Kind
 		failover.Step{Name: "define", Title: "Define the virtual machine", Do: func(ctx context.Context) (string, error) { return v.placeDomain(ctx) }},
 		failover.Step{Name: "firmware", Title: "Restore firmware state", Do: func(ctx context.Context) (string, error) { return v.restoreFirmware(ctx) }},
 		failover.Step{Name: "start", Title: "Start the virtual machine", Do: func(ctx context.Context) (string, error) {
-			if !p.Start {
+			switch {
+			case !p.Start:
 				return "left off, as asked", nil
+			case v.record().Lineage.Diverged != nil:
+				return "left off: the other host's guest runs, the two copies have diverged", nil
 			}
 			return "", v.startGuest(ctx)
 		}},
