@@ -210,7 +210,11 @@ func asWire(err error) *wire.Error {
 		if e.Text == err.Error() {
 			return e
 		}
-		return &wire.Error{Kind: e.Kind, Text: err.Error(), Have: e.Have}
+		out := &wire.Error{Kind: e.Kind, Text: err.Error(), Have: e.Have}
+		if text, ok := strings.CutSuffix(out.Text, " ("+e.Hint+")"); ok && e.Hint != "" {
+			out.Text, out.Hint = text, e.Hint // shown apart
+		}
+		return out
 	}
 	return &wire.Error{Kind: wire.KindInternal, Text: err.Error()}
 }
