@@ -15,7 +15,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
+	"slices"
 	"sort"
 	"strings"
 	"sync"
@@ -200,14 +202,16 @@ func removeTree(fsys fsx.FS, dir string) error {
 func (m *Manager) Run(ctx context.Context) error {
 	m.mu.Lock()
 	m.ctx = ctx
+	vms := slices.Collect(maps.Values(m.vms))
 	m.mu.Unlock()
-	for _, v := range m.All() {
-		if !v.loaded {
-			continue // made since: whoever made it brings it up
-		}
+	for _, v := range vms {
 		m.background.Add(1)
 		go func() {
 			defer m.background.Done()
+			if !v.loaded { // made since Open: whoever made it brings it up
+				v.tend(ctx)
+				return
+			}
 			if !v.begin(ctx) {
 				return
 			}

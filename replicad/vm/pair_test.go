@@ -282,10 +282,26 @@ func (w *pair) settled() error {
 	return w.copied(o, o.other)
 }
 
+// planOpen: a plan of this side runs or is interrupted.
+func (s *side) planOpen() bool {
+	v := s.vm()
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.stuck != nil || v.running != nil
+}
+
 // rest drives the pair to quiescence and checks it.
 func (w *pair) rest() *side {
 	w.t.Helper()
-	w.until("the pair to be at rest", func() error { w.check(); return w.settled() })
+	w.until("the pair to be at rest", func() error {
+		w.check()
+		for _, s := range []*side{w.a, w.b} {
+			if s.died() {
+				s.restart()
+			}
+		}
+		return w.settled()
+	})
 	o := w.owner()
 	w.write(o, 2)
 	w.until("the last writes to be copied", func() error {
