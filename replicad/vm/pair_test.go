@@ -282,6 +282,15 @@ func (w *pair) settled() error {
 	return w.copied(o, o.other)
 }
 
+// revive starts daemons that died.
+func (w *pair) revive() {
+	for _, s := range []*side{w.a, w.b} {
+		if s.died() {
+			s.restart()
+		}
+	}
+}
+
 // planOpen: a plan of this side runs or is interrupted.
 func (s *side) planOpen() bool {
 	v := s.vm()
@@ -295,16 +304,16 @@ func (w *pair) rest() *side {
 	w.t.Helper()
 	w.until("the pair to be at rest", func() error {
 		w.check()
-		for _, s := range []*side{w.a, w.b} {
-			if s.died() {
-				s.restart()
-			}
-		}
+		w.revive()
 		return w.settled()
 	})
 	o := w.owner()
 	w.write(o, 2)
 	w.until("the last writes to be copied", func() error {
+		w.revive()
+		if err := w.settled(); err != nil {
+			return err
+		}
 		n := o.vm().session().Status()
 		if n.Pending > 0 {
 			return fmt.Errorf("%d pending", n.Pending)
