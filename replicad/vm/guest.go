@@ -272,7 +272,9 @@ func (v *VM) watch(ctx context.Context) {
 func (v *VM) look(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, libvirtTimeout)
 	defer cancel()
-	v.tendPlane(ctx)
+	if !v.noticeRelease() {
+		v.tendPlane(ctx)
+	}
 	st, reason, err := v.deps.Hyper.DomainState(ctx, string(v.id))
 	if err != nil {
 		return // libvirtd is away; nothing can be said
