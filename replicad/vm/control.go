@@ -24,7 +24,8 @@ func (v *VM) Pause() error {
 	return nil
 }
 
-// Resume takes Pause back.
+// Resume takes Pause back. Below a backup's snapshot shipping goes on when that
+// is merged.
 func (v *VM) Resume() error {
 	s := v.session()
 	if s == nil {
@@ -33,7 +34,12 @@ func (v *VM) Resume() error {
 	if err := v.update(func(r *Record) error { r.Paused = false; return nil }); err != nil {
 		return err
 	}
-	s.Resume()
+	v.mu.Lock()
+	below := v.facts.overlay != ""
+	v.mu.Unlock()
+	if !below { // else it goes on when the snapshot is merged, see seen
+		s.Resume()
+	}
 	return nil
 }
 

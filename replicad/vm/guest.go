@@ -340,16 +340,26 @@ func (v *VM) tendPlane(ctx context.Context) {
 	if err != nil {
 		return
 	}
-	if _, err := c.Status(ctx); err == nil || v.busy() {
+	if _, err := c.Status(ctx); err == nil || v.busy() || v.noticeRelease() {
 		return
 	}
+	v.revive(ctx, c)
+}
+
+// revive makes sure that a data plane which did not answer runs, unless the
+// role gave it up meanwhile: one that came back then would hold the images of
+// a role that has ended.
+func (v *VM) revive(ctx context.Context, silent *dataplane.Client) {
+	v.machine.Lock()
+	defer v.machine.Unlock()
 	v.mu.Lock()
+	given := v.ship == nil || v.ship.plane != silent
 	cfg := dataplane.Config{}
-	if v.ship != nil {
+	if !given {
 		cfg = v.ship.cfg
 	}
 	v.mu.Unlock()
-	if cfg.VM == "" {
+	if given {
 		return
 	}
 	again, err := dataplane.Ensure(ctx, cfg)

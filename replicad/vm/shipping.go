@@ -72,7 +72,8 @@ func (v *VM) startShipping() {
 		Interval: r.Interval, Complete: v.complete, Describe: v.describe, Union: v.union,
 		Firmware: v.firmware, FirmwareCommitted: v.firmwareCommitted,
 		Limit:    v.limit(r.Peer),
-		Verified: r.Verified, Scrub: r.Scrub, LastCut: r.LastCut, Holes: true, Paused: r.Paused,
+		Verified: r.Verified, Scrub: r.Scrub, LastCut: r.LastCut, Holes: true,
+		Paused:   r.Paused || v.facts.overlay != "", // see seen
 		OnChange: v.sessionChanged,
 		Log:      v.log,
 	})
