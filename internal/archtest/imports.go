@@ -21,8 +21,9 @@ func allowed() map[string][]string {
 		"replicad/wire":      {"replicad/delta"},
 		"replicad/lineage":   {"replicad/delta", "replicad/wire"},
 		"replicad/points":    {"replicad/delta", "internal"},
+		"replicad/overlay":   {"internal"},
 		"replicad/peer":      {"replicad/delta", "replicad/wire", "internal"},
-		"replicad/dataplane": {"nbd", "cbt", "replicad/delta", "replicad/wire", "internal"},
+		"replicad/dataplane": {"nbd", "cbt", "replicad/delta", "replicad/overlay", "replicad/wire", "internal"},
 		// The data plane's client and messages are the session's other end.
 		"replicad/session":  {"replicad/delta", "replicad/lineage", "replicad/wire", "replicad/dataplane", "internal"},
 		"replicad/failover": {"replicad/delta", "replicad/lineage", "replicad/wire", "internal"},
