@@ -5,9 +5,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
-	"sync"
 	"testing"
-	"time"
 
 	"kvmreplica/internal/block"
 	"kvmreplica/replicad/dataplane"
@@ -29,7 +27,7 @@ func open(t *testing.T, c *dataplane.Client, generation byte) {
 
 func status(t *testing.T, c *dataplane.Client) dataplane.Status {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), dt.Patience)
 	defer cancel()
 	var err error
 	for ctx.Err() == nil {
@@ -63,23 +61,13 @@ func TestAKilledDataPlaneIsBackBeforeTheGuestNoticesAnError(t *testing.T) {
 	g := dt.Boot(t, cfg, 7)
 	g.Scribble(50)
 	first := shipClient(t, c, delta.Pos{}, g)
-	var wg sync.WaitGroup
-	stop := make(chan struct{})
-	wg.Go(func() { // writes all the time; Do resends and fails on any error reply
-		for {
-			select {
-			case <-stop:
-				return
-			default:
-				g.Scribble(5)
-			}
-		}
-	})
+	load := g.Start()
 	for range 3 {
+		load.Changed(t, 10) // a cut of nothing uses no number and holds nothing
 		before := status(t, c)
 		e, err := c.Freeze(ctx, dataplane.FreezeRequest{Parent: first})
-		if err != nil {
-			t.Fatal(err)
+		if err != nil || e.Empty {
+			t.Fatalf("freeze %d pending bytes: %+v, %v", before.Pending, e, err)
 		}
 		dt.Kill(t, before.PID)
 		after := status(t, c)
@@ -93,8 +81,7 @@ func TestAKilledDataPlaneIsBackBeforeTheGuestNoticesAnError(t *testing.T) {
 			t.Fatalf("epoch %d could be used again: highest is %d", e.Epoch, after.Highest)
 		}
 	}
-	close(stop)
-	wg.Wait()
+	load.Stop(t)
 	g.Check()
 	shipClient(t, c, first, g)
 }
@@ -190,7 +177,7 @@ func TestEnsureSaysWhyTheDataPlaneCannotStart(t *testing.T) {
 	if cfg.Binary, err = os.Executable(); err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), dt.Patience)
 	defer cancel()
 	t.Cleanup(func() {
 		if err := dataplane.Stop(context.Background(), cfg); err != nil {

@@ -6,7 +6,6 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
-	"time"
 
 	"kvmreplica/internal/block"
 	"kvmreplica/nbd"
@@ -20,7 +19,7 @@ type kept struct{ block.Device }
 func (kept) Close() error { return nil }
 
 func TestALostUpstreamServerIsADelayAndEverythingIsMarked(t *testing.T) {
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), dt.Patience)
 	defer cancel()
 	cfg := dt.Config(t, 8*mib)
 	socket := filepath.Join(cfg.RunDir, "up.sock")

@@ -6,11 +6,16 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"sync"
+	"syscall"
 	"testing"
+	"time"
 
 	"kvmreplica/internal/block"
 	"kvmreplica/nbd"
@@ -68,11 +73,22 @@ func Generation(n byte) (g delta.Generation) {
 	return g
 }
 
-// Guest writes to a VM's disks through NBD and knows what they must hold.
+// Patience bounds how long a guest waits for a data plane that is gone. It is
+// for loaded machines; nothing waits this long when all is well.
+const Patience = 2 * time.Minute
+
+// Guest writes to a VM's disks through NBD and knows what they must hold. One
+// goroutine uses it at a time: the test's, or that of a Load.
 type Guest struct {
-	t     testing.TB
-	cfg   dataplane.Config
-	disks map[wire.DiskName]*nbd.Client
+	t   testing.TB
+	cfg dataplane.Config
+	// on ends with the test: nothing waits for a data plane after it.
+	on  context.Context
+	off context.CancelFunc
+
+	mu    sync.Mutex
+	disks map[wire.DiskName]*nbd.Client // guarded by mu: Disconnect comes from anywhere
+
 	// Want is what every disk must read.
 	Want map[wire.DiskName]*block.Mem
 	// Replica is for tests that apply what was shipped.
@@ -84,57 +100,101 @@ type Guest struct {
 // Boot connects to every disk of cfg, whose images are all zero.
 func Boot(t testing.TB, cfg dataplane.Config, seed uint64) *Guest {
 	t.Helper()
-	g := &Guest{t: t, cfg: cfg, disks: map[wire.DiskName]*nbd.Client{}, Want: map[wire.DiskName]*block.Mem{}, rand: rand.New(rand.NewPCG(seed, 0))}
-	for _, d := range cfg.Disks {
-		g.Want[d.Name] = block.NewMem(g.client(d.Name).Size())
+	on, off := context.WithCancel(context.Background())
+	g := &Guest{
+		t: t, cfg: cfg, on: on, off: off, disks: map[wire.DiskName]*nbd.Client{},
+		Want: map[wire.DiskName]*block.Mem{}, rand: rand.New(rand.NewPCG(seed, 0)),
 	}
-	t.Cleanup(g.Disconnect)
+	t.Cleanup(func() { off(); g.Disconnect() })
+	for _, d := range cfg.Disks {
+		g.Do(d.Name, func(c *nbd.Client) error { g.Want[d.Name] = block.NewMem(c.Size()); return nil })
+	}
 	return g
 }
 
-// client is the connection of a disk, made anew after it was lost: a client
-// that waits, as QEMU does with a long reconnect-delay.
-func (g *Guest) client(disk wire.DiskName) *nbd.Client {
-	g.t.Helper()
+// client is the connection of a disk, made anew after it was lost.
+func (g *Guest) client(ctx context.Context, disk wire.DiskName) (*nbd.Client, error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
 	if c := g.disks[disk]; c != nil {
-		return c
+		return c, nil
 	}
-	c, err := nbd.Dial(context.Background(), "unix", g.cfg.NBDSocket(), nbd.ClientOptions{Export: string(disk)})
+	c, err := nbd.Dial(ctx, "unix", g.cfg.NBDSocket(), nbd.ClientOptions{Export: string(disk), Timeout: Patience})
 	if err != nil {
-		g.t.Fatalf("guest: connect to %s: %v", disk, err)
+		return nil, err
 	}
 	g.disks[disk] = c
-	return c
+	return c, nil
+}
+
+// lost drops a broken connection.
+func (g *Guest) lost(disk wire.DiskName, c *nbd.Client) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if c == nil || g.disks[disk] != c {
+		return
+	}
+	_ = c.Close()
+	delete(g.disks, disk)
+}
+
+// do runs one request and sends it again on a new connection as long as the
+// old one is lost, as QEMU does with a long reconnect-delay. An error that the
+// server answers, and a socket nobody listens on, end it.
+func (g *Guest) do(disk wire.DiskName, f func(c *nbd.Client) error) error {
+	ctx, cancel := context.WithTimeout(g.on, Patience)
+	defer cancel()
+	for {
+		c, err := g.client(ctx, disk)
+		if err == nil {
+			err = f(c)
+		}
+		switch {
+		case err == nil:
+			return nil
+		case ctx.Err() != nil:
+			return fmt.Errorf("guest: %s: %w (last: %w)", disk, ctx.Err(), err)
+		case !broken(err):
+			return fmt.Errorf("guest: %s: %w", disk, err)
+		}
+		g.lost(disk, c)
+	}
+}
+
+// broken tells a connection that ended, under a request or before it was
+// negotiated, from an answer.
+func broken(err error) bool {
+	for _, e := range []error{nbd.ErrDisconnected, io.EOF, io.ErrUnexpectedEOF, syscall.EPIPE, syscall.ECONNRESET} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
 }
 
 // Do runs one request and sends it again on a new connection as long as the
 // old one is lost; an error that the server answers is the test's failure.
 func (g *Guest) Do(disk wire.DiskName, f func(c *nbd.Client) error) {
 	g.t.Helper()
-	for range 100 {
-		c := g.client(disk)
-		err := f(c)
-		if err == nil {
-			return
-		}
-		select {
-		case <-c.Done():
-			_ = c.Close()
-			delete(g.disks, disk)
-		default:
-			g.t.Fatalf("guest: %s: %v", disk, err)
-		}
+	if err := g.do(disk, f); err != nil {
+		g.t.Fatal(err)
 	}
-	g.t.Fatalf("guest: %s: the connection is lost again and again", disk)
 }
 
 // Write stores p at off and remembers it.
 func (g *Guest) Write(disk wire.DiskName, p []byte, off int64) {
 	g.t.Helper()
-	g.Do(disk, func(c *nbd.Client) error { _, err := c.WriteAt(p, off); return err })
-	if _, err := g.Want[disk].WriteAt(p, off); err != nil {
+	if err := g.write(disk, p, off); err != nil {
 		g.t.Fatal(err)
 	}
+}
+
+func (g *Guest) write(disk wire.DiskName, p []byte, off int64) error {
+	if err := g.do(disk, func(c *nbd.Client) error { _, err := c.WriteAt(p, off); return err }); err != nil {
+		return err
+	}
+	_, err := g.Want[disk].WriteAt(p, off)
+	return err
 }
 
 // Scribble makes n random changes over all disks: mostly writes of stamped
@@ -142,22 +202,28 @@ func (g *Guest) Write(disk wire.DiskName, p []byte, off int64) {
 func (g *Guest) Scribble(n int) {
 	g.t.Helper()
 	for range n {
-		d := g.cfg.Disks[g.rand.IntN(len(g.cfg.Disks))].Name
-		size := g.Want[d].Size()
-		length := int64(1+g.rand.IntN(64)) * 512
-		off := g.rand.Int64N((size-length)/512+1) * 512
-		switch g.rand.IntN(12) {
-		case 0:
-			g.Do(d, func(c *nbd.Client) error { return c.ZeroAt(off, length, true) })
-			if err := g.Want[d].ZeroAt(off, length, true); err != nil {
-				g.t.Fatal(err)
-			}
-		case 1:
-			g.Do(d, func(c *nbd.Client) error { return c.Sync() })
-		default:
-			g.Write(d, g.stamp(length), off)
+		if err := g.change(); err != nil {
+			g.t.Fatal(err)
 		}
 	}
+}
+
+// change makes one random change.
+func (g *Guest) change() error {
+	d := g.cfg.Disks[g.rand.IntN(len(g.cfg.Disks))].Name
+	size := g.Want[d].Size()
+	length := int64(1+g.rand.IntN(64)) * 512
+	off := g.rand.Int64N((size-length)/512+1) * 512
+	switch g.rand.IntN(12) {
+	case 0:
+		if err := g.do(d, func(c *nbd.Client) error { return c.ZeroAt(off, length, true) }); err != nil {
+			return err
+		}
+		return g.Want[d].ZeroAt(off, length, true)
+	case 1:
+		return g.do(d, func(c *nbd.Client) error { return c.Sync() })
+	}
+	return g.write(d, g.stamp(length), off)
 }
 
 // stamp is content that no other write has.
@@ -194,8 +260,10 @@ func (g *Guest) Snapshot() map[wire.DiskName][]byte {
 	return s
 }
 
-// Disconnect closes the connections.
+// Disconnect closes the connections; the next request makes new ones.
 func (g *Guest) Disconnect() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
 	for n, c := range g.disks {
 		_ = c.Close()
 		delete(g.disks, n)
