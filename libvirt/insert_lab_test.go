@@ -71,7 +71,7 @@ func roundTrip(t *testing.T, c trip) {
 			t.Fatalf("after the insertion: %+v", p)
 		}
 		before := s.writes(t)
-		g.awaitRecords(time.Minute)
+		g.awaitRecords()
 		if after := s.writes(t); after <= before {
 			t.Fatalf("the guest writes, but not to the export (%d, then %d)", before, after)
 		}
@@ -82,7 +82,7 @@ func roundTrip(t *testing.T, c trip) {
 			t.Fatalf("after the removal: %+v", p)
 		}
 		before = s.writes(t)
-		g.awaitRecords(time.Minute)
+		g.awaitRecords()
 		if after := s.writes(t); after != before {
 			t.Fatalf("the export is removed but still written to (%d, then %d)", before, after)
 		}
@@ -145,10 +145,10 @@ func TestLabInsertionOfTwoDisksIsAllOrNone(t *testing.T) {
 			t.Fatalf("%s is left in state %s", r.Disk.Target, st)
 		}
 	}
-	g.awaitRecords(time.Minute)
+	g.awaitRecords()
 	rb.AfterRelease = nil
 	must(t, g.host.InsertDisks(t.Context(), g.uuid, []InsertRequest{ra, rb}))
-	g.awaitRecords(time.Minute)
+	g.awaitRecords()
 	must(t, g.host.RemoveDisks(t.Context(), g.uuid, []InsertRequest{ra, rb}))
 	g.finish(a)
 }

@@ -49,7 +49,7 @@ func TestLabEveryStateCanBeLeftBothWays(t *testing.T) {
 		step(g.host.InsertStep, InsertIn)
 		step(g.host.RemoveStep, InsertOut)
 	}
-	g.awaitRecords(time.Minute)
+	g.awaitRecords()
 	g.finish(img)
 }
 
@@ -62,7 +62,7 @@ func awaitEvent(t *testing.T, events <-chan Event, kind EventKind) Event {
 // awaitEvents waits for one event of each kind, in whatever order they come.
 func awaitEvents(t *testing.T, events <-chan Event, kinds ...EventKind) map[EventKind]Event {
 	t.Helper()
-	late := time.NewTimer(time.Minute)
+	late := time.NewTimer(patience)
 	defer late.Stop()
 	got := map[EventKind]Event{}
 	for len(got) < len(kinds) {
@@ -76,7 +76,7 @@ func awaitEvents(t *testing.T, events <-chan Event, kinds ...EventKind) map[Even
 				got[e.Kind] = e
 			}
 		case <-late.C:
-			t.Fatalf("of the events %q only %v came within a minute", kinds, got)
+			t.Fatalf("of the events %q only %v came within %v", kinds, got, patience)
 		}
 	}
 	return got
@@ -126,7 +126,7 @@ func TestLabLibvirtStaysRightAfterAnInsertion(t *testing.T) {
 	if st, err := g.host.Probe(t.Context(), g.uuid, req); err != nil || st != InsertIn {
 		t.Fatalf("after libvirtd's restart: %v %v", st, err)
 	}
-	g.awaitRecords(time.Minute)
+	g.awaitRecords()
 	must(t, g.host.RemoveDisks(t.Context(), g.uuid, []InsertRequest{req}))
 	g.finish(img)
 }
@@ -202,12 +202,12 @@ func TestLabAnOverlayIsToldFromABypass(t *testing.T) {
 	if p.Position != PositionBelowOverlay || len(p.Overlays) != 1 || !strings.Contains(p.Overlays[0], "over.qcow2") {
 		t.Fatalf("with an external snapshot: %+v", p)
 	}
-	g.awaitRecords(time.Minute)
+	g.awaitRecords()
 	virsh("blockcommit", "lv", "vda", "--active", "--pivot", "--wait")
 	if p := g.position("vda", s.src); p.Position != PositionTop {
 		t.Fatalf("after blockcommit: %+v", p)
 	}
-	g.awaitRecords(time.Minute)
+	g.awaitRecords()
 	must(t, g.host.RemoveDisks(t.Context(), g.uuid, []InsertRequest{req}))
 	g.finish(img)
 }
@@ -240,7 +240,7 @@ func TestLabAQEMUThatMayNotConnectIsToldWhatToChange(t *testing.T) {
 	}
 	must(t, os.Chmod(s.src.Socket, 0o660))
 	must(t, g.host.InsertDisks(t.Context(), g.uuid, []InsertRequest{req}))
-	g.awaitRecords(time.Minute)
+	g.awaitRecords()
 	must(t, g.host.RemoveDisks(t.Context(), g.uuid, []InsertRequest{req}))
 	g.finish(img)
 }

@@ -70,7 +70,7 @@ func defineGuest(t *testing.T, h *labHost, images, extra, cmd string, disks ...l
 func (g *guest) start() {
 	g.t.Helper()
 	must(g.t, g.host.Start(g.t.Context(), g.uuid, StartOptions{}))
-	g.awaitRecords(3 * time.Minute)
+	g.awaitRecords()
 }
 
 func (g *guest) text() string {
@@ -101,10 +101,10 @@ func (g *guest) worst() time.Duration {
 }
 
 // awaitRecords waits until the guest has made new durable records.
-func (g *guest) awaitRecords(within time.Duration) {
+func (g *guest) awaitRecords() {
 	g.t.Helper()
 	from := g.synced()
-	waitFor(g.t, within, "new records of the guest", func() bool { return g.synced() > from })
+	waitFor(g.t, "new records of the guest", func() bool { return g.synced() > from })
 }
 
 func tail(s string) string { return s[max(0, len(s)-300):] }
@@ -124,7 +124,7 @@ func (g *guest) noErrors() {
 func (g *guest) finish(image string) {
 	g.t.Helper()
 	g.noErrors()
-	must(g.t, g.host.Shutdown(g.t.Context(), g.uuid, ShutdownOptions{NoAgent: true, Within: 2 * time.Minute}))
+	must(g.t, g.host.Shutdown(g.t.Context(), g.uuid, ShutdownOptions{NoAgent: true, Within: patience}))
 	announced := g.synced()
 	g.noErrors()
 	boot := filepath.Join(g.h.dir, "lib/boot")

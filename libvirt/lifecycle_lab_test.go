@@ -16,7 +16,7 @@ import (
 
 func (g *guest) awaitAgent() {
 	g.t.Helper()
-	waitFor(g.t, 3*time.Minute, "guest agent", func() bool { return g.host.AgentPing(g.t.Context(), g.uuid) == nil })
+	waitFor(g.t, "guest agent", func() bool { return g.host.AgentPing(g.t.Context(), g.uuid) == nil })
 }
 
 func TestLabFreezeIsAlwaysThawed(t *testing.T) {
@@ -43,12 +43,12 @@ func TestLabFreezeIsAlwaysThawed(t *testing.T) {
 	}
 	must(t, thaw())
 	must(t, thaw()) // twice is fine
-	g.awaitRecords(time.Minute)
+	g.awaitRecords()
 
 	// The holder forgets: the watchdog thaws.
 	_, _, err = g.host.Quiesce(t.Context(), g.uuid, 2*time.Second)
 	must(t, err)
-	g.awaitRecords(time.Minute)
+	g.awaitRecords()
 
 	// The caller's deadline is over before the guest has answered.
 	ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
@@ -56,13 +56,13 @@ func TestLabFreezeIsAlwaysThawed(t *testing.T) {
 	if _, _, err := g.host.Quiesce(ctx, g.uuid, time.Minute); !errors.Is(err, ErrTimeout) {
 		t.Fatalf("got %v", err)
 	}
-	g.awaitRecords(time.Minute)
+	g.awaitRecords()
 
 	// Our process dies while frozen: a new one can thaw.
 	_, _, err = g.host.Quiesce(t.Context(), g.uuid, time.Minute)
 	must(t, err)
 	must(t, h.connect("qemu:///system").thawOnce(g.uuid))
-	g.awaitRecords(time.Minute)
+	g.awaitRecords()
 	g.finish(img)
 }
 
@@ -93,12 +93,12 @@ func TestLabAGuestPausedByAnIOErrorIsResumed(t *testing.T) {
 	}
 	must(t, os.Remove(s.src.Socket))
 	serve(t, h.dir+"/vm", "e1", img)
-	rctx, rcancel := context.WithTimeout(t.Context(), 60*time.Second)
+	rctx, rcancel := context.WithTimeout(t.Context(), patience)
 	defer rcancel()
 	n, err := g.host.ResumeIOError(rctx, g.uuid)
 	must(t, err)
 	t.Logf("%d resumes", n)
-	g.awaitRecords(time.Minute)
+	g.awaitRecords()
 	g.finish(img)
 }
 
@@ -142,7 +142,7 @@ func TestLabRenderedGuestRunsAndIsTheSame(t *testing.T) {
 	must(t, err)
 	g.start()
 	g.awaitAgent()
-	must(t, g.host.Shutdown(t.Context(), g.uuid, ShutdownOptions{Within: 60 * time.Second}))
+	must(t, g.host.Shutdown(t.Context(), g.uuid, ShutdownOptions{Within: patience}))
 	again, err := g.host.XML(t.Context(), g.uuid, XMLPersistent)
 	must(t, err)
 	s2, _, err := SpecFromXML(again)

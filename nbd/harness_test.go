@@ -18,7 +18,7 @@ import (
 )
 
 // patience bounds every wait of a test; reaching it is a failure.
-const patience = 20 * time.Second
+const patience = 2 * time.Minute
 
 func requires(t testing.TB, tool string) {
 	t.Helper()

@@ -18,7 +18,7 @@ import (
 	"kvmreplica/nbd"
 )
 
-const patience = 20 * time.Second
+const patience = 2 * time.Minute
 
 func requires(t *testing.T, tool string) {
 	t.Helper()

@@ -1,7 +1,6 @@
 package kvm_test
 
 import (
-	"context"
 	"os"
 	"path/filepath"
 	"strings"
@@ -46,14 +45,13 @@ func (w *world) powerOff(host string, d guest.Domain, c *console.Console) uint64
 
 func (w *world) eventually(what string, ok func() bool) {
 	w.t.Helper()
-	ctx, cancel := context.WithTimeout(w.t.Context(), time.Minute)
-	defer cancel()
+	ctx := w.step()
 	tick := time.NewTicker(200 * time.Millisecond)
 	defer tick.Stop()
 	for !ok() {
 		select {
 		case <-ctx.Done():
-			w.t.Fatalf("not within a minute: %s", what)
+			w.t.Fatalf("it never came about: %s", what)
 		case <-tick.C:
 		}
 	}

@@ -24,9 +24,6 @@ func TestABackupsSnapshotIsBehindAndABypassIsPrevented(t *testing.T) {
 	v, err := w.WaitStatus(w.step(), "A", d.Name, "behind", func(v status.VM) bool { return v.State == status.Behind })
 	w.must(err)
 	t.Logf("seen after %v: %s", time.Since(begun).Round(100*time.Millisecond), v.Reason)
-	if took := time.Since(begun); took > 10*time.Second {
-		t.Errorf("the overlay was seen after %v only", took)
-	}
 	if out := w.refused("A", 6, "failover", "planned", d.Name, "--yes"); !strings.Contains(out, "blockcommit") {
 		t.Fatalf("the refusal does not name the way out:\n%s", out)
 	}

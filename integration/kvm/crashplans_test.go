@@ -1,6 +1,7 @@
 package kvm_test
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -9,6 +10,7 @@ import (
 
 	"kvmreplica/integration/estate"
 	"kvmreplica/integration/lab/guest"
+	"kvmreplica/integration/lab/labtest"
 	"kvmreplica/replicad/status"
 )
 
@@ -37,9 +39,9 @@ func TestACrashAtEveryStepOfAPlannedFailoverSettlesByItself(t *testing.T) {
 				if !p.local {
 					victim = other(primary)
 				}
-				w.crashAt(victim, point, func() {
+				w.crashAt(victim, point, func(ctx context.Context) {
 					// what the command says depends on where it was cut
-					_, _ = w.Ctl(w.step(), primary, "failover", "planned", d.Name, "--yes")
+					_, _ = w.Ctl(ctx, primary, "failover", "planned", d.Name, "--yes")
 				})
 				now := w.settled(d.Name)
 				t.Logf("%-26s crashed on %s: primary was %s, is %s", point, victim, primary, now)
@@ -55,8 +57,8 @@ func TestACrashAtEveryStepOfEnablingAndDisablingSettlesByItself(t *testing.T) {
 	before := w.virsh("A", "dumpxml", "--inactive", d.Name)
 	for _, step := range []string{"offer", "plane", "define", "place"} {
 		for _, when := range []string{"begun", "acted"} {
-			w.crashAt("A", "enable/"+step+"/"+when, func() {
-				_, _ = w.Ctl(w.step(), "A", "vm", "enable", d.Name, "--to", estate.Peer("B"), "--every", "1s", "--yes")
+			w.crashAt("A", "enable/"+step+"/"+when, func(ctx context.Context) {
+				_, _ = w.Ctl(ctx, "A", "vm", "enable", d.Name, "--to", estate.Peer("B"), "--every", "1s", "--yes")
 			})
 			w.unprotected(d.Name, before)
 		}
@@ -65,8 +67,8 @@ func TestACrashAtEveryStepOfEnablingAndDisablingSettlesByItself(t *testing.T) {
 		for _, when := range []string{"begun", "acted"} {
 			w.ctl("A", "vm", "enable", d.Name, "--to", estate.Peer("B"), "--every", "1s", "--yes")
 			w.settled(d.Name)
-			w.crashAt("A", "disable/"+step+"/"+when, func() {
-				_, _ = w.Ctl(w.step(), "A", "vm", "disable", d.Name, "--delete-replica", "--yes")
+			w.crashAt("A", "disable/"+step+"/"+when, func(ctx context.Context) {
+				_, _ = w.Ctl(ctx, "A", "vm", "disable", d.Name, "--delete-replica", "--yes")
 			})
 			w.unprotected(d.Name, before)
 		}
@@ -101,17 +103,19 @@ func pattern(n int) []byte {
 
 // crashAt restarts a host's daemon with a crash armed, runs act, expects the
 // crash, and starts the daemon again.
-func (w *world) crashAt(host, point string, act func()) {
+func (w *world) crashAt(host, point string, act func(context.Context)) {
 	w.t.Helper()
 	w.must(w.Daemon(host).Kill())
 	w.must(w.StartDaemon(w.step(), host, "REPLICAD_CRASH_AT="+point))
 	w.ready(host)
 	armed := w.Daemon(host)
+	ctx, cancel := context.WithTimeout(w.t.Context(), labtest.StepTimeout)
 	done := make(chan struct{})
-	go func() { defer close(done); act() }()
+	go func() { defer close(done); act(ctx) }()
+	defer func() { cancel(); <-done }()
 	select {
 	case <-armed.Done():
-	case <-time.After(90 * time.Second):
+	case <-ctx.Done():
 		w.t.Fatalf("%s on %s was never reached", point, host)
 	}
 	w.must(w.StartDaemon(w.step(), host))
@@ -158,7 +162,7 @@ func (w *world) settled(vm string) string {
 func (w *world) unprotected(vm, definition string) {
 	w.t.Helper()
 	for _, h := range []string{"A", "B"} {
-		deadline := time.Now().Add(time.Minute)
+		deadline := time.Now().Add(labtest.StepTimeout)
 		for {
 			out := w.ctl(h, "--json", "vm", "list")
 			if len(decode[[]status.VM](w.t, out)) == 0 {

@@ -1,13 +1,11 @@
 package kvm_test
 
 import (
-	"context"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"kvmreplica/integration/estate"
 	"kvmreplica/integration/lab/guest"
@@ -100,9 +98,7 @@ func (w *errorWorld) run(t *testing.T, c errorCase) {
 	if c.setup != nil {
 		undo = c.setup(w)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 90*time.Second)
-	out, err := w.Ctl(ctx, c.host, c.args...)
-	cancel()
+	out, err := w.Ctl(w.step(), c.host, c.args...)
 	undo()
 	code := 0
 	var ce *estate.CtlError

@@ -1,7 +1,6 @@
 package kvm_test
 
 import (
-	"context"
 	"math/rand/v2"
 	"os"
 	"strconv"
@@ -121,7 +120,7 @@ func (w *world) kills(rng *rand.Rand, primary, replica string, d guest.Domain, c
 		}
 		waited := time.Since(begun)
 		v, err := w.WaitStatus(w.step(), primary, d.Name, "replicating again", func(v status.VM) bool {
-			return v.State == status.Replicating && v.RPO >= 0 && v.RPO < 5*time.Second && v.LastCommit.After(begun)
+			return v.State == status.Replicating && v.RPO >= 0 && v.LastCommit.After(begun)
 		})
 		w.must(err)
 		w.t.Logf("kill %d: %s; guest went on within %v, protected again within %v", i, what, waited.Round(time.Millisecond), time.Since(begun).Round(time.Millisecond))
@@ -190,9 +189,7 @@ func TestASilentPeerAfterAPowerLossFollowsThePolicy(t *testing.T) {
 	if v.Running {
 		t.Fatal("held and running")
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-	defer cancel()
-	if out, err := w.Ctl(ctx, "A", "vm", "start", "silent-hold"); err == nil {
+	if out, err := w.Ctl(w.step(), "A", "vm", "start", "silent-hold"); err == nil {
 		t.Fatalf("started without --force: %s", out)
 	}
 	w.ctl("A", "vm", "start", "silent-hold", "--force")

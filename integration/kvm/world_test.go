@@ -34,7 +34,7 @@ func up(t *testing.T, o estate.Options) *world {
 	if err := os.Chmod(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	defer cancel()
 	e, err := estate.Up(ctx, dir, o)
 	if err != nil {
@@ -70,7 +70,7 @@ func (w *world) logs() {
 }
 
 func (w *world) step() context.Context {
-	ctx, cancel := context.WithTimeout(w.t.Context(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(w.t.Context(), labtest.StepTimeout)
 	w.t.Cleanup(cancel)
 	return ctx
 }

@@ -186,7 +186,7 @@ func TestDaemonsGetSignalsAndLeaveTheirChildren(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	in(t, a, "sh", "-c", "for i in $(seq 100); do test -s /run/child && exit 0; sleep 0.05; done; exit 1")
+	in(t, a, "sh", "-c", "for i in $(seq 2000); do test -s /run/child && exit 0; sleep 0.05; done; exit 1")
 	if err := d.Kill(); err != nil {
 		t.Fatal(err)
 	}
@@ -206,7 +206,7 @@ func TestDaemonsGetSignalsAndLeaveTheirChildren(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	in(t, a, "sh", "-c", "for i in $(seq 100); do test -s /run/deaf && exit 0; sleep 0.05; done; exit 1")
+	in(t, a, "sh", "-c", "for i in $(seq 2000); do test -s /run/deaf && exit 0; sleep 0.05; done; exit 1")
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
 	if err := d.Stop(ctx); err == nil {

@@ -25,7 +25,7 @@ func TestHostsEndWithTheProcessThatMadeThem(t *testing.T) {
 	for _, h := range l.all() {
 		select {
 		case <-h.ended:
-		case <-time.After(10 * time.Second):
+		case <-time.After(2 * time.Minute):
 			t.Errorf("host %s goes on", h.name)
 		}
 	}

@@ -65,7 +65,7 @@ func TestQEMURefusesAnImageWeHold(t *testing.T) {
 		{"qemu-img", "resize", "-f", "raw", path, "2M"},
 		{"qemu-nbd", "-f", "raw", "--socket", path + ".sock", path},
 	} {
-		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second) // an admitted server would stay
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute) // an admitted server would stay
 		out, err := exec.CommandContext(ctx, args[0], args[1:]...).CombinedOutput()
 		cancel()
 		if err == nil || !strings.Contains(string(out), "lock") {

@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -39,7 +40,7 @@ func TestSilentConnectionsAreBoundedAndHonestOnesServed(t *testing.T) {
 	})
 	most := 0
 	for i := range 600 {
-		c, err := from(fmt.Sprintf("127.0.1.%d", 1+i%50))(within(t, 10*time.Second), "tcp", r.addr)
+		c, err := from(fmt.Sprintf("127.0.1.%d", 1+i%50))(soon(t), "tcp", r.addr)
 		errFatal(t, err)
 		open = append(open, c)
 		if n, _ := r.srv.conns.counts(); n > most {
@@ -47,7 +48,7 @@ func TestSilentConnectionsAreBoundedAndHonestOnesServed(t *testing.T) {
 		}
 		if i%200 == 100 {
 			c := p.client(t, r, func(c *ClientConfig) { c.Dial = from("127.0.0.9") })
-			if _, err := c.Status(within(t, 10*time.Second), vmA); err != nil {
+			if _, err := c.Status(soon(t), vmA); err != nil {
 				t.Fatalf("after %d silent connections: %v", i, err)
 			}
 			_ = c.Close()
@@ -63,11 +64,11 @@ func TestSilentConnectionsAreBoundedAndHonestOnesServed(t *testing.T) {
 func TestOneSourceCannotFillTheWaitingRoom(t *testing.T) {
 	_, r, _ := pairOf(t, limits(Limits{PreAuth: 16, PreAuthPerSource: 3}))
 	for range 40 {
-		c, err := from("127.0.1.1")(within(t, 5*time.Second), "tcp", r.addr)
+		c, err := from("127.0.1.1")(soon(t), "tcp", r.addr)
 		errFatal(t, err)
 		t.Cleanup(func() { _ = c.Close() })
 	}
-	c, err := from("127.0.1.2")(within(t, 5*time.Second), "tcp", r.addr)
+	c, err := from("127.0.1.2")(soon(t), "tcp", r.addr)
 	errFatal(t, err)
 	defer func() { _ = c.Close() }()
 	waitFor(t, func() bool { _, n := r.srv.conns.counts(); return n == 4 })
@@ -78,12 +79,12 @@ func waitFor(t *testing.T, ok func() bool) {
 	t.Helper()
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
-	ctx := within(t, 10*time.Second)
+	ctx := soon(t)
 	for !ok() {
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
-			t.Fatal("it did not happen within 10 s")
+			t.Fatalf("it did not happen within %v", patience)
 		}
 	}
 }
@@ -92,9 +93,13 @@ func TestSlowHandshakesAndHeadersAreCutOff(t *testing.T) {
 	p, r, _ := pairOf(t, limits(Limits{Handshake: 300 * time.Millisecond, Control: 300 * time.Millisecond}))
 	good := baseTLS(p.id, protoMain, func(tls.ConnectionState) error { return nil })
 	authenticated := func() net.Conn {
-		c, err := tls.Dial("tcp", r.addr, good)
-		errFatal(t, err)
-		return c
+		for ctx := soon(t); ; {
+			// On a busy machine a handshake may itself be cut off.
+			if c, err := tls.Dial("tcp", r.addr, good); err == nil || ctx.Err() != nil {
+				errFatal(t, err)
+				return c
+			}
+		}
 	}
 	plain := func() net.Conn {
 		c, err := net.Dial("tcp", r.addr)
@@ -115,7 +120,7 @@ func TestSlowHandshakesAndHeadersAreCutOff(t *testing.T) {
 		conn := c.dial()
 		begin := time.Now()
 		_, _ = io.WriteString(conn, c.send)
-		_ = conn.SetReadDeadline(time.Now().Add(5 * time.Second))
+		_ = conn.SetReadDeadline(time.Now().Add(patience))
 		_, err := io.Copy(io.Discard, conn)
 		var timeout net.Error
 		if errors.As(err, &timeout) && timeout.Timeout() {
@@ -138,26 +143,29 @@ func TestABodyThatStallsIsGivenUp(t *testing.T) {
 		return err
 	}
 	pr, pw := io.Pipe()
+	var wg sync.WaitGroup
+	defer wg.Wait()
 	defer func() { _ = pw.Close() }()
-	go func() { _, _ = pw.Write(make([]byte, 1000)) }()
-	go func() { _, _ = c.PutEpoch(context.Background(), key(), 0, pr) }()
+	wg.Go(func() { _, _ = pw.Write(make([]byte, 1000)) })
+	wg.Go(func() { _, _ = c.PutEpoch(soon(t), key(), 0, pr) })
 	select {
 	case err := <-seen:
 		if err == nil {
 			t.Fatal("a stalled body looked complete")
 		}
-	case <-within(t, 5*time.Second).Done():
+	case <-soon(t).Done():
 		t.Fatal("the server waits for ever")
 	}
 }
 
 func TestACallMayTakeLongerThanSendingItMay(t *testing.T) {
-	_, r, c := pairOf(t, limits(Limits{Control: 100 * time.Millisecond, Stall: 100 * time.Millisecond}))
+	const limit = 3 * time.Second // sending must not take as long on a busy machine
+	_, r, c := pairOf(t, limits(Limits{Control: limit, Stall: limit}))
 	slow := func(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
-		case <-time.After(400 * time.Millisecond):
+		case <-time.After(limit + time.Second):
 			return nil
 		}
 	}
@@ -166,16 +174,24 @@ func TestACallMayTakeLongerThanSendingItMay(t *testing.T) {
 		return errors.Join(err, slow(ctx))
 	}
 	r.svc.wait = slow
-	if _, err := c.PutEpoch(within(t, 5*time.Second), key(), 0, bytes.NewReader(make([]byte, 1000))); err != nil {
-		t.Errorf("a slow commit: %v", err)
-	}
-	if _, err := c.Failover(within(t, 5*time.Second), wire.FailoverRequest{VM: vmA, Step: "promote"}); err != nil {
+	ctx := soon(t)
+	commit := make(chan error, 1)
+	go func() {
+		_, err := c.PutEpoch(ctx, key(), 0, bytes.NewReader(make([]byte, 1000)))
+		commit <- err
+	}()
+	defer func() {
+		if err := <-commit; err != nil {
+			t.Errorf("a slow commit: %v", err)
+		}
+	}()
+	if _, err := c.Failover(soon(t), wire.FailoverRequest{VM: vmA, Step: "promote"}); err != nil {
 		t.Errorf("a slow step: %v", err)
 	}
 }
 
 func TestACallerThatNeverReadsItsAnswersIsDropped(t *testing.T) {
-	p, r, _ := pairOf(t, limits(Limits{Control: 200 * time.Millisecond}))
+	p, r, _ := pairOf(t, limits(Limits{Control: 2 * time.Second}))
 	big := make([]wire.Check, 200)
 	for i := range big {
 		big[i] = wire.Check{Name: strings.Repeat("x", 10_000)}
@@ -205,26 +221,29 @@ func TestAPeerHasABoundedNumberOfConnectionsAndTransfers(t *testing.T) {
 		done <- err
 	}()
 	<-started
-	if _, err := c.PutEpoch(within(t, 5*time.Second), key(), 0, bytes.NewReader(nil)); kindOf(err) != wire.KindUnavailable || !strings.Contains(err.Error(), "under way") {
+	if _, err := c.PutEpoch(soon(t), key(), 0, bytes.NewReader(nil)); kindOf(err) != wire.KindUnavailable || !strings.Contains(err.Error(), "under way") {
 		t.Errorf("second transfer: %v", err)
 	}
-	var refusedAt int
-	for i := range 5 {
+	// The transfer has one connection and the refused call may have one; of five
+	// more at least three are closed, at least one stays.
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	var ended atomic.Int32
+	for range 5 {
 		extra, err := tls.Dial("tcp", r.addr, baseTLS(p.id, protoMain, func(tls.ConnectionState) error { return nil }))
-		if err == nil {
-			defer func() { _ = extra.Close() }()
-			_ = extra.SetReadDeadline(time.Now().Add(200 * time.Millisecond))
-			_, err = extra.Read(make([]byte, 1))
-			var ne net.Error
-			if errors.As(err, &ne) && ne.Timeout() {
-				continue
-			}
+		if err != nil {
+			ended.Add(1)
+			continue
 		}
-		refusedAt = i
-		break
+		defer func() { _ = extra.Close() }()
+		wg.Go(func() {
+			_, _ = extra.Read(make([]byte, 1))
+			ended.Add(1)
+		})
 	}
-	if refusedAt == 0 || refusedAt > 2 {
-		t.Errorf("connection %d was the first refused", refusedAt)
+	waitFor(t, func() bool { n, waiting := r.srv.conns.counts(); return waiting == 0 && n <= 3 && ended.Load() >= 3 })
+	if n, _ := r.srv.conns.counts(); n != 3 || ended.Load() > 4 {
+		t.Errorf("%d connections are held and %d of 5 were refused", n, ended.Load())
 	}
 	close(release)
 	if err := <-done; err != nil {
@@ -235,7 +254,7 @@ func TestAPeerHasABoundedNumberOfConnectionsAndTransfers(t *testing.T) {
 // raw sends a request as a paired host would, but with any content.
 func raw(t *testing.T, c *Client, method, path, contentType, body string) (int, *wire.Error) {
 	t.Helper()
-	req, err := http.NewRequestWithContext(within(t, 10*time.Second), method, "https://peer"+path, strings.NewReader(body))
+	req, err := http.NewRequestWithContext(soon(t), method, "https://peer"+path, strings.NewReader(body))
 	errFatal(t, err)
 	req.Header.Set("Content-Type", contentType)
 	resp, err := c.control.RoundTrip(req)
@@ -287,7 +306,7 @@ func TestRequestsThatAreNotExactlyOursAreRefused(t *testing.T) {
 	if r.svc.count() != 0 {
 		t.Error("the service was reached")
 	}
-	if _, err := c.Status(within(t, 5*time.Second), vmA); err != nil {
+	if _, err := c.Status(soon(t), vmA); err != nil {
 		t.Errorf("an honest call afterwards: %v", err)
 	}
 }
@@ -297,7 +316,7 @@ func TestHugeHeadersAreRefused(t *testing.T) {
 	conn, err := tls.Dial("tcp", r.addr, baseTLS(p.id, protoMain, func(tls.ConnectionState) error { return nil }))
 	errFatal(t, err)
 	defer func() { _ = conn.Close() }()
-	_ = conn.SetDeadline(time.Now().Add(5 * time.Second))
+	_ = conn.SetDeadline(time.Now().Add(patience))
 	go func() {
 		_, _ = io.WriteString(conn, "POST /v1/hello HTTP/1.1\r\nHost: x\r\n")
 		for range 1000 {
@@ -360,7 +379,7 @@ func TestALinkCutAtAnyByteNeverMakesAWholeBody(t *testing.T) {
 				return &cutConn{Conn: c, left: n}, err
 			}
 		})
-		_, err := c.PutEpoch(within(t, 10*time.Second), key(), 0, bytes.NewReader(body))
+		_, err := c.PutEpoch(soon(t), key(), 0, bytes.NewReader(body))
 		if err == nil {
 			answered++
 		} else if k := kindOf(err); k != wire.KindUnavailable {
@@ -383,16 +402,16 @@ func TestAnAnswerWithoutEndIsCutOff(t *testing.T) {
 		big[i] = wire.Check{Name: strings.Repeat("x", 10_000)}
 	}
 	r.svc.reply = wire.CheckReply{Checks: big}
-	if a, err := c.Check(within(t, 10*time.Second), wire.CheckRequest{}); kindOf(err) != wire.KindCorrupt {
+	if a, err := c.Check(soon(t), wire.CheckRequest{}); kindOf(err) != wire.KindCorrupt {
 		t.Fatalf("%d checks, %v", len(a.Checks), err)
 	}
 	r.svc.reply = wire.DigestReply{Digests: make([][16]byte, 3)}
 	q := wire.DigestRequest{VM: vmA, Disk: "vda", Pos: delta.Pos{Epoch: 1}, Ranges: []wire.Range{{Off: 0, Len: 1}}}
-	if a, err := c.Digests(within(t, 10*time.Second), q); kindOf(err) != wire.KindCorrupt || a.Digests != nil {
+	if a, err := c.Digests(soon(t), q); kindOf(err) != wire.KindCorrupt || a.Digests != nil {
 		t.Fatalf("three digests for one range: %v", err)
 	}
 	r.svc.reply = wire.HandshakeReply{Role: "replica", Seeding: map[wire.DiskName]int64{"../vda": 1}}
-	if _, err := c.Handshake(within(t, 10*time.Second), wire.HandshakeRequest{VM: vmA}); kindOf(err) != wire.KindInvalid {
+	if _, err := c.Handshake(soon(t), wire.HandshakeRequest{VM: vmA}); kindOf(err) != wire.KindInvalid {
 		t.Fatalf("a path for a disk: %v", err)
 	}
 }

@@ -36,7 +36,7 @@ func everyCall(ctx context.Context, c *Client, vm wire.VMID) map[string]error {
 func TestAPeerTouchesOnlyItsOwnVMs(t *testing.T) {
 	p, r, c := pairOf(t)
 	r.own.set(vmB, Relation{Peer: "99999999-0000-4000-8000-000000000009", Receives: true})
-	ctx := within(t, 20*time.Second)
+	ctx := soon(t)
 	foreign, unknown := everyCall(ctx, c, vmB), everyCall(ctx, c, vmC)
 	for name, err := range foreign {
 		if kindOf(err) != wire.KindNotFound {
@@ -63,7 +63,7 @@ func TestDataIsTakenOnlyWhereAReplicaIs(t *testing.T) {
 	// Here this host is the primary of vmA, and the caller holds the replica.
 	r.own.set(vmA, Relation{Peer: p.id.Host()})
 	may := map[string]bool{"check": true, "withdraw": true, "handshake": true, "status": true, "failover": true, "reverse": true}
-	for name, err := range everyCall(within(t, 20*time.Second), c, vmA) {
+	for name, err := range everyCall(soon(t), c, vmA) {
 		switch {
 		case may[name] && err != nil:
 			t.Errorf("%s: %v", name, err)
@@ -71,13 +71,13 @@ func TestDataIsTakenOnlyWhereAReplicaIs(t *testing.T) {
 			t.Errorf("%s reached a primary: %v", name, err)
 		}
 	}
-	if _, err := c.Offer(within(t, 5*time.Second), offer()); kindOf(err) != wire.KindConflict {
+	if _, err := c.Offer(soon(t), offer()); kindOf(err) != wire.KindConflict {
 		t.Errorf("an offer of this host's own VM: %v", err)
 	}
 	a := all()
 	a.MayRequestReverse = false
 	errFatal(t, r.store.Allow(p.id.Host(), a))
-	if _, err := c.Failover(within(t, 5*time.Second), wire.FailoverRequest{VM: vmA, Step: "request-planned"}); kindOf(err) != wire.KindRefused {
+	if _, err := c.Failover(soon(t), wire.FailoverRequest{VM: vmA, Step: "request-planned"}); kindOf(err) != wire.KindRefused {
 		t.Errorf("a replica asked for the VM without leave: %v", err)
 	}
 }
@@ -87,7 +87,7 @@ func TestNothingIsReceivedUntilItIsSwitchedOnAndAllowed(t *testing.T) {
 	p, r, c := pairOf(t, func(cfg *ServerConfig) { cfg.Receiving = func() bool { return receiving } })
 	sends := func(when string) {
 		t.Helper()
-		ctx := within(t, 20*time.Second)
+		ctx := soon(t)
 		before := r.svc.count()
 		got := everyCall(ctx, c, vmA)
 		_, got["offer"] = c.Offer(ctx, offer())
@@ -106,7 +106,7 @@ func TestNothingIsReceivedUntilItIsSwitchedOnAndAllowed(t *testing.T) {
 	errFatal(t, r.store.Allow(p.id.Host(), Authorisation{MayRequestReverse: true}))
 	sends("sending not allowed")
 	errFatal(t, r.store.Allow(p.id.Host(), all()))
-	if _, err := c.Offer(within(t, 5*time.Second), offer()); err != nil {
+	if _, err := c.Offer(soon(t), offer()); err != nil {
 		t.Errorf("allowed: %v", err)
 	}
 }
@@ -121,7 +121,7 @@ func TestQuotasAreCheckedBeforeAnythingIsMade(t *testing.T) {
 		r.own.mu.Lock()
 		r.own.use = u
 		r.own.mu.Unlock()
-		_, err := c.Offer(within(t, 5*time.Second), o)
+		_, err := c.Offer(soon(t), o)
 		return err
 	}
 	two := func(o *wire.Offer) {
@@ -187,7 +187,7 @@ func TestAVMMovesOnlyWithinItsGroup(t *testing.T) {
 	other := newHost(t, "other")
 	r.trust(t, other, all())
 	r.own.set(vmA, Relation{Peer: other.id.Host(), Receives: true})
-	try := func() error { _, err := c.Offer(within(t, 5*time.Second), offer()); return err }
+	try := func() error { _, err := c.Offer(soon(t), offer()); return err }
 	if err := try(); kindOf(err) != wire.KindConflict {
 		t.Errorf("no group: %v", err)
 	}
@@ -216,19 +216,18 @@ func TestBandwidthHoldsAndChangesWhileATransferRuns(t *testing.T) {
 	c := p.client(t, r, func(cfg *ClientConfig) { cfg.Bandwidth = band })
 	put := func(n int) time.Duration {
 		begin := time.Now()
-		if _, err := c.PutEpoch(within(t, 30*time.Second), k, 0, io.LimitReader(&counting{}, int64(n))); err != nil {
+		if _, err := c.PutEpoch(soon(t), k, 0, io.LimitReader(&counting{}, int64(n))); err != nil {
 			t.Error(err)
 		}
 		return time.Since(begin)
 	}
 	band.Set(1 << 20)
-	if took := put(512 << 10); took < 350*time.Millisecond || took > 2*time.Second {
+	if took := put(512 << 10); took < 350*time.Millisecond {
 		t.Errorf("512 KiB at 1 MiB/s took %v", took)
 	}
+	band.Set(64 << 10)
 	band.Set(0)
-	if took := put(4 << 20); took > 3*time.Second {
-		t.Errorf("4 MiB without a limit took %v", took)
-	}
+	put(12 << 20) // at 64 KiB/s nobody would wait so long
 	// The receiver's own limit, lifted while the transfer runs.
 	a := all()
 	a.Bandwidth = 100_000
@@ -238,7 +237,7 @@ func TestBandwidthHoldsAndChangesWhileATransferRuns(t *testing.T) {
 	}
 	body := &counting{}
 	done := make(chan error, 1)
-	ctx, cancel := context.WithCancel(within(t, 20*time.Second))
+	ctx, cancel := context.WithCancel(soon(t))
 	defer cancel()
 	go func() {
 		_, err := c.PutEpoch(ctx, k, 0, io.LimitReader(body, 20<<20))

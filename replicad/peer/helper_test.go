@@ -282,9 +282,13 @@ func kindOf(err error) wire.Kind {
 	return -1
 }
 
-func within(t *testing.T, d time.Duration) context.Context {
+// patience is for loaded machines: what must merely happen gets this long.
+const patience = 2 * time.Minute
+
+// soon is for calls that must come to an end.
+func soon(t *testing.T) context.Context {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), d)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	t.Cleanup(cancel)
 	return ctx
 }

@@ -40,7 +40,7 @@ func join(t *testing.T, p *host, addr, code string, change ...func(*JoinOptions)
 	for _, c := range change {
 		c(&o)
 	}
-	return Join(within(t, 10*time.Second), p.id, p.store, addr, code, o)
+	return Join(soon(t), p.id, p.store, addr, code, o)
 }
 
 func TestPairingPinsBothSidesWithWhatEachGranted(t *testing.T) {
@@ -57,7 +57,7 @@ func TestPairingPinsBothSidesWithWhatEachGranted(t *testing.T) {
 	if !ok || got.Pin != p.id.Pin() || got.Name != "primary" || got.Address != "127.0.0.1:7878" || !got.Allow.MaySend {
 		t.Errorf("inviter's record: %+v", got)
 	}
-	if _, err := p.client(t, r).Hello(within(t, 5*time.Second), wire.HelloRequest{Min: 1, Max: 1}); err != nil {
+	if _, err := p.client(t, r).Hello(soon(t), wire.HelloRequest{Min: 1, Max: 1}); err != nil {
 		t.Errorf("first call: %v", err)
 	}
 	stored, ok := p.store.Get(r.id.Host())
@@ -377,7 +377,7 @@ func TestAProofIsWorthNothingOnAnotherConnection(t *testing.T) {
 	k, err := codeKey(code)
 	errFatal(t, err)
 	dial := func() (*tls.Conn, tls.ConnectionState) {
-		c, cs, err := dialTLS(within(t, 5*time.Second), p.id, r.addr, protoPair, dialTCP, func(tls.ConnectionState) error { return nil })
+		c, cs, err := dialTLS(soon(t), p.id, r.addr, protoPair, dialTCP, func(tls.ConnectionState) error { return nil })
 		errFatal(t, err)
 		return c, cs
 	}
@@ -391,7 +391,7 @@ func TestAProofIsWorthNothingOnAnotherConnection(t *testing.T) {
 	c2, _ := dial()
 	defer func() { _ = c2.Close() }()
 	q.Proof = recorded.Bytes()
-	if err := roundTrip(within(t, 5*time.Second), c2, pairPath, q, &pairReply{}); kindOf(err) != wire.KindRefused {
+	if err := roundTrip(soon(t), c2, pairPath, q, &pairReply{}); kindOf(err) != wire.KindRefused {
 		t.Fatalf("replayed proof: %v", err)
 	}
 	if len(r.store.Peers()) != 0 {
@@ -431,9 +431,9 @@ func TestThePairingDoorLeadsNowhereElse(t *testing.T) {
 	r, _ := inviter(t, InviteOptions{})
 	p := newHost(t, "primary")
 	for _, path := range []string{"/v1/hello", "/v1/status", "/", "/pair/2"} {
-		c, _, err := dialTLS(within(t, 5*time.Second), p.id, r.addr, protoPair, dialTCP, func(tls.ConnectionState) error { return nil })
+		c, _, err := dialTLS(soon(t), p.id, r.addr, protoPair, dialTCP, func(tls.ConnectionState) error { return nil })
 		errFatal(t, err)
-		if err := roundTrip(within(t, 5*time.Second), c, path, wire.HelloRequest{Min: 1, Max: 1}, &nothing{}); kindOf(err) != wire.KindNotFound {
+		if err := roundTrip(soon(t), c, path, wire.HelloRequest{Min: 1, Max: 1}, &nothing{}); kindOf(err) != wire.KindNotFound {
 			t.Errorf("%s: %v", path, err)
 		}
 		_ = c.Close()
@@ -453,9 +453,9 @@ func TestPairingRequestsAreBounded(t *testing.T) {
 		"unknown fields": map[string]any{"Name": "x", "Admin": true},
 		"foreign anchor": pairRequest{Name: "x", Anchor: r.id.Anchor(), Nonce: make([]byte, nonceSize), Proof: make([]byte, 32)},
 	} {
-		c, _, err := dialTLS(within(t, 5*time.Second), p.id, r.addr, protoPair, dialTCP, func(tls.ConnectionState) error { return nil })
+		c, _, err := dialTLS(soon(t), p.id, r.addr, protoPair, dialTCP, func(tls.ConnectionState) error { return nil })
 		errFatal(t, err)
-		err = roundTrip(within(t, 5*time.Second), c, pairPath, q, &pairReply{})
+		err = roundTrip(soon(t), c, pairPath, q, &pairReply{})
 		if k := kindOf(err); k != wire.KindInvalid && k != wire.KindRefused {
 			t.Errorf("%s: %v", name, err)
 		}

@@ -18,7 +18,7 @@ import (
 
 func TestEveryCallArrivesWholeAndItsAnswerReturns(t *testing.T) {
 	p, r, c := pairOf(t)
-	ctx := within(t, 20*time.Second)
+	ctx := soon(t)
 	pos := delta.Pos{Generation: delta.Generation{9}, Epoch: 1<<64 - 1, Digest: delta.Digest{8}}
 	hs := wire.HandshakeRequest{VM: vmA, Generation: delta.Generation{1}, Ancestors: []delta.Pos{pos}, Base: pos, Highest: 1<<64 - 1, Disks: offer().Disks, Running: true, Between: true}
 	dg := wire.DigestRequest{VM: vmA, Pos: pos, Disk: "vda", Key: [32]byte{5}, Ranges: []wire.Range{{Off: 1 << 40, Len: 1 << 20}, {Off: 0, Len: 512}}}
@@ -82,7 +82,7 @@ func TestEveryCallArrivesWholeAndItsAnswerReturns(t *testing.T) {
 
 func TestHelloSaysWhatTheTransportKnows(t *testing.T) {
 	_, r, c := pairOf(t)
-	ctx := within(t, 10*time.Second)
+	ctx := soon(t)
 	r.svc.reply = wire.HelloReply{Host: "somebody else", Protocol: 99, Name: "replica", Now: time.Now()}
 	a, err := c.Hello(ctx, wire.HelloRequest{Min: 1, Max: 7})
 	if err != nil || a.Host != r.id.Host() || a.Protocol != wire.ProtocolMax || !a.Receiving {
@@ -98,7 +98,7 @@ func TestHelloSaysWhatTheTransportKnows(t *testing.T) {
 
 func TestErrorsCrossWithKindHintAndPosition(t *testing.T) {
 	_, r, c := pairOf(t)
-	ctx := within(t, 20*time.Second)
+	ctx := soon(t)
 	have := delta.Pos{Generation: delta.Generation{3}, Epoch: 4}
 	for k := wire.KindInternal; k <= wire.KindVersion; k++ {
 		r.svc.fail = &wire.Error{Kind: k, Text: "because", Hint: "do this", Have: &have}
@@ -124,7 +124,7 @@ func TestARefusedBodyIsNeverSent(t *testing.T) {
 	_, r, c := pairOf(t)
 	r.svc.fail = &wire.Error{Kind: wire.KindNoSpace, Text: "full"}
 	body := &counting{}
-	if _, err := c.PutEpoch(within(t, 10*time.Second), key(), 0, body); kindOf(err) != wire.KindNoSpace {
+	if _, err := c.PutEpoch(soon(t), key(), 0, body); kindOf(err) != wire.KindNoSpace {
 		t.Fatalf("got %v", err)
 	}
 	if n := body.read(); n != 0 {
@@ -136,7 +136,7 @@ func TestASourceThatFailsIsNotTheLinksFault(t *testing.T) {
 	_, r, c := pairOf(t)
 	r.svc.put = func(_ context.Context, body io.Reader) error { _, err := io.Copy(io.Discard, body); return err }
 	bad := errors.New("read of disk vda failed")
-	_, err := c.PutEpoch(within(t, 10*time.Second), key(), 0, io.MultiReader(bytes.NewReader(make([]byte, 100_000)), failing{bad}))
+	_, err := c.PutEpoch(soon(t), key(), 0, io.MultiReader(bytes.NewReader(make([]byte, 100_000)), failing{bad}))
 	if !errors.Is(err, bad) {
 		t.Fatalf("got %v", err)
 	}
@@ -150,7 +150,7 @@ func TestTheBodyIsNotReadAfterTheCallReturned(t *testing.T) {
 	}
 	for range 20 {
 		body := &counting{}
-		_, err := c.PutEpoch(within(t, 10*time.Second), key(), 0, body)
+		_, err := c.PutEpoch(soon(t), key(), 0, body)
 		if err == nil {
 			t.Fatal("accepted")
 		}
@@ -158,7 +158,7 @@ func TestTheBodyIsNotReadAfterTheCallReturned(t *testing.T) {
 		if kindOf(err) != wire.KindCorrupt {
 			t.Fatalf("got %v", err)
 		}
-		if _, err := c.Status(within(t, 10*time.Second), vmA); err != nil {
+		if _, err := c.Status(soon(t), vmA); err != nil {
 			t.Fatalf("after a refused body: %v", err)
 		}
 		if m := body.read(); m != n {
@@ -185,10 +185,10 @@ func TestACallOfACancelledContextEndsAtOnce(t *testing.T) {
 func TestAPanicCostsOnlyItsConnection(t *testing.T) {
 	_, r, c := pairOf(t)
 	r.svc.put = func(context.Context, io.Reader) error { panic("boom") }
-	if _, err := c.PutEpoch(within(t, 10*time.Second), key(), 0, bytes.NewReader([]byte("x"))); kindOf(err) != wire.KindUnavailable {
+	if _, err := c.PutEpoch(soon(t), key(), 0, bytes.NewReader([]byte("x"))); kindOf(err) != wire.KindUnavailable {
 		t.Fatalf("got %v", err)
 	}
-	if _, err := c.Status(within(t, 10*time.Second), vmA); err != nil {
+	if _, err := c.Status(soon(t), vmA); err != nil {
 		t.Fatalf("the server is gone: %v", err)
 	}
 }

@@ -211,7 +211,7 @@ func (w *pair) copied(from, to *side) error {
 	return nil
 }
 
-const patience = 30 * time.Second
+const patience = 2 * time.Minute
 
 // until polls a condition that must come true.
 func (w *pair) until(what string, f func() error) {

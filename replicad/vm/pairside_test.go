@@ -261,7 +261,7 @@ func (s *side) reboot() {
 
 func (s *side) stopPlane() {
 	s.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	run := filepath.Join(s.dir, "run", "vm", string(testVM))
 	if err := dataplane.Stop(ctx, dataplane.Config{VM: testVM, Name: "web", RunDir: run}); err != nil {
@@ -287,7 +287,7 @@ func (s *side) vm() *VM {
 
 // do runs an action of a person in a goroutine that may die with the daemon.
 func (s *side) do(f func(ctx context.Context, m *Manager, v *VM) error) error {
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	res := make(chan error, 1)
 	go func() {

@@ -86,7 +86,7 @@ func TestWaitStartsWhereTheLastOneEnded(t *testing.T) {
 }
 
 func TestConsoleStartedAnewIsReadFromItsBeginning(t *testing.T) {
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	path := filepath.Join(t.TempDir(), "console")
 	add(t, path, "LAB[1] BOOT highest=100\n")

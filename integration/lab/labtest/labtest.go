@@ -19,7 +19,7 @@ import (
 
 // StepTimeout bounds one wait of a test. A guest needs some 5 seconds to boot
 // alone on an idle machine; on a busy one several times that.
-const StepTimeout = 90 * time.Second
+const StepTimeout = 4 * time.Minute
 
 // Require skips the test when the machine lacks something for a lab.
 func Require(t testing.TB) {

@@ -5,7 +5,8 @@
 // Each group is one "go test -json" run; they run one after the other, all of
 // them even when one fails. The output is that of "go test -v", passing tests'
 // own output left out, and at the end: every skipped test with its reason, the
-// slowest packages, and one line "N passed, N failed, N skipped".
+// slowest packages, every failed test once more with what it printed (at most
+// some 60 lines each), and one line "N passed, N failed, N skipped".
 //
 // FILE holds the largest number of skips allowed in its first line. A test that
 // quietly stops running is a test lost, so that more skips are a failure.
@@ -113,6 +114,8 @@ func (s *summary) group(args []string) error {
 	}
 	if err != nil && s.failed+s.broken == before {
 		s.broken++ // it failed without a word about a test: it did not build
+		s.quotes = append(s.quotes, failure{"go test " + strings.Join(args, " "), s.build})
+		s.build = nil
 	}
 	return nil
 }

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"slices"
 	"sort"
 	"strings"
 	"time"
@@ -24,6 +25,8 @@ type summary struct {
 	slow           []took
 	output         map[string][]string // of tests and packages that run
 	failures       map[string]int      // failed tests by package
+	quotes         []failure           // each with its output, in order
+	build          []string            // what the compiler said
 }
 
 type took struct {
@@ -57,6 +60,7 @@ func (s *summary) take(e event, out io.Writer) {
 	case "output", "build-output":
 		if e.Action == "build-output" {
 			fmt.Fprint(out, e.Output)
+			s.build = append(s.build, e.Output)
 			return
 		}
 		s.output[key] = append(s.output[key], e.Output)
@@ -77,6 +81,7 @@ func (s *summary) endTest(e event, key string, out io.Writer) {
 	case "fail":
 		s.failed++
 		s.failures[e.Package]++
+		s.quotes = append(s.quotes, failure{e.Package + " " + e.Test, s.output[key]})
 		for _, l := range s.output[key] {
 			if !strings.HasPrefix(l, "=== ") && !strings.HasPrefix(strings.TrimSpace(l), "--- FAIL") {
 				fmt.Fprint(out, l)
@@ -112,6 +117,8 @@ func (s *summary) endPackage(e event, key string, out io.Writer) {
 	case "fail":
 		if s.failures[e.Package] == 0 {
 			s.broken++
+			s.quotes = append(s.quotes, failure{e.Package, slices.Concat(s.build, s.output[key])})
+			s.build = nil
 		}
 		for _, l := range s.output[key] {
 			if !strings.HasPrefix(l, "FAIL") { // said below
@@ -121,6 +128,7 @@ func (s *summary) endPackage(e event, key string, out io.Writer) {
 		for k, lines := range s.output { // tests that never ended: a panic, a timeout
 			if strings.HasPrefix(k, e.Package+" ") && k != key {
 				fmt.Fprint(out, strings.Join(lines, ""))
+				s.quotes = append(s.quotes, failure{k + " (did not end)", lines})
 				delete(s.output, k)
 			}
 		}
@@ -146,6 +154,7 @@ func (s *summary) report(out io.Writer, all time.Duration) {
 			fmt.Fprintln(out, "  "+l)
 		}
 	}
+	quoteFailures(out, s.quotes)
 	fmt.Fprintf(out, "\n%s\n", s.line())
 }
 

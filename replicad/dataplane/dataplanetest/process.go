@@ -8,7 +8,6 @@ import (
 	"path/filepath"
 	"syscall"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -41,9 +40,6 @@ func verb(name string, args []string) error {
 	return dataplane.RunKeeper(ctx, file)
 }
 
-// processTimeout bounds starting and stopping real processes.
-const processTimeout = time.Minute
-
 // Ensure starts a keeper as a real process of this binary and ends it with the
 // test. Again on the same configuration it finds the running one.
 func Ensure(t testing.TB, cfg *dataplane.Config) *dataplane.Client {
@@ -56,7 +52,7 @@ func Ensure(t testing.TB, cfg *dataplane.Config) *dataplane.Client {
 		cfg.Binary = bin
 		t.Cleanup(func() { end(t, *cfg) })
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), processTimeout)
+	ctx, cancel := context.WithTimeout(context.Background(), Patience)
 	defer cancel()
 	c, err := dataplane.Ensure(ctx, *cfg)
 	if err != nil {
@@ -67,7 +63,7 @@ func Ensure(t testing.TB, cfg *dataplane.Config) *dataplane.Client {
 }
 
 func end(t testing.TB, cfg dataplane.Config) {
-	ctx, cancel := context.WithTimeout(context.Background(), processTimeout)
+	ctx, cancel := context.WithTimeout(context.Background(), Patience)
 	defer cancel()
 	if err := dataplane.Stop(ctx, cfg); err != nil {
 		t.Error(err)
@@ -91,7 +87,7 @@ func Kill(t testing.TB, pid int) {
 	}
 	fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
 	for {
-		if _, err := unix.Poll(fds, int(processTimeout.Milliseconds())); err != unix.EINTR {
+		if _, err := unix.Poll(fds, int(Patience.Milliseconds())); err != unix.EINTR {
 			return
 		}
 	}
