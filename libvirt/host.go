@@ -8,6 +8,7 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	lv "github.com/digitalocean/go-libvirt"
@@ -54,7 +55,7 @@ type Host struct {
 // conn is one connection to libvirtd. Guarded by Host.mu but for l and nc.
 type conn struct {
 	l        *lv.Libvirt
-	nc       net.Conn
+	nc       *line
 	inflight int  // calls that have not returned
 	hung     int  // those of them whose caller has left
 	retired  bool // no new calls
@@ -113,9 +114,38 @@ func (h *Host) Close() error {
 	return nil
 }
 
+// line is a net.Conn that knows at its first error that it is of no use any
+// more. The RPC library notices later: a call made in between would fail
+// although libvirtd is there.
+type line struct {
+	net.Conn
+	gone atomic.Bool
+}
+
+func (c *line) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	if err != nil {
+		c.gone.Store(true)
+	}
+	return n, err
+}
+
+func (c *line) Write(p []byte) (int, error) {
+	n, err := c.Conn.Write(p)
+	if err != nil {
+		c.gone.Store(true)
+	}
+	return n, err
+}
+
+func (c *line) Close() error {
+	c.gone.Store(true)
+	return c.Conn.Close()
+}
+
 // keptConn is the socket.Dialer of one connection; it keeps the net.Conn so
 // that we can close it when a call hangs.
-type keptConn struct{ nc net.Conn }
+type keptConn struct{ nc *line }
 
 func (k keptConn) Dial() (net.Conn, error) { return k.nc, nil }
 
@@ -126,10 +156,11 @@ func (h *Host) dial(ctx context.Context) (*conn, error) {
 		return nil, err
 	}
 	var d net.Dialer
-	nc, err := d.DialContext(ctx, "unix", h.socket)
+	raw, err := d.DialContext(ctx, "unix", h.socket)
 	if err != nil {
 		return nil, err
 	}
+	nc := &line{Conn: raw}
 	l := lv.NewWithDialer(keptConn{nc})
 	// ConnectToURI knows no context: closing the socket ends it.
 	stop := context.AfterFunc(ctx, func() { nc.Close() })
@@ -232,7 +263,7 @@ func (h *Host) acquire(ctx context.Context) (*conn, error) {
 func (h *Host) dropDead() {
 	kept := h.conns[:0]
 	for _, c := range h.conns {
-		if c.l.IsConnected() {
+		if !c.nc.gone.Load() && c.l.IsConnected() {
 			kept = append(kept, c)
 		} else {
 			c.nc.Close()
