@@ -88,6 +88,7 @@ func (e *Encoder) Chunk(c Encoded) error {
 type ManifestInfo struct {
 	Config   Digest
 	Cut      time.Time // for display only
+	App      bool      // cut while the guest's file systems were frozen
 	Firmware []Blob    // only what changed, NVRAM before TPM
 }
 
@@ -113,7 +114,7 @@ func (e *Encoder) Manifest(info ManifestInfo) (Pos, error) {
 func NewManifest(h *Header, t *Tally, info ManifestInfo) Manifest {
 	m := Manifest{
 		VM: h.VM, Generation: h.Generation, Epoch: h.Epoch, Nonce: h.Nonce, Parent: h.Parent, Header: h.Digest(),
-		Chunks: t.Len(), Covered: t.Covered(), Total: t.Total(), Config: info.Config, Cut: info.Cut, Firmware: info.Firmware,
+		Chunks: t.Len(), Covered: t.Covered(), Total: t.Total(), App: info.App, Config: info.Config, Cut: info.Cut, Firmware: info.Firmware,
 	}
 	for _, d := range h.Disks {
 		m.Sizes = append(m.Sizes, d.Size)

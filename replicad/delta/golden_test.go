@@ -38,3 +38,25 @@ func TestVersion1StreamIsStillWrittenAndRead(t *testing.T) {
 	}
 	must(t, drain(bytes.NewReader(want)))
 }
+
+// TestAnApplicationConsistentManifestSaysSo: the flag is in the manifest's body
+// at 140, and covered by the position.
+func TestAnApplicationConsistentManifestSaysSo(t *testing.T) {
+	plain := build(t, goldenSpec())
+	spec := goldenSpec()
+	spec.Info.App = true
+	b := build(t, spec)
+	m, err := delta.ParseManifest(b.Manifest)
+	must(t, err)
+	if !m.App || m.Pos() != b.Pos || b.Pos == plain.Pos {
+		t.Errorf("app %v at %v, the plain epoch is %v", m.App, b.Pos, plain.Pos)
+	}
+	if len(b.Manifest) != len(plain.Manifest) {
+		t.Errorf("the flag changes the manifest's length")
+	}
+	m, err = delta.ParseManifest(plain.Manifest)
+	must(t, err)
+	if m.App {
+		t.Error("a plain epoch is application-consistent")
+	}
+}

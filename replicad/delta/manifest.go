@@ -57,6 +57,7 @@ type Manifest struct {
 	Parent     Pos
 	Header     Digest // Header.Digest
 	Chunks     uint32
+	App        bool   // cut while the guest's file systems were frozen
 	Covered    uint64 // bytes the chunks cover
 	Total      Digest // over the chunks' digests, in order
 	Config     Digest // of the VM's description; zero = none
@@ -68,6 +69,8 @@ type Manifest struct {
 const (
 	manifestFixed = 16 + 16 + 8 + 8 + posLen + 32 + 4 + 4 + 8 + 32 + 32 + 8 + 2 + 2 + 4
 	manifestBlob  = 1 + 3 + 4 + 32
+
+	flagApp = 1 << 0 // of a manifest
 )
 
 // Pos is the position this manifest commits: its digest covers everything but
@@ -89,7 +92,11 @@ func (m *Manifest) plain(b []byte) []byte {
 	b = AppendPos(b, m.Parent)
 	b = append(b, m.Header[:]...)
 	b = binary.LittleEndian.AppendUint32(b, m.Chunks)
-	b = append(b, 0, 0, 0, 0)
+	var flags uint32
+	if m.App {
+		flags |= flagApp
+	}
+	b = binary.LittleEndian.AppendUint32(b, flags)
 	b = binary.LittleEndian.AppendUint64(b, m.Covered)
 	b = append(b, m.Total[:]...)
 	b = append(b, m.Config[:]...)
@@ -185,9 +192,11 @@ func ParseManifest(frame []byte) (Manifest, error) {
 	m.Cut = time.Unix(0, int64(binary.LittleEndian.Uint64(b[216:]))).UTC()
 	disks := int(binary.LittleEndian.Uint16(b[224:]))
 	blobs := int(binary.LittleEndian.Uint16(b[226:]))
-	if binary.LittleEndian.Uint32(b[140:])|binary.LittleEndian.Uint32(b[228:]) != 0 {
-		return m, malformed("manifest: reserved bytes are not zero")
+	flags := binary.LittleEndian.Uint32(b[140:])
+	if flags&^flagApp|binary.LittleEndian.Uint32(b[228:]) != 0 {
+		return m, malformed("manifest: unknown flags %#x or reserved bytes", flags)
 	}
+	m.App = flags&flagApp != 0
 	rest := b[manifestFixed:]
 	if disks > MaxDisks || blobs > 2 || len(rest) < disks*8+blobs*manifestBlob {
 		return m, malformed("manifest of %d bytes for %d disks and %d blobs", len(b), disks, blobs)

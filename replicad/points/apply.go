@@ -29,14 +29,17 @@ func (s *Store) step(ctx context.Context) (bool, error) {
 	if err := s.ensureSegment(); err != nil {
 		return false, err
 	}
-	if did, err := s.makePoint(); did || err != nil {
-		return did, s.fail(err)
+	did, err := s.makePoint()
+	if !did && err == nil {
+		did, err = s.applyBatch(ctx)
 	}
-	if did, err := s.applyBatch(ctx); did || err != nil {
-		return did, s.fail(err)
+	if !did && err == nil {
+		did, err = s.thin(ctx)
 	}
-	did, err := s.thin(ctx)
-	return did, s.fail(err)
+	if err = s.fail(err); err != nil && !errors.Is(err, ErrFailed) {
+		return s.relieve(err)
+	}
+	return did, err
 }
 
 // Run steps until ctx ends, waiting when there is nothing to do. It returns
@@ -88,8 +91,7 @@ func (s *Store) due(m mark) bool {
 	if s.pins[m.ordinal] > 0 {
 		return true
 	}
-	start := s.segs[len(s.segs)-1].start.at
-	return m.at.Before(start) || m.at.Sub(start) >= s.policy.MinDistance
+	return m.app && len(s.policy.Grid) > 0 || s.policy.due(s.segs[len(s.segs)-1].start.at, m.at)
 }
 
 // makePoint closes the open segment when the applied state is due, and opens
@@ -124,6 +126,9 @@ func (s *Store) newSegment(lo uint64) error {
 	if err != nil {
 		return err
 	}
+	if err := s.beginUndo(); err != nil {
+		return errors.Join(err, g.file.Close())
+	}
 	s.mu.Lock()
 	s.segs = append(s.segs, g)
 	s.lost, s.nextSegment = false, lo+1
@@ -140,7 +145,7 @@ func (s *Store) batch() []*epoch {
 		return nil
 	}
 	undo := !s.lost && len(s.segs) > 0
-	if at := s.sup.applied.ordinal; undo && s.must <= at && s.pins[at] > 0 && s.segs[len(s.segs)-1].start.ordinal < at {
+	if at := s.sup.applied.ordinal; s.must <= at && s.pins[at] > 0 && (!undo || s.segs[len(s.segs)-1].start.ordinal < at) {
 		s.signal() // a view of exactly this state was opened: a point first
 		return nil
 	}
@@ -263,7 +268,7 @@ func (s *Store) unref(es []*epoch) {
 // lost, once the images are exactly at the applied state.
 func (s *Store) ensureSegment() error {
 	s.mu.Lock()
-	want := s.sup.role == roleReplica && (s.lost || len(s.segs) == 0) && s.must <= s.sup.applied.ordinal
+	want := s.sup.role == roleReplica && (s.lost || len(s.segs) == 0) && s.must <= s.sup.applied.ordinal && !s.idle()
 	lo := s.nextSegment
 	s.mu.Unlock()
 	if !want {

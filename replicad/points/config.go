@@ -21,7 +21,8 @@ type Config struct {
 	// Identity tells whether an image is still the one the store left; nil
 	// means the check is somebody else's.
 	Identity func(disk string) (Identity, error)
-	// Free is the free space in bytes of the file system of FS, for Status.
+	// Free is the free space in bytes of the file system of FS; nil = unknown,
+	// and Limits.Reserve is not kept.
 	Free func() (int64, error)
 	// Sync makes a spool file durable; nil means File.Sync. A group committer
 	// puts itself here: one call per commit.
@@ -47,6 +48,7 @@ type Limits struct {
 	BacklogAge   time.Duration // age of the oldest unapplied commit (10 min)
 	SpoolBytes   int64         // one epoch in the spool; 0 = no limit but space
 	UndoBytes    int64         // all undo together; 0 = no limit but space
+	Reserve      int64         // kept free on the file system; 0 = nothing
 	SpoolStep    int64         // preallocation step of a spool file (16 MiB)
 	KeepSpool    int64         // largest spool file kept for reuse (256 MiB)
 	SeedStep     int64         // seed bytes between durable cursors (64 MiB)
@@ -58,7 +60,8 @@ type Policy struct {
 	MinDistance time.Duration // between two points (15 s)
 	Max         int           // points kept at most (500)
 	// Grid is evaluated row by row; a point stays if any row wants it. Default:
-	// every point of the last hour, hourly ones for 24 hours.
+	// every point of the last hour, hourly ones for 24 hours. Empty and not nil:
+	// no points, and no undo but for what is pinned or viewed.
 	Grid []Row
 }
 

@@ -44,12 +44,15 @@ type primary struct {
 	seeded           map[string]int64
 	promoted, sealed bool
 	target           delta.Pos
+	app              bool // the next cuts are application-consistent
+	apps             map[delta.Pos]bool
+	pinned           delta.Pos // was acknowledged as pinned
 }
 
 func newPrimary(seed uint64) *primary {
 	p := &primary{
 		rng: rand.New(rand.NewPCG(seed, 9)), vm: delta.VM{1}, gen: delta.Generation{7}, disks: disksAB,
-		cuts: map[delta.Pos][][]byte{}, blobs: map[delta.Pos][]byte{}, now: time.Unix(1_700_000_000, 0).UTC(),
+		cuts: map[delta.Pos][][]byte{}, blobs: map[delta.Pos][]byte{}, apps: map[delta.Pos]bool{}, now: time.Unix(1_700_000_000, 0).UTC(),
 	}
 	for _, d := range p.disks {
 		b := make([]byte, d.Size)
@@ -104,7 +107,7 @@ func (p *primary) cut(changed [][]block.Range) *delta.Built {
 	p.epoch++
 	spec := delta.Spec{
 		Header:  delta.Header{VM: p.vm, Generation: p.gen, Epoch: p.epoch, Nonce: p.rng.Uint64(), Parent: p.parent, Disks: p.disks},
-		Changed: changed, Content: p.content, Info: delta.ManifestInfo{Cut: p.now},
+		Changed: changed, Content: p.content, Info: delta.ManifestInfo{Cut: p.now, App: p.app},
 	}
 	if p.blob != nil {
 		spec.Info.Firmware = []delta.Blob{{Kind: delta.BlobNVRAM, Data: p.blob}}
@@ -119,6 +122,7 @@ func (p *primary) cut(changed [][]block.Range) *delta.Built {
 	}
 	p.cuts[b.Pos] = kept
 	p.blobs[b.Pos] = p.blob
+	p.apps[b.Pos] = p.app
 	p.sent = append(p.sent, b.Pos)
 	return b
 }
@@ -292,13 +296,21 @@ func (p *primary) sound(s *points.Store) error {
 	if err := p.exact(s, c); err != nil {
 		return fmt.Errorf("committed: %w", err)
 	}
+	pinned := p.pinned.IsZero()
 	for _, pt := range s.Points() {
+		pinned = pinned || pt.Pos == p.pinned && pt.Pinned
+		if pt.App != p.apps[pt.Pos] {
+			return fmt.Errorf("point %v: application-consistent %v", pt.Pos, pt.App)
+		}
 		if pt.Damage != nil {
 			return fmt.Errorf("point %v: %w", pt.Pos, pt.Damage)
 		}
 		if err := p.exact(s, pt.Pos); err != nil {
 			return fmt.Errorf("point: %w", err)
 		}
+	}
+	if !pinned {
+		return fmt.Errorf("the pinned point %v is gone", p.pinned)
 	}
 	return nil
 }

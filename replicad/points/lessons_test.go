@@ -156,8 +156,13 @@ func TestFullDiskRefusesBeforeCommitAndLosesNothing(t *testing.T) {
 		}
 		return nil
 	})
-	if _, err := s.Step(t.Context()); !errors.Is(err, points.ErrNoSpace) {
+	// Older points are given up for it, one after the other, never the newest.
+	newest := s.Points()[len(s.Points())-1].Pos
+	if err := settle(s); !errors.Is(err, points.ErrNoSpace) {
 		t.Errorf("undo on a full disk: %v", err)
+	}
+	if ps := s.Points(); len(ps) != 1 || ps[0].Pos != newest || s.Status().Sacrificed == 0 {
+		t.Errorf("points %v stay, %d were given up; want the newest alone", ps, s.Status().Sacrificed)
 	}
 	must(t, p.sound(s))
 	h.Power.SetHook(nil)

@@ -26,7 +26,7 @@ func (s *Store) Points() []Point {
 		}
 		p := Point{
 			Pos: g.start.pos, Ordinal: g.start.ordinal, At: g.start.at, Cut: g.start.cut, Sizes: g.sizes, Config: g.start.config,
-			Bytes: g.bytes.Load(), Pinned: s.keep[g.start.pos], Damage: s.readable(i),
+			App: g.start.app, Bytes: g.bytes.Load(), Pinned: s.keep[g.start.pos], Damage: s.readable(i),
 		}
 		out = append(out, p)
 	}
@@ -35,12 +35,7 @@ func (s *Store) Points() []Point {
 
 // Status is a snapshot.
 func (s *Store) Status() Status {
-	free := int64(-1)
-	if s.cfg.Free != nil {
-		if n, err := s.cfg.Free(); err == nil {
-			free = n
-		}
-	}
+	free := s.freeSpace()
 	points := len(s.Points())
 	now := s.cfg.Now()
 	idle := s.recv.TryLock() // else a chunk is being written: do not wait for it
@@ -51,7 +46,9 @@ func (s *Store) Status() Status {
 	defer s.mu.Unlock()
 	st := Status{
 		State: s.state(), VM: s.sup.vm, Disks: s.disks(), Committed: s.committed.pos, Applied: s.sup.applied.pos, Cut: s.committed.cut,
-		Backlog: len(s.epochs), Points: points, Free: free, Seeded: map[string]int64{}, Damage: append([]error(nil), s.damage...),
+		Backlog: len(s.epochs), Points: points, Free: free, Seeded: map[string]int64{},
+		Quota: s.limits.UndoBytes, Reserve: s.limits.Reserve, Sacrificed: s.sacrificed, Forecast: s.forecast(free, now),
+		Damage: append([]error(nil), s.damage...),
 	}
 	st.Spool, st.BacklogAge = s.backlog(now)
 	for _, d := range s.sup.disks {

@@ -30,6 +30,21 @@ func TestRandomLivesAgreeWithTheModel(t *testing.T) {
 		check(err)
 		cfg := p.config(h)
 		views := map[*points.View]bool{}
+		free := int64(1 << 30)
+		policy := func(rt *rapid.T) points.Policy {
+			out := points.Policy{
+				MinDistance: time.Duration(rapid.IntRange(1, 60).Draw(rt, "distance")) * time.Second,
+				Max:         rapid.IntRange(1, 12).Draw(rt, "max"),
+				Grid:        []points.Row{{Every: 0, For: time.Minute}, {Every: 30 * time.Second, For: 4 * time.Minute}},
+			}
+			switch rapid.IntRange(0, 3).Draw(rt, "grid") {
+			case 0:
+				out.Grid = []points.Row{} // no points
+			case 1:
+				out.Grid = []points.Row{{Every: time.Minute, For: 3 * time.Minute}}
+			}
+			return out
+		}
 		reopen := func(kill bool) {
 			for v := range views {
 				check(v.Close())
@@ -41,19 +56,30 @@ func TestRandomLivesAgreeWithTheModel(t *testing.T) {
 				check(s.Close())
 			}
 			cfg = p.config(h)
-			cfg.Policy = points.Policy{
-				MinDistance: time.Duration(rapid.IntRange(1, 60).Draw(rt, "distance")) * time.Second,
-				Max:         rapid.IntRange(1, 12).Draw(rt, "max"),
-				Grid:        []points.Row{{Every: 0, For: time.Minute}, {Every: 30 * time.Second, For: 4 * time.Minute}},
-			}
+			cfg.Policy = policy(rt)
+			cfg.Limits.Reserve, cfg.Free = 1<<20, func() (int64, error) { return free, nil }
 			s, err = points.Open(cfg)
 			check(err)
 		}
 		rt.Repeat(map[string]func(*rapid.T){
 			"epoch": func(rt *rapid.T) {
 				p.now = p.now.Add(time.Duration(rapid.IntRange(-3, 40).Draw(rt, "later")) * time.Second)
+				p.app = rapid.IntRange(0, 3).Draw(rt, "frozen") == 0
 				check(p.send(s, p.cut(p.touch(rapid.IntRange(0, 9).Draw(rt, "granules")))))
 			},
+			"resync epoch": func(rt *rapid.T) { // sends much that is equal
+				p.touch(rapid.IntRange(0, 2).Draw(rt, "granules"))
+				p.now, p.app = p.now.Add(time.Second), false
+				var all [][]block.Range
+				for _, d := range p.disks {
+					all = append(all, []block.Range{{Off: 0, Len: d.Size}})
+				}
+				check(p.send(s, p.cut(all)))
+			},
+			"retention": func(rt *rapid.T) {
+				s.SetPolicy(policy(rt), int64(rapid.IntRange(0, 3).Draw(rt, "quota"))*400<<10)
+			},
+			"room": func(rt *rapid.T) { free = int64(rapid.IntRange(512<<10, 2<<20).Draw(rt, "free")) },
 			"lost epoch": func(rt *rapid.T) { // sent in part, abandoned, its content is sent later
 				b := p.cut(make([][]block.Range, 2))
 				hd, err := delta.ParseHeader(b.Header)
@@ -80,7 +106,14 @@ func TestRandomLivesAgreeWithTheModel(t *testing.T) {
 				if pts := s.Points(); len(pts) > 0 {
 					pt := pts[rapid.IntRange(0, len(pts)-1).Draw(rt, "point")]
 					check(s.Pin(pt.Pos))
-					check(s.Unpin(pts[0].Pos))
+					p.pinned = pt.Pos
+				}
+			},
+			"unpin": func(*rapid.T) {
+				for _, pt := range s.Points() {
+					if pt.Pinned && pt.Pos != p.pinned {
+						check(s.Unpin(pt.Pos))
+					}
 				}
 			},
 			"reopen": func(*rapid.T) { reopen(false) },

@@ -293,6 +293,9 @@ func (s *Store) commit(e *epoch, m *delta.Manifest, frame []byte) (delta.Pos, er
 	if err := s.busy(now, e.end); err != nil {
 		return delta.Pos{}, err
 	}
+	if err := s.room(); err != nil {
+		return delta.Pos{}, err
+	}
 	rec := record{typ: delta.FrameManifest, index: m.Chunks, at: now, off: e.end, len: len(frame)}
 	if err := s.put(e, rec, frame); err != nil {
 		return delta.Pos{}, err

@@ -179,7 +179,7 @@ func (s *Store) disksFor(h *delta.Header) []int {
 func (e *epoch) seal(m *delta.Manifest, r record) {
 	e.manifest, e.end = r, r.end()
 	e.bytes = e.end
-	e.mark = mark{pos: m.Pos(), ordinal: e.ordinal, at: r.at, cut: m.Cut, chunks: m.Chunks, config: m.Config}
+	e.mark = mark{pos: m.Pos(), ordinal: e.ordinal, at: r.at, cut: m.Cut, chunks: m.Chunks, app: m.App, config: m.Config}
 	for _, b := range m.Firmware {
 		switch b.Kind {
 		case delta.BlobNVRAM:

@@ -14,6 +14,9 @@ import (
 // before anything is applied. Damage makes the points before it unreadable;
 // damage of the open segment means that undo is lost up to the next point.
 func (s *Store) recoverUndo(clean bool) error {
+	if s.sup.flags&superNoUndo != 0 {
+		return s.recoverNoUndo()
+	}
 	if err := s.openSegments(); err != nil {
 		return err
 	}
@@ -26,8 +29,9 @@ func (s *Store) recoverUndo(clean bool) error {
 	if len(s.segs) == 0 {
 		if s.sup.undoLo != 0 {
 			s.undoLost(&DamageError{File: undoDir, Text: "the open undo segment is missing"})
+			return nil
 		}
-		return nil
+		return s.recoverNoUndo()
 	}
 	g := s.segs[len(s.segs)-1]
 	s.nextSegment = max(s.nextSegment, g.hi+1)

@@ -15,7 +15,7 @@ func kept(p points.Policy, run time.Duration) []time.Duration {
 	now := start
 	for ; now.Sub(start) < run; now = now.Add(30 * time.Second) {
 		times = append(times, now)
-		keep := p.Retain(times, nil, now)
+		keep := p.Retain(at(times), now)
 		var left []time.Time
 		for i, k := range keep {
 			if k {
@@ -29,6 +29,14 @@ func kept(p points.Policy, run time.Duration) []time.Duration {
 		ages = append(ages, now.Sub(t))
 	}
 	return ages
+}
+
+func at(times []time.Time) []points.Candidate {
+	var out []points.Candidate
+	for _, t := range times {
+		out = append(out, points.Candidate{At: t})
+	}
+	return out
 }
 
 func TestDefaultPolicyKeepsAnHourOfEverythingAndADayOfHours(t *testing.T) {
@@ -63,9 +71,9 @@ func TestPolicyKeepsNewestPinnedAndNoMoreThanMax(t *testing.T) {
 	for i := range 50 {
 		times = append(times, now.Add(time.Duration(i-50)*time.Second))
 	}
-	pinned := make([]bool, 50)
-	pinned[3] = true
-	keep := points.Policy{Max: 5}.Retain(times, pinned, now)
+	cs := at(times)
+	cs[3].Pinned = true
+	keep := points.Policy{Max: 5}.Retain(cs, now)
 	n := 0
 	for _, k := range keep {
 		if k {
@@ -77,10 +85,10 @@ func TestPolicyKeepsNewestPinnedAndNoMoreThanMax(t *testing.T) {
 	}
 	// A clock that jumped back keeps everything; one that jumped ahead keeps
 	// the newest.
-	if keep := (points.Policy{}).Retain(times, nil, now.Add(-1000*time.Hour)); !keep[0] {
+	if keep := (points.Policy{}).Retain(at(times), now.Add(-1000*time.Hour)); !keep[0] {
 		t.Error("dropped points of the future")
 	}
-	if keep := (points.Policy{}).Retain(times, nil, now.Add(1000*time.Hour)); !keep[49] || keep[0] {
+	if keep := (points.Policy{}).Retain(at(times), now.Add(1000*time.Hour)); !keep[49] || keep[0] {
 		t.Errorf("after a jump ahead: %v", keep)
 	}
 }

@@ -209,8 +209,7 @@ func (s *Store) digestSource(pos delta.Pos, disk string) (block.Device, func(), 
 	case pos != have:
 		return nil, nil, &delta.PosMismatchError{Have: have, Want: pos}
 	case seeding:
-		s.grow.RLock()
-		return s.bases[i], s.grow.RUnlock, nil
+		return s.seedBase(i)
 	}
 	v, err := s.view(pos)
 	if err != nil {
@@ -218,4 +217,17 @@ func (s *Store) digestSource(pos delta.Pos, disk string) (block.Device, func(), 
 	}
 	dev, err := v.Disk(disk)
 	return dev, func() { _ = v.Close() }, err // closing a view cannot fail
+}
+
+// seedBase is an image that is being seeded; it stays open until done is called.
+func (s *Store) seedBase(i int) (dev block.Device, done func(), err error) {
+	s.grow.RLock() // Close marks the store closed before it waits for this
+	s.mu.Lock()
+	closed := s.closed
+	s.mu.Unlock()
+	if closed {
+		s.grow.RUnlock()
+		return nil, nil, fmt.Errorf("%w: the store is closed", ErrState)
+	}
+	return s.bases[i], s.grow.RUnlock, nil
 }

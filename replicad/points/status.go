@@ -35,6 +35,8 @@ type Point struct {
 	Cut     time.Time // the primary's clock at the cut, for display only
 	Sizes   []int64   // of the disks, in Store.Disks order
 	Config  delta.Digest
+	App     bool  // application-consistent: cut while the guest was frozen
+	Latest  bool  // the newest committed state; see Store.States
 	Bytes   int64 // undo between this point and the next
 	Pinned  bool
 	Damage  error // not nil: cannot be read
@@ -66,6 +68,10 @@ type Status struct {
 	Points     int
 	Views      int   // open
 	Free       int64 // of the file system, -1 = unknown
+	Quota      int64 // what undo may take, 0 = no limit but space
+	Reserve    int64 // what is to stay free
+	Sacrificed int   // points given up for want of room since the store was opened
+	Forecast   Forecast
 	Partial    *Partial
 	Seal       *Seal
 	Rolling    *Seal // the promotion at an older point that must be ended

@@ -60,6 +60,7 @@ type Store struct {
 	keep        map[delta.Pos]bool // durable pins
 	damage      []error            // committed epochs that cannot be read
 	undoBad     []error            // damage of undo files without a segment to hold it
+	sacrificed  int                // points given up for want of room
 	failed      error
 	closed      bool
 

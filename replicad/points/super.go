@@ -44,6 +44,7 @@ const (
 	superSuspect = 1 << 1
 	superForced  = 1 << 2
 	superVerify  = 1 << 3
+	superNoUndo  = 1 << 4 // no undo is written; files of it are left over
 )
 
 type superDiskInfo struct {
@@ -79,10 +80,14 @@ type mark struct {
 	ordinal uint64
 	at, cut time.Time
 	chunks  uint32
+	app     bool // application-consistent
 	config  delta.Digest
 	nvram   delta.Digest // zero = none
 	tpm     delta.Digest
 }
+
+// markApp is the flag of an application-consistent state.
+const markApp = 1 << 0
 
 const markLen = delta.PosLen + 8 + 8 + 8 + 4 + 4 + 3*32
 
@@ -92,7 +97,11 @@ func (m *mark) append(b []byte) []byte {
 	b = binary.LittleEndian.AppendUint64(b, nanos(m.at))
 	b = binary.LittleEndian.AppendUint64(b, nanos(m.cut))
 	b = binary.LittleEndian.AppendUint32(b, m.chunks)
-	b = append(b, 0, 0, 0, 0)
+	var flags uint32
+	if m.app {
+		flags |= markApp
+	}
+	b = binary.LittleEndian.AppendUint32(b, flags)
 	b = append(b, m.config[:]...)
 	b = append(b, m.nvram[:]...)
 	return append(b, m.tpm[:]...)
@@ -105,6 +114,7 @@ func parseMark(b []byte) mark {
 		at:      fromNanos(binary.LittleEndian.Uint64(b[64:])),
 		cut:     fromNanos(binary.LittleEndian.Uint64(b[72:])),
 		chunks:  binary.LittleEndian.Uint32(b[80:]),
+		app:     binary.LittleEndian.Uint32(b[84:])&markApp != 0,
 	}
 	copy(m.config[:], b[88:])
 	copy(m.nvram[:], b[120:])

@@ -13,9 +13,12 @@ import (
 
 // thin drops or merges what the policy no longer keeps: one piece of work.
 func (s *Store) thin(ctx context.Context) (bool, error) {
-	now := s.cfg.Now()
+	if did, err := s.endUndo(); did || err != nil {
+		return did, err
+	}
+	now, short := s.cfg.Now(), s.shortage()
 	s.mu.Lock()
-	drop, merge := s.plan(s.retained(now))
+	drop, merge, given := s.chooseThin(now, short != "")
 	// From here to the end of the work nobody may begin to view these points.
 	if drop != nil {
 		s.segs = slices.Clone(s.segs[1:])
@@ -29,6 +32,9 @@ func (s *Store) thin(ctx context.Context) (bool, error) {
 	s.mu.Unlock()
 	switch {
 	case drop != nil:
+		if given {
+			s.log.Warn("recovery point given up for want of room", "pos", drop.start.pos, "cut", drop.start.cut, "why", short)
+		}
 		s.log.Debug("point dropped", "pos", drop.start.pos)
 		s.unrefSegments([]*segment{drop})
 		return true, s.collectFirmware()
@@ -65,22 +71,22 @@ func (s *Store) plan(keep []bool) (drop *segment, merge []*segment) {
 	return nil, nil
 }
 
-// retained asks the policy, and gives up oldest points while the undo is over
-// its limit; s.mu is held.
-func (s *Store) retained(now time.Time) []bool {
-	times := make([]time.Time, len(s.segs))
-	pinned := make([]bool, len(s.segs))
-	var total int64
+// chooseThin asks the policy. When it wants nothing and room is short, one
+// point is given up; s.mu is held.
+func (s *Store) chooseThin(now time.Time, short bool) (drop *segment, merge []*segment, given bool) {
+	cs := make([]Candidate, len(s.segs))
 	for i, g := range s.segs {
-		times[i] = g.start.at
-		pinned[i] = s.pins[g.start.ordinal] > 0 || s.keep[g.start.pos]
-		total += g.bytes.Load()
+		cs[i] = Candidate{At: g.start.at, App: g.start.app, Pinned: s.pins[g.start.ordinal] > 0 || s.keep[g.start.pos]}
 	}
-	keep := s.policy.Retain(times, pinned, now)
-	if limit := s.limits.UndoBytes; limit > 0 && total > limit && len(s.segs) > 1 && !pinned[0] {
-		keep[0] = false
+	keep := s.policy.Retain(cs, now)
+	drop, merge = s.plan(keep)
+	for drop == nil && len(merge) < 2 && short && sacrifice(cs, keep) {
+		if drop, merge = s.plan(keep); drop != nil || len(merge) > 1 {
+			s.sacrificed++
+			given = true
+		}
 	}
-	return keep
+	return drop, merge, given
 }
 
 // merge puts several closed segments into one that starts where the first
