@@ -103,15 +103,14 @@ func (m *Machine) startSeed(now time.Time, d lineage.Decision) []Action {
 }
 
 // startVerify marks what has to be compared, once per position and process:
-// after that the marks themselves know what is left.
+// after that the marks themselves know what is left. The position may be zero:
+// the replica took over images that were never committed here, such as an old
+// primary's, and what is equal in them is not sent.
 func (m *Machine) startVerify(now time.Time, d lineage.Decision) []Action {
 	m.shipped, m.verifyAll = nil, true
 	fresh := m.markedBy == "" || m.markedBy != m.source.Instance || m.markedAt != m.parent
 	if fresh || !m.compared {
 		m.verify = d.Reason
-	}
-	if d.Parent.IsZero() {
-		m.verify = "" // nothing to compare with: everything is sent
 	}
 	if !fresh {
 		return m.next(now)

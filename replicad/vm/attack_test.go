@@ -1,9 +1,11 @@
 package vm
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"strings"
@@ -514,5 +516,50 @@ func TestEndingProtectionWithASilentPeerAsksForForceFirst(t *testing.T) {
 	must(t, end(true))
 	if w.a.vm() != nil {
 		t.Fatal("the relationship is still there")
+	}
+}
+
+// The old primary's own changes are not known, so everything counts as changed:
+// it is compared, and only what differs travels.
+func TestAReturnOfAnUnprovenOldPrimaryComparesAndSendsLittle(t *testing.T) {
+	t.Parallel()
+	w := newPair(t)
+	w.protect()
+	const big = 2 << 20
+	noise := make([]byte, big)
+	_, _ = rand.NewChaCha8([32]byte{7}).Read(noise)
+	before := w.a.vm().session().Status().Committed.Epoch
+	w.a.hyper.mu.Lock()
+	_, err := w.a.hyper.disk.WriteAt(noise, diskSize-big)
+	err = errors.Join(err, w.a.hyper.disk.Sync())
+	w.a.hyper.mu.Unlock()
+	must(t, err)
+	w.until("the noise to be copied", func() error {
+		if st := w.a.vm().session().Status(); st.Committed.Epoch < before+2 || st.Stats.RawBytes < big {
+			_ = w.a.hyper.write()
+			return fmt.Errorf("committed %v", st.Committed)
+		}
+		return w.copied(w.a, w.b)
+	})
+	w.losePrimary()
+	w.a.reboot()
+	w.until("A to learn of the promotion", w.primaryHeld)
+	w.forced.Store(false)
+	w.inject("B/Failover-release", lostReply) // asked again, A cannot say any more what it changed
+	if err := w.b.do(reverse); err == nil {
+		t.Fatal("no answer was lost")
+	}
+	must(t, w.b.do(func(ctx context.Context, _ *Manager, v *VM) error { return v.Settle(ctx, false, false) }))
+	if o := w.rest(); o != w.b {
+		t.Fatal("B does not own the VM")
+	}
+	st := w.b.vm().session().Status().Stats
+	if st.SentBytes > big/4 {
+		t.Fatalf("%d bytes were sent although both hosts held nearly the same: %+v", st.SentBytes, st)
+	}
+	image, err := os.ReadFile(filepath.Join(w.a.dir, "..", "web.raw"))
+	must(t, err)
+	if !bytes.Equal(image[diskSize-big:], noise) {
+		t.Fatal("the old primary's image does not hold what both had")
 	}
 }
