@@ -61,10 +61,9 @@ type Config struct {
 	OnSilentPeer  OnSilentPeer
 	// SilentPeerAfter is how long the peer may stay silent before OnSilentPeer counts.
 	SilentPeerAfter time.Duration
-	// ShippingSlots is the number of VMs that ship at once.
+	// ShippingSlots is the number of VMs that copy, compare or ship to one peer
+	// at once.
 	ShippingSlots int
-	// MetricsListen is the address of the metrics page; empty = none.
-	MetricsListen string
 	TLS           TLS
 	Limits        Limits
 	Domain

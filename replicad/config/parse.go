@@ -29,7 +29,6 @@ type file struct {
 	OnSilentPeer    *string      `toml:"on_silent_peer"`
 	SilentPeerAfter *string      `toml:"silent_peer_after"`
 	ShippingSlots   *int         `toml:"shipping_slots"`
-	MetricsListen   *string      `toml:"metrics_listen"`
 	TLS             fileTLS      `toml:"tls"`
 	Limits          fileLimits   `toml:"limits"`
 	Domain          fileDomain   `toml:"domain"`
@@ -152,7 +151,6 @@ func (p *parser) top(c *Config, f file) {
 	take(&c.LogFormat, f.LogFormat)
 	take((*string)(&c.OnSilentPeer), f.OnSilentPeer)
 	take(&c.ShippingSlots, f.ShippingSlots)
-	take(&c.MetricsListen, f.MetricsListen)
 	take(&c.TLS.Cert, f.TLS.Cert)
 	take(&c.TLS.Key, f.TLS.Key)
 	take(&c.TLS.CA, f.TLS.CA)

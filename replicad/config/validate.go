@@ -47,7 +47,6 @@ func (c Config) complaints(say func(key, format string, args ...any)) {
 	}
 	address("listen", c.Listen)
 	address("advertise", c.Advertise)
-	address("metrics_listen", c.MetricsListen)
 	if c.Receiving && c.Listen == "" {
 		say("receiving", "needs listen: replicas arrive over it")
 	}

@@ -56,7 +56,9 @@ type Config struct {
 	SocketMode uint32 `json:"socket_mode,omitempty"`
 	// CaptureBytes bounds the memory that copy-before-write may use; 0 = 64 MiB.
 	CaptureBytes int64 `json:"capture_bytes,omitempty"`
-	// Hysteresis and other tracker knobs are added here as they are needed.
+	// DirtyBytes bounds the guest data per disk that the kernel may hold
+	// unwritten; 0 = 64 MiB.
+	DirtyBytes int64 `json:"dirty_bytes,omitempty"`
 
 	// Binary is the program that knows the verbs keeper and dataplane; empty is
 	// the running one.
@@ -107,8 +109,8 @@ func (c Config) Validate() error {
 	if n := len(c.ControlSocket()) + len(".new"); n > 107 {
 		bad("run_dir %q is too long for a unix socket: %d bytes with the socket's name, 107 fit", c.RunDir, n)
 	}
-	if c.CaptureBytes < 0 {
-		bad("capture_bytes is negative")
+	if c.CaptureBytes < 0 || c.DirtyBytes < 0 {
+		bad("capture_bytes or dirty_bytes is negative")
 	}
 	if len(c.Disks) == 0 || len(c.Disks) > maxDisks {
 		bad("%d disks; 1 to %d are possible", len(c.Disks), maxDisks)

@@ -31,7 +31,7 @@ func openImages(ctx context.Context, cfg Config, chosen map[wire.DiskName]bool) 
 		}
 	}()
 	for _, d := range cfg.Disks {
-		img, err := openImage(ctx, d)
+		img, err := openImage(ctx, d, cfg.DirtyBytes)
 		if err != nil {
 			return nil, fmt.Errorf("disk %s: %w", d.Name, err)
 		}
@@ -49,7 +49,7 @@ func openImages(ctx context.Context, cfg Config, chosen map[wire.DiskName]bool) 
 	return all, nil
 }
 
-func openImage(ctx context.Context, d DiskConfig) (*image, error) {
+func openImage(ctx context.Context, d DiskConfig, dirty int64) (*image, error) {
 	img := &image{cfg: d}
 	if d.Kind == NBD {
 		u, err := dialUpstream(ctx, d.URI, nbd.ClientOptions{ReadOnly: d.ReadOnly})
@@ -58,7 +58,7 @@ func openImage(ctx context.Context, d DiskConfig) (*image, error) {
 		}
 		img.dev, img.upstream = u, u
 	} else {
-		f, err := block.OpenFile(d.Path, block.FileOptions{ReadOnly: d.ReadOnly})
+		f, err := block.OpenFile(d.Path, block.FileOptions{ReadOnly: d.ReadOnly, DirtyLimit: dirty})
 		if err != nil {
 			return nil, err
 		}

@@ -18,6 +18,9 @@ func (m *Machine) onSeeded(now time.Time, e EvSeeded) []Action {
 // makes the replica consistent and is shipped even when it is empty.
 func (m *Machine) onFrozen(now time.Time, e EvFrozen) []Action {
 	m.source.Pending = 0
+	if e.Epoch.Cut.After(m.cutAt) {
+		m.cutAt = e.Epoch.Cut // it had to wait for its turn
+	}
 	if !e.Epoch.Empty {
 		h := e.Epoch
 		m.held, m.resume, m.drop = &h, false, false

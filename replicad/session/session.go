@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"kvmreplica/replicad/dataplane"
@@ -88,6 +89,8 @@ type Config struct {
 	Holes bool
 	// Paused starts in the pause.
 	Paused bool
+	// Slots are shared with the other sessions to the same peer; nil = unlimited.
+	Slots *Slots
 	// OnChange is told of every new Status, in order, never concurrently. It
 	// must return soon and not wait for the session.
 	OnChange func(Status)
@@ -114,6 +117,11 @@ type Session struct {
 	m       *Machine
 	results chan Event // capacity 1: one operation
 	cancel  context.CancelFunc
+
+	// slot gives back what Slots lent; owned by the operation, between
+	// operations by Run's goroutine. queued: the operation waits for one.
+	slot   func()
+	queued atomic.Bool
 }
 
 type outcome struct {
@@ -192,6 +200,9 @@ func (s *Session) finish(ctx context.Context) {
 		s.cancel()
 		<-s.results
 	}
+	if s.slot != nil {
+		s.slot()
+	}
 	s.settle(outcome{err: fmt.Errorf("the session of %s has ended: %w", s.cfg.Name, ctx.Err())})
 	s.mu.Lock()
 	s.status.Phase, s.status.Progress = Idle, nil
@@ -222,6 +233,13 @@ func (s *Session) step(ctx context.Context, ev Event) {
 			}
 		default:
 			s.begin(ctx, a)
+		}
+	}
+	s.yield()
+	switch ev.(type) {
+	case EvFinal, EvTrigger:
+		if s.queued.Load() {
+			s.cancel() // it is urgent now and takes another place in the queue
 		}
 	}
 	s.logChange(before, s.m.Status())
@@ -263,6 +281,8 @@ func (s *Session) logChange(a, b Status) {
 func (s *Session) begin(ctx context.Context, a Action) {
 	ctx, s.cancel = context.WithCancel(ctx)
 	s.track("", "", 0, 0)
+	deadline := s.m.Deadline(time.Now(), a)
+	s.queued.Store(s.mustQueue(a))
 	go func() {
 		defer func() {
 			if p := recover(); p != nil {
@@ -270,7 +290,11 @@ func (s *Session) begin(ctx context.Context, a Action) {
 				s.results <- EvFailed{Class: ClassSource, Text: fmt.Sprintf("internal error: %v", p)}
 			}
 		}()
-		ev, err := s.operate(ctx, a)
+		var ev Event
+		err := s.admit(ctx, a, deadline)
+		if err == nil {
+			ev, err = s.operate(ctx, a)
+		}
 		if err != nil {
 			ev = s.failed(ctx, ev, err)
 		}

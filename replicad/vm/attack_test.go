@@ -563,3 +563,31 @@ func TestAReturnOfAnUnprovenOldPrimaryComparesAndSendsLittle(t *testing.T) {
 		t.Fatal("the old primary's image does not hold what both had")
 	}
 }
+
+func TestAHostTakesNoMoreVMsThanItsLimit(t *testing.T) {
+	t.Parallel()
+	for _, full := range []string{"A", "B"} {
+		w := newPair(t)
+		w.protect()
+		for _, s := range []*side{w.a, w.b} {
+			s.kill()
+			s.full = s.name == full
+			s.start()
+		}
+		image := filepath.Join(w.a.dir, "..", "db.raw")
+		must(t, os.WriteFile(image, make([]byte, diskSize), 0o600))
+		_, err := w.a.hyper.Define(t.Context(), domainDoc("db", "deadbeef-0000-4000-8000-0000000000bb", image))
+		must(t, err)
+		err = w.a.do(func(ctx context.Context, m *Manager, _ *VM) error {
+			_, err := m.Enable(ctx, EnableOptions{Name: "db", Peer: w.b.host, Interval: time.Second, Request: "enable"}, nil)
+			return err
+		})
+		if err == nil || !strings.Contains(err.Error(), full+" holds 1 VMs") {
+			t.Fatalf("%s is full: %v", full, err)
+		}
+		if len(w.a.manager().All()) != 1 || len(w.b.manager().All()) != 1 {
+			t.Fatal("something was left behind")
+		}
+		w.rest()
+	}
+}

@@ -65,6 +65,10 @@ type Deps struct {
 	SilentAfter time.Duration
 	// CaptureBytes bounds the copy-before-write memory of each VM; 0 = default.
 	CaptureBytes int64
+	// DirtyBytes bounds the unwritten guest data per disk; 0 = default.
+	DirtyBytes int64
+	// MaxVMs bounds protected and received VMs together; 0 = unlimited.
+	MaxVMs int
 	// Store and MaxPoints bound each replica's store; zero = defaults.
 	Store     points.Limits
 	MaxPoints int
@@ -74,6 +78,9 @@ type Deps struct {
 	LibvirtState string
 	// Limit wraps bulk bodies to a peer; nil = unlimited.
 	Limit func(host wire.HostID) func(context.Context, io.Reader) io.Reader
+	// ShippingSlots bounds how many VMs read, compare and send to one peer at
+	// once; 0 = unlimited.
+	ShippingSlots int
 	// Kernels are local files, by label, for guests that boot a kernel of their
 	// host; the peer's paths are never used. Without the label such a guest is
 	// refused.

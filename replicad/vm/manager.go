@@ -24,6 +24,7 @@ import (
 
 	"kvmreplica/internal/fsx"
 	"kvmreplica/replicad/failover"
+	"kvmreplica/replicad/session"
 	"kvmreplica/replicad/wire"
 )
 
@@ -36,6 +37,8 @@ type Manager struct {
 	vms map[wire.VMID]*VM // guarded by mu
 	// broken are records that could not be read, by directory name.
 	broken map[string]error // guarded by mu
+	// slots are what the VMs that ship to one peer share.
+	slots map[wire.HostID]*session.Slots // guarded by mu
 
 	background sync.WaitGroup
 	ctx        context.Context // ends with Run
@@ -44,7 +47,7 @@ type Manager struct {
 // Open loads every VM's record; a record that cannot be read is reported by
 // Broken and touched by nobody. Nothing runs yet.
 func Open(fsys fsx.FS, deps Deps) (*Manager, error) {
-	m := &Manager{deps: deps, fsys: fsys, vms: map[wire.VMID]*VM{}, broken: map[string]error{}}
+	m := &Manager{deps: deps, fsys: fsys, vms: map[wire.VMID]*VM{}, broken: map[string]error{}, slots: map[wire.HostID]*session.Slots{}}
 	if err := fsys.MkdirAll("vms"); err != nil {
 		return nil, fmt.Errorf("open the VMs' state: %w", err)
 	}
@@ -82,6 +85,21 @@ func (m *Manager) newVM(r Record) *VM {
 		log: m.deps.Log.With("vm", r.Name, "id", string(r.VM)), plan: make(chan struct{}, 1),
 		facts: guestFacts{running: r.WantRunning}, // until libvirt is heard
 	}
+}
+
+// slotsTo are the slots of the sessions to a peer; nil = unlimited.
+func (m *Manager) slotsTo(peer wire.HostID) *session.Slots {
+	if m.deps.ShippingSlots <= 0 {
+		return nil
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	s := m.slots[peer]
+	if s == nil {
+		s = session.NewSlots(m.deps.ShippingSlots)
+		m.slots[peer] = s
+	}
+	return s
 }
 
 // Broken returns records that could not be read, with the reason.
@@ -130,6 +148,12 @@ func (m *Manager) add(r Record) (*VM, error) {
 	defer m.mu.Unlock()
 	if _, ok := m.vms[r.VM]; ok {
 		return nil, &wire.Error{Kind: wire.KindConflict, Text: "VM " + r.Name + " is protected already", Hint: "replicactl vm status " + r.Name}
+	}
+	if n := m.deps.MaxVMs; n > 0 && len(m.vms) >= n {
+		return nil, &wire.Error{
+			Kind: wire.KindRefused, Text: fmt.Sprintf("%s holds %d VMs, its limit", m.deps.HostName, n),
+			Hint: "on that host: limits.max_vms in replicad.toml, or replicactl vm disable for one of them",
+		}
 	}
 	dir := "vms/" + string(r.VM)
 	if err := m.fsys.MkdirAll(dir); err != nil {

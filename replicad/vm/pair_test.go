@@ -133,15 +133,19 @@ func newPair(t testing.TB) *pair {
 	if err := os.WriteFile(image, make([]byte, diskSize), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	doc := "<domain type='qemu'><name>web</name><uuid>" + string(testVM) + "</uuid><memory>1048576</memory><vcpu>1</vcpu>" +
-		"<os><type arch='x86_64' machine='pc'>hvm</type></os><devices><disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='" +
-		image + "'/><target dev='vda' bus='virtio'/></disk></devices></domain>"
-	if _, err := w.a.hyper.Define(t.Context(), []byte(doc)); err != nil {
+	if _, err := w.a.hyper.Define(t.Context(), domainDoc("web", testVM, image)); err != nil {
 		t.Fatal(err)
 	}
 	w.a.start()
 	w.b.start()
 	return w
+}
+
+// domainDoc is a definition with one disk.
+func domainDoc(name string, id wire.VMID, image string) []byte {
+	return []byte("<domain type='qemu'><name>" + name + "</name><uuid>" + string(id) + "</uuid><memory>1048576</memory><vcpu>1</vcpu>" +
+		"<os><type arch='x86_64' machine='pc'>hvm</type></os><devices><disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='" +
+		image + "'/><target dev='vda' bus='virtio'/></disk></devices></domain>")
 }
 
 func newSide(t testing.TB, w *pair, dir, name string) *side {

@@ -50,6 +50,7 @@ type side struct {
 	passed  []string    // guarded by mu; failpoints of plans seen
 	grant   Grant       // guarded by mu
 	silent  atomic.Bool // its link is cut
+	full    bool        // it takes no second VM; set before start
 }
 
 // mortalFS fails for ever once its daemon died, and a given number of writes
@@ -217,6 +218,9 @@ func (s *side) start() {
 				runtime.Goexit()
 			}
 		},
+	}
+	if s.full {
+		deps.MaxVMs = 1
 	}
 	m, err := Open(mortal, deps)
 	if err != nil {

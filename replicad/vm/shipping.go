@@ -61,6 +61,7 @@ func (v *VM) stopPlane(ctx context.Context) error {
 // startShipping runs a session to the peer.
 func (v *VM) startShipping() {
 	r := v.record()
+	slots := v.mgr.slotsTo(r.Peer)
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	if v.ship == nil || v.ship.sess != nil || v.facts.hands.off {
@@ -71,7 +72,7 @@ func (v *VM) startShipping() {
 		VM: r.VM, Name: r.Name, Source: v.ship.plane, Replica: &courier{v: v},
 		Interval: r.Interval, Complete: v.complete, Describe: v.describe, Union: v.union,
 		Firmware: v.firmware, FirmwareCommitted: v.firmwareCommitted,
-		Limit:    v.limit(r.Peer),
+		Limit: v.limit(r.Peer), Slots: slots,
 		Verified: r.Verified, Scrub: r.Scrub, LastCut: r.LastCut, Holes: true,
 		Paused:   r.Paused || v.facts.overlay != "", // see seen
 		OnChange: v.sessionChanged,
