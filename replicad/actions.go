@@ -51,7 +51,7 @@ func (d *Daemon) enable(ctx context.Context, a api.Action, request string, step 
 	if a.Interval < 0 || a.Interval > maxInterval || a.Interval%time.Second != 0 {
 		return &wire.Error{Kind: wire.KindInvalid, Text: fmt.Sprintf("interval %s", a.Interval), Hint: "whole seconds from 1s to 24h, or 0 for back to back"}
 	}
-	o := vm.EnableOptions{Name: a.VM, Peer: rec.Host, Interval: a.Interval, Disks: a.Disks, OnSilent: silent, Request: request}
+	o := vm.EnableOptions{Name: a.VM, Peer: rec.Host, Interval: a.Interval, Disks: a.Disks, OnSilent: silent, StartAt: a.StartAt, Request: request}
 	if a.DryRun {
 		p, err := d.vms.PlanEnable(ctx, o)
 		if err != nil {

@@ -42,6 +42,7 @@ func newVMEnable(a *app) *cobra.Command {
 		act  = api.Action{Verb: api.VMEnable}
 		yes  bool
 		wait bool
+		when string
 	)
 	c := &cobra.Command{
 		Use:   "enable NAME --to PEER",
@@ -60,6 +61,10 @@ replicad's exports one by one, and taken out again if anything fails. The plan i
 			if act.OnSilent != "" && act.OnSilent != "start" && act.OnSilent != "hold" {
 				return usagef("--on-silent-peer is %q: start or hold", act.OnSilent)
 			}
+			var err error
+			if act.StartAt, err = parseStart(when, time.Now()); err != nil {
+				return err
+			}
 			if err := a.planThenAsk(cmd.Context(), act, yes || act.DryRun); err != nil || act.DryRun {
 				return err
 			}
@@ -76,6 +81,7 @@ replicad's exports one by one, and taken out again if anything fails. The plan i
 	f.StringVar(&act.Peer, "to", "", "paired host that keeps the copy")
 	f.DurationVar(&act.Interval, "every", 30*time.Second, "replication interval from 1s; 0 = back to back")
 	f.StringSliceVar(&act.Disks, "disk", nil, "protect only these disks (target names, e.g. vda)")
+	f.StringVar(&when, "initial", "now", `when the initial copy begins: now, "in 8h", "at 22:00", "at 2026-01-31 22:00"; up to seven days ahead`)
 	f.BoolVar(&act.DryRun, "dry-run", false, "print the checks and the plan, change nothing")
 	f.BoolVarP(&yes, "yes", "y", false, "do not ask")
 	f.BoolVar(&wait, "wait", false, "stay until the initial copy is complete")

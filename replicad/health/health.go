@@ -51,7 +51,8 @@ type Facts struct {
 	LastCommit   time.Time // last cut the replica holds; zero = none
 	Seeding      bool
 	Paused       bool
-	Verifying    string // reason of a digest pass
+	Scheduled    time.Time // the initial copy begins then; zero = not scheduled
+	Verifying    string    // reason of a digest pass
 	SuspectBytes int64
 	Diverged     string
 	Stopped      string // the session stopped for this reason and waits for the operator
@@ -144,12 +145,15 @@ func evaluatePrimary(f Facts, now time.Time, add adder) {
 			hint = "replicactl vm resync " + f.Name
 		}
 		add("session-stopped", Critical, hint, "replication has stopped: %s", f.Stopped)
+	case !f.Scheduled.IsZero():
+		add("scheduled", Warning, "wait, or begin now: replicactl vm resume "+f.Name,
+			"the VM is not protected yet: the initial copy begins at %s", f.Scheduled.Format(time.DateTime))
 	case f.Paused:
 		add("paused", Warning, "replicactl vm resume "+f.Name, "replication is paused")
 	case f.Seeding:
 		add("seeding", Warning, "wait; replicactl vm watch "+f.Name, "the initial copy is not complete: the VM is not protected yet")
 	}
-	if f.NoCopy && !f.Seeding && f.Stopped == "" {
+	if f.NoCopy && !f.Seeding && f.Stopped == "" && f.Scheduled.IsZero() {
 		add("unprotected", Warning, "wait; replicactl vm watch "+f.Name, "it is not confirmed yet that the replica holds a complete copy")
 	}
 	if f.Bypass != "" {
@@ -182,7 +186,7 @@ func evaluatePrimary(f Facts, now time.Time, add adder) {
 
 // lateness judges the age of the last committed cut.
 func lateness(f Facts, now time.Time, add adder) {
-	if f.Seeding || f.Paused || f.LastCommit.IsZero() {
+	if f.Seeding || f.Paused || !f.Scheduled.IsZero() || f.LastCommit.IsZero() {
 		return
 	}
 	age := now.Sub(f.LastCommit)

@@ -3,6 +3,9 @@ package vm
 import (
 	"context"
 	"fmt"
+	"time"
+
+	"kvmreplica/replicad/session"
 
 	"kvmreplica/replicad/wire"
 )
@@ -24,23 +27,45 @@ func (v *VM) Pause() error {
 	return nil
 }
 
-// Resume takes Pause back. Below a backup's snapshot shipping goes on when that
+// Resume takes Pause back; a scheduled initial copy begins at once. Below a backup's snapshot shipping goes on when that
 // is merged.
 func (v *VM) Resume() error {
 	s := v.session()
 	if s == nil {
 		return v.notShipping()
 	}
-	if err := v.update(func(r *Record) error { r.Paused = false; return nil }); err != nil {
+	if err := v.update(func(r *Record) error { r.Paused, r.StartAt = false, time.Time{}; return nil }); err != nil {
 		return err
 	}
+	v.proceed(s)
+	return nil
+}
+
+// proceed ends a pause; below a snapshot that waits until it is merged, see seen.
+func (v *VM) proceed(s *session.Session) {
 	v.mu.Lock()
 	below := v.facts.overlay != ""
 	v.mu.Unlock()
-	if !below { // else it goes on when the snapshot is merged, see seen
+	if !below {
 		s.Resume()
 	}
-	return nil
+}
+
+// startDue begins the initial copy when its time has come.
+func (v *VM) startDue() {
+	r := v.record()
+	s := v.session()
+	if s == nil || r.StartAt.IsZero() || v.deps.Now().Before(r.StartAt) {
+		return
+	}
+	if err := v.update(func(r *Record) error { r.StartAt = time.Time{}; return nil }); err != nil {
+		v.log.Error("begin the initial copy", "err", err)
+		return
+	}
+	v.log.Info("the time of the initial copy has come")
+	if !r.Paused {
+		v.proceed(s)
+	}
 }
 
 // SyncNow runs one cycle and returns when its cut is committed.

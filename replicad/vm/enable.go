@@ -23,8 +23,14 @@ type EnableOptions struct {
 	Interval time.Duration
 	Disks    []string // empty = every disk that can be protected
 	OnSilent string   // "start" (default) or "hold"
-	Request  string
+	// StartAt is when the initial copy begins, at most MaxStartDelay ahead; zero
+	// = at once. Changes are tracked from the beginning.
+	StartAt time.Time
+	Request string
 }
+
+// MaxStartDelay is how far ahead the initial copy may be scheduled.
+const MaxStartDelay = 7 * 24 * time.Hour
 
 // enableVars is what enabling needs after a restart.
 type enableVars struct {
@@ -59,7 +65,13 @@ func (m *Manager) PlanEnable(ctx context.Context, o EnableOptions) (EnablePlan, 
 	p := &EnablePlan{run: d.State != libvirt.StateOff && d.State != libvirt.StateCrashed}
 	p.rec = Record{
 		VM: wire.VMID(d.UUID), Name: d.Name, Peer: o.Peer, Interval: o.Interval, Native: true,
-		Autostart: d.Autostart, WantRunning: p.run, Created: m.deps.Now(), OnSilent: o.OnSilent,
+		Autostart: d.Autostart, WantRunning: p.run, Created: m.deps.Now(), OnSilent: o.OnSilent, StartAt: o.StartAt,
+	}
+	if ahead := o.StartAt.Sub(m.deps.Now()); !o.StartAt.IsZero() && (ahead <= 0 || ahead > MaxStartDelay) {
+		return EnablePlan{}, &wire.Error{
+			Kind: wire.KindInvalid, Text: fmt.Sprintf("the initial copy cannot begin at %s", o.StartAt.Format(time.DateTime)),
+			Hint: "a time within the next seven days, see the hosts' clocks",
+		}
 	}
 	if p.rec.OnSilent == "" {
 		p.rec.OnSilent = "start"
@@ -74,10 +86,17 @@ func (m *Manager) PlanEnable(ctx context.Context, o EnableOptions) (EnablePlan, 
 	}
 	p.Steps = []string{
 		fmt.Sprintf("announce the VM to %s, which defines it there, off", m.peerName(o.Peer)), "start the data plane and the change tracking", how,
-		"take over autostart", fmt.Sprintf("copy %d bytes of disks while the guest runs, then send changes every %s", p.rec.bytes(), o.Interval),
+		"take over autostart", fmt.Sprintf("%scopy %d bytes of disks while the guest runs, then send changes every %s", begins(o.StartAt), p.rec.bytes(), o.Interval),
 		"after an unclean boot with a silent peer: " + p.rec.OnSilent,
 	}
 	return *p, nil
+}
+
+func begins(at time.Time) string {
+	if at.IsZero() {
+		return ""
+	}
+	return "at " + at.Format(time.DateTime) + " "
 }
 
 func (m *Manager) peerName(h wire.HostID) string {

@@ -275,6 +275,7 @@ func (v *VM) look(ctx context.Context) {
 	if !v.noticeRelease() {
 		v.tendPlane(ctx)
 	}
+	v.startDue()
 	st, reason, err := v.deps.Hyper.DomainState(ctx, string(v.id))
 	if err != nil {
 		return // libvirtd is away; nothing can be said
@@ -319,7 +320,7 @@ func (v *VM) seen(bypass, overlay string) {
 	news := bypass != v.facts.bypass
 	begins, ends := overlay != "" && v.facts.overlay == "", overlay == "" && v.facts.overlay != ""
 	v.facts.bypass, v.facts.overlay = bypass, overlay
-	paused := v.rec.Paused
+	paused := v.rec.Paused || v.deps.Now().Before(v.rec.StartAt)
 	v.mu.Unlock()
 	// Below a snapshot the export stands still while the guest goes on: its
 	// empty cuts must not pass for fresh ones.

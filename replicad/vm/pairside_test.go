@@ -43,14 +43,15 @@ type side struct {
 	other *side
 
 	mu      sync.Mutex
-	mgr     *Manager    // guarded by mu; nil = down
-	fs      *mortalFS   // guarded by mu
-	stop    func()      // guarded by mu
-	crashAt string      // guarded by mu
-	passed  []string    // guarded by mu; failpoints of plans seen
-	grant   Grant       // guarded by mu
-	silent  atomic.Bool // its link is cut
-	full    bool        // it takes no second VM; set before start
+	mgr     *Manager         // guarded by mu; nil = down
+	fs      *mortalFS        // guarded by mu
+	stop    func()           // guarded by mu
+	crashAt string           // guarded by mu
+	passed  []string         // guarded by mu; failpoints of plans seen
+	grant   Grant            // guarded by mu
+	silent  atomic.Bool      // its link is cut
+	full    bool             // it takes no second VM; set before start
+	now     func() time.Time // its clock; nil = ours; set before start
 }
 
 // mortalFS fails for ever once its daemon died, and a given number of writes
@@ -218,6 +219,9 @@ func (s *side) start() {
 				runtime.Goexit()
 			}
 		},
+	}
+	if s.now != nil {
+		deps.Now = s.now
 	}
 	if s.full {
 		deps.MaxVMs = 1

@@ -42,6 +42,8 @@ type Record struct {
 	// Ended: the relationship is over; only this record is left to remove.
 	Ended  bool `json:"ended,omitempty"`
 	Paused bool `json:"paused"`
+	// StartAt is when the initial copy begins; zero = it may.
+	StartAt time.Time `json:"start_at,omitzero"`
 	// OnSilent is what happens after an unclean boot with a silent peer:
 	// "start" or "hold".
 	OnSilent string `json:"on_silent_peer"`

@@ -74,7 +74,7 @@ func (v *VM) startShipping() {
 		Firmware: v.firmware, FirmwareCommitted: v.firmwareCommitted,
 		Limit: v.limit(r.Peer), Slots: slots,
 		Verified: r.Verified, Scrub: r.Scrub, LastCut: r.LastCut, Holes: true,
-		Paused:   r.Paused || v.facts.overlay != "", // see seen
+		Paused:   r.Paused || v.facts.overlay != "" || v.deps.Now().Before(r.StartAt), // see seen, startDue
 		OnChange: v.sessionChanged,
 		Log:      v.log,
 	})

@@ -1,13 +1,18 @@
 package vm
 
 import (
+	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
+	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"kvmreplica/replicad/dataplane"
+	"kvmreplica/replicad/status"
 )
 
 // The watcher saw a silent data plane, and before it acted the role was given
@@ -68,5 +73,46 @@ func TestNothingShipsBelowASnapshot(t *testing.T) {
 		case <-end:
 			return
 		}
+	}
+}
+
+func TestAScheduledInitialCopyBeginsInItsTimeAlsoAfterARestart(t *testing.T) {
+	t.Parallel()
+	w := newPair(t)
+	var ahead atomic.Int64 // how far the clock of A was moved
+	w.a.kill()
+	w.a.now = func() time.Time { return time.Now().Add(time.Duration(ahead.Load())) }
+	w.a.start()
+	enable := func(in time.Duration) error {
+		return w.a.do(func(ctx context.Context, m *Manager, _ *VM) error {
+			_, err := m.Enable(ctx, EnableOptions{Name: "web", Peer: w.b.host, Interval: 20 * time.Millisecond, StartAt: w.a.now().Add(in), Request: "enable"}, nil)
+			return err
+		})
+	}
+	for _, in := range []time.Duration{-time.Second, MaxStartDelay + time.Minute} {
+		if err := enable(in); err == nil || !strings.Contains(err.Error(), "seven days") {
+			t.Fatalf("in %v: %v", in, err)
+		}
+	}
+	must(t, enable(8*time.Hour))
+	scheduled := func() error {
+		st := w.a.vm().Status(t.Context(), "B")
+		if st.State != status.Seeding || !strings.Contains(st.Reason, "initial copy begins at") {
+			return fmt.Errorf("%s: %s", st.State, st.Reason)
+		}
+		return nil
+	}
+	w.until("it to say so", scheduled)
+	must(t, w.a.do(func(ctx context.Context, _ *Manager, v *VM) error { return v.StartGuest(ctx, false) }))
+	w.write(w.a, 3)
+	w.a.restart()
+	w.until("it to say so after a restart", scheduled)
+	if err := w.copied(w.a, w.b); err == nil {
+		t.Fatal("copied before its time")
+	}
+	ahead.Store(int64(8*time.Hour + time.Second))
+	w.rest()
+	if at := w.a.vm().record().StartAt; !at.IsZero() {
+		t.Fatalf("still scheduled for %v", at)
 	}
 }

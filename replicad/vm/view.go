@@ -80,6 +80,9 @@ func (v *VM) viewCommon(out *status.VM, f *health.Facts) {
 		f.Paused = false // by the snapshot, not by a person
 		out.State = status.Behind
 	}
+	if !v.rec.StartAt.IsZero() && out.State == status.Paused && !v.rec.Paused {
+		f.Paused, f.Scheduled, out.State = false, v.rec.StartAt, status.Seeding
+	}
 	if v.held != "" && !v.facts.running {
 		f.Held = v.held
 	}
