@@ -27,17 +27,19 @@ type conn struct {
 	done   chan struct{}
 	budget budget
 
-	// Set by the handshake, constant afterwards.
+	// Set by the handshake or Adopt, constant afterwards.
 	exp         *export
 	structured  bool
 	blockStatus bool
 
 	// Owned by the loop. Invariant: 0 <= r <= w <= len(in).
-	in    []byte
-	r, w  int
-	out   []byte // whole replies not yet sent
-	probe [1]byte
-	file  fileSender
+	in   []byte
+	r, w int
+	out  []byte // whole replies not yet sent
+	// between: the receive that waits is for a new request.
+	between bool
+	probe   [1]byte
+	file    fileSender
 
 	sendMu sync.Mutex
 	broken bool // guarded by sendMu: part of a reply is lost, send nothing more
@@ -51,6 +53,7 @@ type conn struct {
 	canceled atomic.Bool // tasks not yet started are dropped
 	draining atomic.Bool // reads fail because of drain
 	refusing atomic.Bool // new requests are answered ESHUTDOWN
+	serving  atomic.Bool // the handshake is over
 }
 
 const (
@@ -85,7 +88,11 @@ func newConn(s *Server, nc net.Conn, via net.Listener) *conn {
 func (c *conn) run(ctx context.Context) {
 	defer close(c.done)
 	log := c.srv.opts.Log.With("pid", c.pid)
-	e, err := c.srv.negotiate(ctx, c)
+	e := c.exp
+	var err error
+	if e == nil {
+		e, err = c.srv.negotiate(ctx, c)
+	}
 	if err != nil {
 		log.Debug("handshake ended", "err", err)
 		_ = c.nc.Close()
@@ -151,7 +158,14 @@ func (c *conn) drain(mode drainMode) {
 // transmit is the loop: parse what is there, answer with one send, receive.
 // graceful means that parked requests shall still be executed and answered.
 func (c *conn) transmit() (graceful bool, err error) {
+	c.serving.Store(true)
 	for {
+		if h := c.srv.held.Load(); h != nil && c.r == c.w {
+			if err := c.rest(h); err != nil {
+				return errors.Is(err, errDrained), err
+			}
+			continue // the next attempt may be under way
+		}
 		c.lastActivity.Store(time.Now().UnixNano())
 		for c.w-c.r >= requestSize {
 			h, ok := parseHeader(c.in[c.r:c.w])
@@ -166,7 +180,10 @@ func (c *conn) transmit() (graceful bool, err error) {
 				return errors.Is(err, errDrained), err
 			}
 		}
-		if err := c.need(requestSize, inSize); err != nil {
+		c.between = true
+		err := c.need(requestSize, inSize)
+		c.between = false
+		if err != nil && !errors.Is(err, errHold) {
 			return errors.Is(err, errDrained), err
 		}
 	}
@@ -211,10 +228,15 @@ func (c *conn) need(n, limit int) error {
 			copy(c.in, c.in[c.r:c.w])
 			c.r, c.w = 0, have
 		}
+		if c.srv.held.Load() != nil {
+			limit = n // nothing of the next request: the loop is to rest before it
+		}
 		m, err := c.nc.Read(c.in[c.w:min(len(c.in), c.r+limit)])
 		c.w += m
 		if err != nil && c.w-c.r < n {
-			return c.readError(err)
+			if err := c.interrupted(err); err != nil {
+				return err
+			}
 		}
 		if c.exp.ending.Load() > 0 {
 			c.exp.awaitEnded(c)
@@ -240,7 +262,7 @@ func (c *conn) readError(err error) error {
 func (c *conn) skip(n int64) error {
 	for n > 0 {
 		if c.r == c.w {
-			if err := c.need(1, inSize); err != nil {
+			if err := c.need(int(min(n, smallMove)), inSize); err != nil {
 				return err
 			}
 		}

@@ -24,7 +24,10 @@
 //  2. treat Remove and Shutdown errors as "requests still run in the device";
 //  3. call Shutdown (connections end unanswered, a reconnecting client
 //     resends) for a restart, and Remove (answered ESHUTDOWN) to withdraw an
-//     export for good.
+//     export for good;
+//  4. after Hold call Resume or Leave: meanwhile nobody is served. Hold, Leave
+//     and another process's Adopt hand connected clients on without a word to
+//     them.
 //
 // Not implemented, and refused as the protocol asks: TLS, extended headers (64
 // bit lengths), the old handshake, metadata contexts but base:allocation.

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -85,7 +86,8 @@ type Server struct {
 	lns     map[net.Listener]struct{}
 	closed  bool // guarded by mu
 	quit    chan struct{}
-	wg      sync.WaitGroup // connections; Add under mu while not closed
+	held    atomic.Pointer[hold] // set under mu: an upgrade is under way
+	wg      sync.WaitGroup       // connections; Add under mu while not closed
 }
 
 // NewServer makes a server without exports.
@@ -213,9 +215,18 @@ func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 const acceptRetry = 50 * time.Millisecond
 
 func (s *Server) accept(ctx context.Context, ln net.Listener) error {
+	if s.held.Load() != nil && s.holdListener(ln) {
+		return ErrServerClosed
+	}
 	for {
 		nc, err := ln.Accept()
 		if err != nil {
+			if errors.Is(err, syscallTimeout) && ctx.Err() == nil {
+				if s.holdListener(ln) {
+					return ErrServerClosed
+				}
+				continue
+			}
 			if ctx.Err() != nil || !passing(err) {
 				return err
 			}
@@ -226,7 +237,9 @@ func (s *Server) accept(ctx context.Context, ln net.Listener) error {
 			}
 			continue
 		}
-		s.start(ctx, nc, ln)
+		if c := newConn(s, nc, ln); !s.keepLate(ctx, c) {
+			s.start(ctx, c)
+		}
 	}
 }
 
@@ -242,8 +255,7 @@ func passing(err error) bool {
 }
 
 // start begins a connection, or hangs up on it.
-func (s *Server) start(ctx context.Context, nc net.Conn, via net.Listener) {
-	c := newConn(s, nc, via)
+func (s *Server) start(ctx context.Context, c *conn) {
 	s.mu.Lock()
 	refuse := s.closed || len(s.conns) >= s.opts.MaxConns
 	if !refuse {
@@ -253,9 +265,14 @@ func (s *Server) start(ctx context.Context, nc net.Conn, via net.Listener) {
 	s.mu.Unlock()
 	if refuse {
 		s.opts.Log.Warn("connection refused", "reason", "too many connections", "limit", s.opts.MaxConns)
-		_ = nc.Close()
+		_ = c.nc.Close()
 		return
 	}
+	s.launch(ctx, c)
+}
+
+// launch runs a connection that is counted.
+func (s *Server) launch(ctx context.Context, c *conn) {
 	go func() {
 		defer s.wg.Done()
 		c.run(ctx)
