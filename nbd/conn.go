@@ -160,12 +160,6 @@ func (c *conn) drain(mode drainMode) {
 func (c *conn) transmit() (graceful bool, err error) {
 	c.serving.Store(true)
 	for {
-		if h := c.srv.held.Load(); h != nil && c.r == c.w {
-			if err := c.rest(h); err != nil {
-				return errors.Is(err, errDrained), err
-			}
-			continue // the next attempt may be under way
-		}
 		c.lastActivity.Store(time.Now().UnixNano())
 		for c.w-c.r >= requestSize {
 			h, ok := parseHeader(c.in[c.r:c.w])
@@ -179,6 +173,12 @@ func (c *conn) transmit() (graceful bool, err error) {
 			if err := c.request(h); err != nil {
 				return errors.Is(err, errDrained), err
 			}
+		}
+		if h := c.srv.held.Load(); h != nil && c.r == c.w {
+			if err := c.rest(h); err != nil {
+				return errors.Is(err, errDrained), err
+			}
+			continue // the next attempt may be under way
 		}
 		c.between = true
 		err := c.need(requestSize, inSize)
