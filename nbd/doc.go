@@ -4,8 +4,9 @@
 // The server speaks fixed newstyle with structured replies and the
 // base:allocation context. Each connection is one loop that parses many
 // requests per receive, executes what cannot block inline, and parks the rest
-// (flush, FUA, trim, zeroing, cold reads, writes that would wait) with a
-// bounded set of workers, so replies come out of order.
+// (trim, zeroing, cold reads, writes that would wait, and flushes unless the
+// device's take microseconds) with a bounded set of workers, so replies come out
+// of order.
 //
 // It guarantees:
 //

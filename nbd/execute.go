@@ -29,7 +29,7 @@ func (c *conn) execute(t task, scratch []byte) {
 		}
 		c.srv.pool.put(t.buf)
 	case cmdFlush:
-		q.fail(errnoOf(dev.Sync(), cmdFlush))
+		q.fail(errnoOf(c.exp.sync(), cmdFlush))
 	case cmdTrim:
 		if f, ok := dev.(block.FastZeroer); !ok || f.FastZero() {
 			c.zero(q, true)
@@ -70,7 +70,7 @@ func (c *conn) finish(q *request, scratch []byte) {
 	}
 	if !q.silent.Load() {
 		if q.h.flags&cmdFUA != 0 && changes(q.h.cmd) && q.result() == OK {
-			q.fail(errnoOf(c.exp.Device.Sync(), cmdFlush))
+			q.fail(errnoOf(c.exp.sync(), cmdFlush))
 		}
 		_ = c.send(c.appendReply(scratch[:0], q.h, q.result()))
 	}

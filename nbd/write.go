@@ -42,7 +42,7 @@ func (c *conn) write(h header) error {
 		return c.finishFromLoop(q, errno)
 	}
 	if errno == OK && h.flags&cmdFUA != 0 {
-		return c.park(h, 0) // the data is written; a worker syncs and answers
+		return c.sync(h)
 	}
 	return c.reply(h, errno)
 }
@@ -100,7 +100,7 @@ func (c *conn) finishFromLoop(q *request, errno Errno) error {
 	h, errno := q.h, q.result()
 	c.srv.pool.putRequest(q)
 	if errno == OK && h.flags&cmdFUA != 0 {
-		return c.park(h, 0)
+		return c.sync(h)
 	}
 	return c.reply(h, errno)
 }

@@ -26,7 +26,7 @@ const (
 )
 
 // Op is one guest operation. It must be atomic for the system under test (one
-// piece of at most 256 KiB): a cut contains all of it or nothing.
+// piece of at most 64 KiB): a cut contains all of it or nothing.
 type Op struct {
 	Seq     uint64 // its number, from 1; the stamps of a write carry it
 	Kind    OpKind

@@ -20,7 +20,7 @@ type Load struct {
 	History *History
 	Disks   []Disk
 	// MaxSectors bounds one operation; 0 = 32. Keep it within one piece of
-	// the system under test (512 sectors).
+	// the system under test (128 sectors).
 	MaxSectors int
 	// Hot is the share of operations, in percent, that goes to the first
 	// sixteenth of a disk; 0 = 30.
