@@ -51,7 +51,10 @@ func (d *Daemon) enable(ctx context.Context, a api.Action, request string, step 
 	if a.Interval < 0 || a.Interval > maxInterval || a.Interval%time.Second != 0 {
 		return &wire.Error{Kind: wire.KindInvalid, Text: fmt.Sprintf("interval %s", a.Interval), Hint: "whole seconds from 1s to 24h, or 0 for back to back"}
 	}
-	o := vm.EnableOptions{Name: a.VM, Peer: rec.Host, Interval: a.Interval, Disks: a.Disks, OnSilent: silent, StartAt: a.StartAt, Request: request}
+	o := vm.EnableOptions{
+		Name: a.VM, Peer: rec.Host, Interval: a.Interval, Disks: a.Disks, OnSilent: silent, StartAt: a.StartAt, Request: request,
+		Retention: a.Retention, AppEvery: a.AppEvery,
+	}
 	if a.DryRun {
 		p, err := d.vms.PlanEnable(ctx, o)
 		if err != nil {
@@ -98,6 +101,8 @@ func (d *Daemon) actOn(ctx context.Context, v *vm.VM, a api.Action, request stri
 		return v.SyncNow(ctx)
 	case api.VMResync:
 		return v.Resync(ctx)
+	case api.PointPin, api.PointUnpin, api.PointKeep:
+		return d.pointAction(ctx, v, a, emit)
 	case api.VMStart:
 		return v.StartGuest(ctx, a.Force)
 	case api.Planned:
@@ -117,15 +122,25 @@ func (d *Daemon) actOn(ctx context.Context, v *vm.VM, a api.Action, request stri
 
 func (d *Daemon) disable(ctx context.Context, v *vm.VM, a api.Action, request string, step func(failover.Event), emit func(api.Event)) error {
 	if a.DryRun {
-		note(emit, "Protection ends; the guest goes on, on its own images, without a stop.")
-		if a.Delete {
-			note(emit, "The copy on %s is DELETED.", d.peerName(v.Peer()))
-		} else {
-			note(emit, "The copy on %s stays there as files.", d.peerName(v.Peer()))
-		}
+		d.disablePlan(v, a, emit)
 		return nil
 	}
 	return d.vms.Disable(ctx, v, vm.DisableOptions{Delete: a.Delete, Force: a.Force, Request: request}, step)
+}
+
+// disablePlan says what would become of the copy.
+func (d *Daemon) disablePlan(v *vm.VM, a api.Action, emit func(api.Event)) {
+	if v.Receives() {
+		note(emit, "This host's part of the relationship ends.")
+		if a.Delete {
+			note(emit, "The copy here and its recovery points are DELETED.")
+		} else {
+			note(emit, "The images stay as files; the recovery points end.")
+		}
+		return
+	}
+	note(emit, "Protection ends; the guest goes on, on its own images, without a stop.")
+	note(emit, "The copy on %s stays there with its recovery points. To delete it, there: replicactl vm disable %s --delete-replica", d.peerName(v.Peer()), a.VM)
 }
 
 func (d *Daemon) planned(ctx context.Context, v *vm.VM, a api.Action, request string, step func(failover.Event), emit func(api.Event)) error {

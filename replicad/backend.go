@@ -163,7 +163,7 @@ func (d *Daemon) RemovePeer(_ context.Context, name string) error {
 		return err
 	}
 	for _, v := range d.vms.All() {
-		if v.Peer() == rec.Host {
+		if v.Peer() == rec.Host && !v.Orphaned() {
 			return &wire.Error{Kind: wire.KindConflict, Text: "VMs are still shared with " + rec.Name, Hint: "replicactl vm list; replicactl vm disable NAME"}
 		}
 	}

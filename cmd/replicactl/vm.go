@@ -82,6 +82,8 @@ replicad's exports one by one, and taken out again if anything fails. The plan i
 	f.DurationVar(&act.Interval, "every", 30*time.Second, "replication interval from 1s; 0 = back to back")
 	f.StringSliceVar(&act.Disks, "disk", nil, "protect only these disks (target names, e.g. vda)")
 	f.StringVar(&when, "initial", "now", `when the initial copy begins: now, "in 8h", "at 22:00", "at 2026-01-31 22:00"; up to seven days ahead`)
+	f.StringVar(&act.Retention, "points", "", "recovery points the replica is asked to keep: 0 to 24 hourly ones, or rows such as all:1h,1h:1d,1d:30d (default all:1h,1h:1d)")
+	f.DurationVar(&act.AppEvery, "app-every", 0, "interval of application-consistent points (guest agent), e.g. 1h; 0 = none")
 	f.BoolVar(&act.DryRun, "dry-run", false, "print the checks and the plan, change nothing")
 	f.BoolVarP(&yes, "yes", "y", false, "do not ask")
 	f.BoolVar(&wait, "wait", false, "stay until the initial copy is complete")
@@ -104,7 +106,7 @@ func newVMDisable(a *app) *cobra.Command {
 			return a.act(cmd.Context(), act)
 		},
 	}
-	c.Flags().BoolVar(&act.Delete, "delete-replica", false, "also delete the copy on the other host")
+	c.Flags().BoolVar(&act.Delete, "delete-replica", false, "on the replica's host: delete the copy and its recovery points, too")
 	c.Flags().BoolVar(&act.Force, "force", false, "go on although the other host does not answer")
 	c.Flags().BoolVar(&act.DryRun, "dry-run", false, "print the plan, change nothing")
 	c.Flags().BoolVarP(&yes, "yes", "y", false, "do not ask")

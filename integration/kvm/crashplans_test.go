@@ -165,8 +165,13 @@ func (w *world) unprotected(vm, definition string) {
 		deadline := time.Now().Add(labtest.StepTimeout)
 		for {
 			out := w.ctl(h, "--json", "vm", "list")
-			if len(decode[[]status.VM](w.t, out)) == 0 {
+			vms := decode[[]status.VM](w.t, out)
+			if len(vms) == 0 {
 				break
+			}
+			if vms[0].State == status.Orphan { // a copy that held something is its host's to delete
+				w.ctl(h, "vm", "disable", vm, "--delete-replica", "--yes")
+				continue
 			}
 			if time.Now().After(deadline) {
 				w.t.Fatalf("host %s still lists %s", h, out)

@@ -130,7 +130,7 @@ func TestDisksOnNBDServersAndBlockDevicesAreProtected(t *testing.T) {
 	w.ctl("A", "failover", "planned", d.Name, "--yes")
 	w.replicating("A", d.Name)
 	same()
-	w.ctl("A", "vm", "disable", d.Name, "--yes", "--delete-replica")
+	w.ctl("A", "vm", "disable", d.Name, "--yes")
 	if after := w.virsh("A", "dumpxml", "--inactive", d.Name); after != before {
 		t.Errorf("the definition did not come back:\n--- before\n%s\n--- after\n%s", before, after)
 	}

@@ -6,6 +6,7 @@ import (
 
 	"kvmreplica/integration/estate"
 	"kvmreplica/replicad/status"
+	"kvmreplica/replicad/wire"
 )
 
 // The main job with two disks on an iothread: the guest is never stopped by
@@ -59,10 +60,11 @@ func TestPlannedFailoverThereAndBackLosesNothing(t *testing.T) {
 
 	_, err = a.WaitSynced(w.step(), 0)
 	w.must(err)
-	w.ctl("A", "vm", "disable", d.Name, "--delete-replica", "--yes")
+	w.ctl("A", "vm", "disable", d.Name, "--yes")
 	if after := w.virsh("A", "dumpxml", "--inactive", d.Name); after != before {
 		t.Fatalf("the definition did not come back byte for byte:\n--- before\n%s\n--- after\n%s", before, after)
 	}
+	w.orphan("B", d.Name)
 	if out := w.virsh("B", "list", "--all", "--name"); strings.TrimSpace(out) != "" {
 		t.Fatalf("the replica's domain is left over: %q", out)
 	}
@@ -73,4 +75,18 @@ func TestPlannedFailoverThereAndBackLosesNothing(t *testing.T) {
 	if out := w.ctl("A", "--json", "vm", "list"); len(decode[[]status.VM](t, out)) != 0 {
 		t.Fatalf("still listed: %s", out)
 	}
+}
+
+// orphan expects that a host kept its copy although the other one ended the
+// relationship, and deletes it as its administrator.
+func (w *world) orphan(host, vm string) {
+	w.t.Helper()
+	v := decode[status.VM](w.t, w.ctl(host, "--json", "vm", "status", vm))
+	if v.State != status.Orphan {
+		w.t.Fatalf("%s is %s on %s after the other host ended the relationship, want an orphan", vm, v.State, host)
+	}
+	if r := decode[wire.PointsReply](w.t, w.ctl(host, "--json", "point", "list", vm)); len(r.Points) == 0 || r.Orphan == "" {
+		w.t.Fatalf("the orphan's points: %+v", r)
+	}
+	w.ctl(host, "vm", "disable", vm, "--delete-replica", "--yes")
 }

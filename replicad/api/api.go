@@ -36,6 +36,9 @@ const (
 	PlanResume Verb = "failover-resume"
 	PlanUndo   Verb = "failover-take-back"
 	PeerTest   Verb = "peer-test"
+	PointPin   Verb = "point-pin"
+	PointUnpin Verb = "point-unpin"
+	PointKeep  Verb = "point-keep" // change the retention on the replica's host
 )
 
 // Action asks the daemon to do something to a VM (or a peer). Fields that a
@@ -55,6 +58,13 @@ type Action struct {
 	OnSilent  string        `json:"on_silent_peer,omitempty"`
 	StartAt   time.Time     `json:"start_at,omitzero"` // enable: when the initial copy begins; zero = at once
 	Reason    string        `json:"reason,omitempty"`
+	// Point names a recovery point, as points.Choose reads it.
+	Point string `json:"point,omitempty"`
+	// Retention and Quota say what a replica keeps, as points.ParsePolicy reads
+	// it; of point-keep nil (Quota) and empty (Retention) leave as it is.
+	Retention string        `json:"retention,omitempty"`
+	Quota     *int64        `json:"quota,omitempty"`
+	AppEvery  time.Duration `json:"app_every_ns,omitempty"` // of application-consistent points
 }
 
 // Event is one line of an action's answer.
@@ -116,6 +126,8 @@ type Backend interface {
 	Host(ctx context.Context) (status.Host, error)
 	VMs(ctx context.Context) ([]status.VM, error)
 	VM(ctx context.Context, name string) (status.VM, error)
+	// Points lists a VM's recovery points, wherever they are kept.
+	Points(ctx context.Context, name string) (wire.PointsReply, error)
 	Peers(ctx context.Context) ([]status.Peer, error)
 	Invite(ctx context.Context, r InviteRequest) (InviteReply, error)
 	Join(ctx context.Context, r JoinRequest) (status.Peer, error)

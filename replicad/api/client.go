@@ -51,6 +51,11 @@ func (c *Client) VM(ctx context.Context, name string) (v status.VM, err error) {
 	return v, c.call(ctx, http.MethodGet, "/v1/vms/"+url.PathEscape(name), nil, &v)
 }
 
+// Points lists a VM's recovery points, wherever they are kept.
+func (c *Client) Points(ctx context.Context, name string) (v wire.PointsReply, err error) {
+	return v, c.call(ctx, http.MethodGet, "/v1/vms/"+url.PathEscape(name)+"/points", nil, &v)
+}
+
 // Peers lists paired hosts.
 func (c *Client) Peers(ctx context.Context) (v []status.Peer, err error) {
 	return v, c.call(ctx, http.MethodGet, "/v1/peers", nil, &v)

@@ -41,6 +41,7 @@ func NewServer(back Backend, log *slog.Logger) *Server {
 	mux.HandleFunc("GET /v1/host", reply(func(r *http.Request) (any, error) { return back.Host(r.Context()) }))
 	mux.HandleFunc("GET /v1/vms", reply(func(r *http.Request) (any, error) { return back.VMs(r.Context()) }))
 	mux.HandleFunc("GET /v1/vms/{name}", reply(func(r *http.Request) (any, error) { return back.VM(r.Context(), r.PathValue("name")) }))
+	mux.HandleFunc("GET /v1/vms/{name}/points", reply(func(r *http.Request) (any, error) { return back.Points(r.Context(), r.PathValue("name")) }))
 	mux.HandleFunc("GET /v1/peers", reply(func(r *http.Request) (any, error) { return back.Peers(r.Context()) }))
 	mux.HandleFunc("GET /v1/doctor", reply(func(r *http.Request) (any, error) { return back.Doctor(r.Context()) }))
 	mux.HandleFunc("DELETE /v1/peers/{name}", reply(func(r *http.Request) (any, error) {

@@ -87,7 +87,7 @@ type Limits struct {
 	HandshakeTimeout time.Duration // for TLS and request header
 	CaptureMemory    int64         // copy-before-write per VM
 	DirtyPageCache   int64         // unwritten guest data per disk
-	FreeSpaceReserve int64         // kept free in every storage root
+	FreeSpaceReserve int64         // kept free where recovery points lie
 	Backlog          int64         // unapplied epochs per VM on the replica
 	MaxVMs           int           // protected and received VMs together
 	MaxPoints        int           // recovery points per VM

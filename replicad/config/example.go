@@ -96,7 +96,7 @@ func exampleLimits(p func(string, ...any), l Limits) {
 	p("#capture_memory = %q", FormatSize(l.CaptureMemory))
 	p("# Data of a disk the kernel may hold unwritten.")
 	p("#dirty_page_cache = %q", FormatSize(l.DirtyPageCache))
-	p("# Space kept free in every storage root.")
+	p("# Space kept free where recovery points lie; below it the oldest are given up.")
 	p("#free_space_reserve = %q", FormatSize(l.FreeSpaceReserve))
 	p("# Received but not yet applied changes, per VM.")
 	p("#backlog = %q", FormatSize(l.Backlog))

@@ -74,6 +74,8 @@ type Facts struct {
 	Backlog      string // replica apply is late
 	TrackingLost string
 	NoSpace      string
+	Orphan       string // replica: the primary ended the relationship; the copy is kept
+	PointsFull   string // replica: recovery points are given up, or will be soon, for want of room
 	Held         string // the VM is held back from starting
 	Released     string // its domain stands on its own images, unprotected
 }
@@ -200,6 +202,13 @@ func lateness(f Facts, now time.Time, add adder) {
 }
 
 func evaluateReplica(f Facts, now time.Time, add adder) {
+	if f.PointsFull != "" {
+		add("points-room", Warning, "free space, or keep fewer: replicactl point list "+f.Name+"; replicactl point keep "+f.Name, "%s", f.PointsFull)
+	}
+	if f.Orphan != "" {
+		add("orphan", Warning, "replicactl point list "+f.Name+"; to delete it: replicactl vm disable "+f.Name+" --delete-replica", "%s", f.Orphan)
+		return
+	}
 	if f.Incomplete {
 		add("incomplete", Warning, "wait for the initial copy", "the replica holds no complete copy yet")
 	}

@@ -28,6 +28,7 @@ func everyCall(ctx context.Context, c *Client, vm wire.VMID) map[string]error {
 	got["beat"] = c.Beat(ctx, wire.Beat{VM: vm})
 	_, got["digests"] = c.Digests(ctx, wire.DigestRequest{VM: vm, Disk: "vda", Pos: delta.Pos{Epoch: 1}})
 	_, got["status"] = c.Status(ctx, vm)
+	_, got["points"] = c.Points(ctx, vm)
 	_, got["failover"] = c.Failover(ctx, wire.FailoverRequest{VM: vm, Step: "promote"})
 	_, got["reverse"] = c.Failover(ctx, wire.FailoverRequest{VM: vm, Step: "request-planned"})
 	return got
@@ -62,7 +63,7 @@ func TestDataIsTakenOnlyWhereAReplicaIs(t *testing.T) {
 	p, r, c := pairOf(t)
 	// Here this host is the primary of vmA, and the caller holds the replica.
 	r.own.set(vmA, Relation{Peer: p.id.Host()})
-	may := map[string]bool{"check": true, "withdraw": true, "handshake": true, "status": true, "failover": true, "reverse": true}
+	may := map[string]bool{"check": true, "withdraw": true, "handshake": true, "status": true, "points": true, "failover": true, "reverse": true}
 	for name, err := range everyCall(soon(t), c, vmA) {
 		switch {
 		case may[name] && err != nil:
@@ -96,8 +97,8 @@ func TestNothingIsReceivedUntilItIsSwitchedOnAndAllowed(t *testing.T) {
 				t.Errorf("%s: %s: %v", when, name, got[name])
 			}
 		}
-		if n := r.svc.count() - before; n != 7 {
-			t.Errorf("%s: %d calls reached the service, want the 7 that send nothing", when, n)
+		if n := r.svc.count() - before; n != 8 {
+			t.Errorf("%s: %d calls reached the service, want the 8 that send nothing", when, n)
 		}
 	}
 	receiving = false

@@ -223,6 +223,17 @@ func (c *Client) Status(ctx context.Context, vm wire.VMID) (a wire.PeerVM, err e
 	return a, c.call(ctx, callStatus, controlTimeout, statusRequest{vm}, &a)
 }
 
+// Points implements wire.Service.
+func (c *Client) Points(ctx context.Context, vm wire.VMID) (a wire.PointsReply, err error) {
+	if err := c.call(ctx, callPoints, controlTimeout, statusRequest{vm}, &a); err != nil {
+		return wire.PointsReply{}, err
+	}
+	if err := a.Validate(); err != nil {
+		return wire.PointsReply{}, &wire.Error{Kind: wire.KindCorrupt, Text: "the other host's answer: " + err.Error()}
+	}
+	return a, nil
+}
+
 // Failover implements wire.Service.
 func (c *Client) Failover(ctx context.Context, r wire.FailoverRequest) (a wire.FailoverReply, err error) {
 	return a, c.call(ctx, callFailover, failoverTimeout, r, &a)

@@ -187,6 +187,8 @@ func (s *Server) dispatch(ctx context.Context, rec Record, rc *http.ResponseCont
 		return control(ctx, in, func(q wire.DigestRequest) error { return s.maySend(rec, q.VM) }, svc.Digests)
 	case callStatus:
 		return control(ctx, in, func(q statusRequest) error { return s.mayTouch(rec, q.VM) }, s.status)
+	case callPoints:
+		return control(ctx, in, func(q statusRequest) error { return s.mayTouch(rec, q.VM) }, s.points)
 	case callFailover:
 		return control(ctx, in, func(q wire.FailoverRequest) error { return s.mayFailover(rec, q) }, svc.Failover)
 	}
@@ -253,6 +255,10 @@ func (s *Server) progress(ctx context.Context, k wire.EpochKey) (progressReply, 
 
 func (s *Server) status(ctx context.Context, q statusRequest) (wire.PeerVM, error) {
 	return s.cfg.Service.Status(ctx, q.VM)
+}
+
+func (s *Server) points(ctx context.Context, q statusRequest) (wire.PointsReply, error) {
+	return s.cfg.Service.Points(ctx, q.VM)
 }
 
 func (s *Server) serveOffer(ctx context.Context, rec Record, in incoming) (any, error) {

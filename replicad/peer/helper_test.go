@@ -264,6 +264,10 @@ func (f *fakeService) Status(ctx context.Context, vm wire.VMID) (wire.PeerVM, er
 	return answer[wire.PeerVM](f), f.note(ctx, "status", vm)
 }
 
+func (f *fakeService) Points(ctx context.Context, vm wire.VMID) (wire.PointsReply, error) {
+	return answer[wire.PointsReply](f), f.note(ctx, "points", vm)
+}
+
 func (f *fakeService) Failover(ctx context.Context, r wire.FailoverRequest) (wire.FailoverReply, error) {
 	if f.wait != nil {
 		if err := f.wait(ctx); err != nil {

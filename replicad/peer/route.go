@@ -27,6 +27,7 @@ const (
 	callBeat      call = "beat"
 	callDigests   call = "digests"
 	callStatus    call = "status"
+	callPoints    call = "points"
 	callFailover  call = "failover"
 )
 
@@ -50,7 +51,7 @@ func (c call) method() string {
 func knownCalls() []call {
 	return []call{
 		callHello, callCheck, callOffer, callWithdraw, callHandshake, callSeed,
-		callProgress, callEpoch, callBeat, callDigests, callStatus, callFailover,
+		callProgress, callEpoch, callBeat, callDigests, callStatus, callPoints, callFailover,
 	}
 }
 

@@ -48,6 +48,7 @@ func TestEveryCallArrivesWholeAndItsAnswerReturns(t *testing.T) {
 		}},
 		{"digests", dg, wire.DigestReply{Digests: [][16]byte{{1}, {2}}}, func() (any, error) { return c.Digests(ctx, dg) }},
 		{"status", vmA, wire.PeerVM{VM: vmA, Name: "db", Committed: pos}, func() (any, error) { return c.Status(ctx, vmA) }},
+		{"points", vmA, wire.PointsReply{Host: "b", Retention: "24", Points: []wire.Point{{Ordinal: 3, Pos: pos, App: true}}}, func() (any, error) { return c.Points(ctx, vmA) }},
 		{"failover", wire.FailoverRequest{VM: vmA, Step: "promote", At: pos, Start: true}, wire.FailoverReply{State: "promoted", Parent: pos, Steps: []wire.Step{{Name: "a", Took: 3}}}, func() (any, error) {
 			return c.Failover(ctx, wire.FailoverRequest{VM: vmA, Step: "promote", At: pos, Start: true})
 		}},

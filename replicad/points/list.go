@@ -101,7 +101,8 @@ func (s *Store) state() State {
 // pinsName is a text file: one pinned position per line.
 const pinsName = "pins"
 
-// Pin keeps a point from being thinned or dropped, durably.
+// Pin keeps a point from being thinned or dropped, durably. A committed state
+// that is no point yet is ErrNoPoint: view it, and it becomes one.
 func (s *Store) Pin(pos delta.Pos) error { return s.pin(pos, true) }
 
 // Unpin lets go of it.
@@ -116,7 +117,7 @@ func (s *Store) pin(pos delta.Pos, on bool) error {
 	var text strings.Builder
 	for _, g := range s.segs {
 		p := g.start.pos
-		found = found || p == pos
+		found = found || p == pos && !g.leaving
 		if (s.keep[p] && p != pos) || (p == pos && on) {
 			fmt.Fprintf(&text, "%v %d %v\n", p.Generation, p.Epoch, p.Digest)
 		}
@@ -133,7 +134,9 @@ func (s *Store) pin(pos delta.Pos, on bool) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.keep[pos] = on
+	if s.keep[pos] = on; !on {
+		delete(s.keep, pos)
+	}
 	s.signal()
 	return nil
 }

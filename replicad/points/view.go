@@ -44,6 +44,7 @@ func (s *Store) view(pos delta.Pos) (*View, error) {
 		return nil, err
 	}
 	s.pins[at.ordinal]++
+	s.signal() // the state becomes a point, if it is none
 	return &View{s: s, at: at, sizes: size, reads: make(chan *chunkReader, viewReaders)}, nil
 }
 

@@ -35,6 +35,7 @@ const (
 	FailedOver  State = "failed-over"
 	Suspect     State = "suspect"
 	Unprotected State = "unprotected"
+	Orphan      State = "orphan" // a replica whose primary ended the relationship
 	Diverged    State = "diverged"
 	Error       State = "error"
 )

@@ -13,7 +13,7 @@ import (
 
 // DisableOptions are a person's choices.
 type DisableOptions struct {
-	Delete  bool // also delete the copy on the other host
+	Delete  bool // on the replica's host: also delete the copy
 	Force   bool // go on although the other host does not answer
 	Request string
 }
@@ -38,7 +38,7 @@ func (m *Manager) Disable(ctx context.Context, v *VM, o DisableOptions, event fu
 	default:
 		return &wire.Error{Kind: wire.KindRefused, Text: fmt.Sprintf("a role change is under way (%s)", st), Hint: "replicactl failover resume " + v.record().Name}
 	}
-	if st == lineage.Replica && !o.Force {
+	if st == lineage.Replica && !o.Force && v.record().Orphan == nil {
 		return &wire.Error{Kind: wire.KindRefused, Text: "this host is the replica", Hint: "disable protection on the primary; with --force only this host's part is removed"}
 	}
 	vars := &disableVars{Delete: o.Delete, Force: o.Force, Replica: st == lineage.Replica}
@@ -103,7 +103,7 @@ func (v *VM) disableSteps(p *disableVars) []failover.Step {
 	return []failover.Step{
 		{Name: "withdraw", Title: "End the relationship on the replica host", Commit: true, Do: func(ctx context.Context) (string, error) {
 			v.stopShipping()
-			return "", v.withdraw(ctx, p.Delete, p.Force)
+			return v.withdraw(ctx, p.Delete, p.Force)
 		}},
 		{Name: "out", Title: "Put the running guest back onto its own images", Do: func(ctx context.Context) (string, error) {
 			if v.outOfHands() {
@@ -162,7 +162,7 @@ func (v *VM) keepRendered(ctx context.Context) error {
 }
 
 // withdraw ends the relationship at the peer; force lets a silent peer be.
-func (v *VM) withdraw(ctx context.Context, del, force bool) error {
+func (v *VM) withdraw(ctx context.Context, del, force bool) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, swapTimeout)
 	defer cancel()
 	peer, err := v.peer()
@@ -172,10 +172,11 @@ func (v *VM) withdraw(ctx context.Context, del, force bool) error {
 	var w *wire.Error
 	switch {
 	case err == nil, errors.As(err, &w) && w.Kind == wire.KindNotFound:
-		return nil
+		host := v.mgr.peerName(v.record().Peer)
+		return fmt.Sprintf("a copy on %s stays until it is deleted there: replicactl vm disable %s --delete-replica", host, v.record().Name), nil
 	case force:
 		v.log.Warn("the replica host was not told that the relationship ended", "err", err)
-		return nil
+		return "the other host was not told", nil
 	}
-	return &wire.Error{Kind: wire.KindUnavailable, Text: "end the relationship on the replica host: " + err.Error(), Hint: "repeat when it answers, or with --force"}
+	return "", &wire.Error{Kind: wire.KindUnavailable, Text: "end the relationship on the replica host: " + err.Error(), Hint: "repeat when it answers, or with --force"}
 }

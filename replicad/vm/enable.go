@@ -26,7 +26,11 @@ type EnableOptions struct {
 	// StartAt is when the initial copy begins, at most MaxStartDelay ahead; zero
 	// = at once. Changes are tracked from the beginning.
 	StartAt time.Time
-	Request string
+	// Retention says which recovery points the replica is asked to keep, as
+	// points.ParsePolicy reads it; empty = the default.
+	Retention string
+	AppEvery  time.Duration // of application-consistent points; 0 = none
+	Request   string
 }
 
 // MaxStartDelay is how far ahead the initial copy may be scheduled.
@@ -53,6 +57,9 @@ func (p EnablePlan) OK() bool {
 
 // PlanEnable checks everything that can be checked without changing anything.
 func (m *Manager) PlanEnable(ctx context.Context, o EnableOptions) (EnablePlan, error) {
+	if err := o.check(); err != nil {
+		return EnablePlan{}, err
+	}
 	ctx, cancel := context.WithTimeout(ctx, swapTimeout)
 	defer cancel()
 	d, err := m.domain(ctx, o.Name)
@@ -66,6 +73,7 @@ func (m *Manager) PlanEnable(ctx context.Context, o EnableOptions) (EnablePlan, 
 	p.rec = Record{
 		VM: wire.VMID(d.UUID), Name: d.Name, Peer: o.Peer, Interval: o.Interval, Native: true,
 		Autostart: d.Autostart, WantRunning: p.run, Created: m.deps.Now(), OnSilent: o.OnSilent, StartAt: o.StartAt,
+		Retention: o.Retention, AppEvery: o.AppEvery,
 	}
 	if ahead := o.StartAt.Sub(m.deps.Now()); !o.StartAt.IsZero() && (ahead <= 0 || ahead > MaxStartDelay) {
 		return EnablePlan{}, &wire.Error{
@@ -88,6 +96,7 @@ func (m *Manager) PlanEnable(ctx context.Context, o EnableOptions) (EnablePlan, 
 		fmt.Sprintf("announce the VM to %s, which defines it there, off", m.peerName(o.Peer)), "start the data plane and the change tracking", how,
 		"take over autostart", fmt.Sprintf("%scopy %d bytes of disks while the guest runs, then send changes every %s", begins(o.StartAt), p.rec.bytes(), o.Interval),
 		"after an unclean boot with a silent peer: " + p.rec.OnSilent,
+		pointsStep(o),
 	}
 	return *p, nil
 }
@@ -251,7 +260,10 @@ func (v *VM) enableSteps(p *enableVars) []failover.Step {
 				}
 				return "", v.offer(ctx, peer, "enable")
 			},
-			Undo: func(ctx context.Context) error { return v.withdraw(ctx, true, true) },
+			Undo: func(ctx context.Context) error {
+				_, err := v.withdraw(ctx, true, true)
+				return err
+			},
 		},
 		{
 			Name: "plane", Title: "Start the data plane and the change tracking",

@@ -38,7 +38,7 @@ func (v *VM) storeConfig() points.Config {
 	dir := filepath.Join(v.deps.StateDir, "vms", string(v.id), storeDir)
 	return points.Config{
 		FS: fsx.Sub(v.fsys, storeDir), VM: id, Log: v.log, Now: v.deps.Now,
-		Limits: v.deps.Store, Policy: points.Policy{Max: v.deps.MaxPoints},
+		Limits: v.limits(), Policy: v.retention(),
 		Bases:    v.openBase,
 		Identity: v.baseIdentity,
 		Free: func() (int64, error) {

@@ -14,6 +14,7 @@ import (
 	"kvmreplica/libvirt"
 	"kvmreplica/replicad/delta"
 	"kvmreplica/replicad/lineage"
+	"kvmreplica/replicad/points"
 	"kvmreplica/replicad/wire"
 )
 
@@ -27,6 +28,9 @@ func (m *Manager) Offer(ctx context.Context, o wire.Offer) (wire.OfferReply, err
 		return wire.OfferReply{}, err
 	}
 	if v, ok := m.get(o.VM); ok {
+		if v.record().Orphan != nil {
+			return wire.OfferReply{}, v.orphaned("a copy of " + o.Name + " is kept here already")
+		}
 		if v.record().Peer != p.Host {
 			return wire.OfferReply{}, &wire.Error{Kind: wire.KindConflict, Text: "VM " + o.Name + " is replicated here by another host", Hint: "replicactl vm list on the replica host"}
 		}
@@ -79,7 +83,7 @@ func (m *Manager) admit(ctx context.Context, p wire.Peer, g Grant, o wire.Offer)
 func (m *Manager) accept(ctx context.Context, p wire.Peer, g Grant, o wire.Offer) (wire.OfferReply, error) {
 	r := Record{
 		VM: o.VM, Name: o.Name, Lineage: lineage.New(o.VM, delta.Generation{}), Peer: p.Host, Interval: o.Interval,
-		Spec: o.Spec, Created: m.deps.Now(), OnSilent: "start",
+		Spec: o.Spec, Created: m.deps.Now(), OnSilent: "start", Retention: o.Retention, AppEvery: o.AppEvery,
 	}
 	for _, d := range o.Disks {
 		r.Disks = append(r.Disks, Disk{Name: d.Name, Size: d.Size, Kind: "raw", Path: filepath.Join(imageDir(g.Root, o.VM), string(d.Name)+".raw")})
@@ -144,11 +148,11 @@ func (v *VM) refreshOffer(ctx context.Context, o wire.Offer) (wire.OfferReply, e
 			Hint: "on the replica host: replicactl vm disable --force " + r.Name + ", then enable it again",
 		}
 	}
-	if string(r.Spec) == string(o.Spec) && r.Interval == o.Interval && r.Name == o.Name {
+	if string(r.Spec) == string(o.Spec) && r.Interval == o.Interval && r.Name == o.Name && r.AppEvery == o.AppEvery {
 		return wire.OfferReply{State: "exists"}, nil
 	}
 	if err := v.update(func(r *Record) error {
-		r.Spec, r.Interval, r.Name = o.Spec, o.Interval, o.Name
+		r.Spec, r.Interval, r.Name, r.AppEvery = o.Spec, o.Interval, o.Name, o.AppEvery // the retention is ours
 		return nil
 	}); err != nil {
 		return wire.OfferReply{}, err
@@ -198,6 +202,12 @@ func checkOffer(o wire.Offer) error {
 	}
 	if o.Generation.IsZero() {
 		return bad("no generation")
+	}
+	if _, err := points.ParsePolicy(o.Retention); err != nil {
+		return bad("%v", err)
+	}
+	if o.AppEvery < 0 || o.AppEvery > maxAppEvery {
+		return bad("application-consistent points every %s", o.AppEvery)
 	}
 	var ds []delta.Disk
 	for _, d := range o.Disks {

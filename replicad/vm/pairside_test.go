@@ -413,6 +413,10 @@ func (l *link) Status(ctx context.Context, id wire.VMID) (wire.PeerVM, error) {
 	return carry(l, ctx, "Status", func(ctx context.Context, m *Manager) (wire.PeerVM, error) { return m.Status(ctx, id) })
 }
 
+func (l *link) Points(ctx context.Context, id wire.VMID) (wire.PointsReply, error) {
+	return carry(l, ctx, "Points", func(ctx context.Context, m *Manager) (wire.PointsReply, error) { return m.Points(ctx, id) })
+}
+
 func (l *link) Failover(ctx context.Context, q wire.FailoverRequest) (wire.FailoverReply, error) {
 	return carry(l, ctx, "Failover-"+q.Step, func(ctx context.Context, m *Manager) (wire.FailoverReply, error) { return m.Failover(ctx, q) })
 }

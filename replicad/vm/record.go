@@ -71,11 +71,29 @@ type Record struct {
 	Refused []string `json:"refused,omitempty"`
 	// Promotion is the correlation id that made Lineage.Generation here.
 	Promotion string `json:"promotion,omitempty"`
+	// Retention says which recovery points are kept while this host is the
+	// replica, as points.ParsePolicy reads it; empty = the default. PointsQuota
+	// bounds what they take in bytes, 0 = no limit but space. They are this
+	// host's own: a primary asks once, when the replica is made.
+	Retention   string `json:"retention,omitempty"`
+	PointsQuota int64  `json:"points_quota,omitempty"`
+	// AppEvery is the interval of application-consistent points while this host
+	// ships, 0 = none; handed on when roles change.
+	AppEvery time.Duration `json:"app_every_ns,omitempty"`
+	// Orphan: the primary ended the relationship; the copy is kept until this
+	// host's administrator deletes it.
+	Orphan *Orphan `json:"orphan,omitempty"`
 	// Acked is the last position the peer committed, for display when the data
 	// plane is off.
 	Acked   delta.Pos `json:"acked,omitzero"`
 	LastCut time.Time `json:"last_cut,omitzero"`
 	Created time.Time `json:"created"`
+}
+
+// Orphan says how a replica lost its primary.
+type Orphan struct {
+	Since   time.Time `json:"since"`
+	Request string    `json:"request"`
 }
 
 // Succession is a generation that follows the present one.

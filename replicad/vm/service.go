@@ -20,14 +20,15 @@ func notFound(id wire.VMID) error {
 	return &wire.Error{Kind: wire.KindNotFound, Text: fmt.Sprintf("this host knows no VM %q", id), Hint: "replicactl vm enable on the primary"}
 }
 
-// ofPeer finds a VM and checks that the caller is its other half.
+// ofPeer finds a VM and checks that the caller is its other half. An orphan has
+// none.
 func (m *Manager) ofPeer(ctx context.Context, id wire.VMID) (*VM, error) {
 	v, ok := m.get(id)
 	if !ok {
 		return nil, notFound(id)
 	}
 	p, ok := wire.PeerFrom(ctx)
-	if !ok || p.Host != v.record().Peer {
+	if r := v.record(); !ok || p.Host != r.Peer || r.Orphan != nil {
 		return nil, notFound(id) // a stranger learns nothing
 	}
 	return v, nil
@@ -48,7 +49,9 @@ func (m *Manager) Count(host wire.HostID, except wire.VMID) (vms int, bytes int6
 	return vms, bytes
 }
 
-// Withdraw ends a relationship.
+// Withdraw ends a relationship. What was committed here stays, with its
+// recovery points, as an orphan: a primary in the wrong hands must not be able
+// to delete it. A replica that never held anything is removed.
 func (m *Manager) Withdraw(ctx context.Context, w wire.Withdraw) error {
 	v, err := m.ofPeer(ctx, w.VM)
 	if err != nil {
@@ -63,7 +66,38 @@ func (m *Manager) Withdraw(ctx context.Context, w wire.Withdraw) error {
 		return &wire.Error{Kind: wire.KindRefused, Text: fmt.Sprintf("this host is %s for the VM, not its replica", st), Hint: "replicactl vm disable here"}
 	}
 	v.log.Info("relationship ended by the primary", "request", w.Request, "delete", w.Delete)
+	if !v.empty() {
+		return v.orphan(w.Request)
+	}
 	return v.endReplica(ctx, m, w.Delete)
+}
+
+// empty: nothing was ever committed here, and the images are not a guest's.
+func (v *VM) empty() bool {
+	r := v.record()
+	st, err := v.storeStatus()
+	return err == nil && st.State == points.Seeding && r.Lineage.Generation.IsZero() && r.Next == nil && !r.Native
+}
+
+// orphan keeps the copy without its primary. Nothing is received any more and
+// nothing is thinned.
+func (v *VM) orphan(request string) error {
+	if err := v.closeIntake(); err != nil {
+		return err
+	}
+	err := v.update(func(r *Record) error {
+		r.Orphan = &Orphan{Since: v.deps.Now(), Request: request}
+		return nil
+	})
+	if err != nil {
+		v.openIntake()
+		return err
+	}
+	if s, err := v.store(); err == nil {
+		s.SetPolicy(v.retention(), 0)
+	}
+	v.log.Warn("the copy is an orphan: it is kept until it is deleted here")
+	return nil
 }
 
 // Handshake answers with this host's half of the facts.

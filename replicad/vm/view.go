@@ -115,6 +115,10 @@ func (v *VM) viewReplica(out *status.VM, f *health.Facts) {
 		f.ApplyError = v.applying.Error()
 	}
 	v.mu.Unlock()
+	if o := v.orphanText(); o != "" {
+		out.State, f.Orphan = status.Orphan, o
+	}
+	f.PointsFull = pointsFull(st.Status)
 	f.Incomplete = st.Committed.IsZero() || v.record().Incomplete
 	out.Position, out.Epoch, out.LastCommit = st.Committed.String(), st.Committed.Epoch, st.CutTime
 	if f.Incomplete {
@@ -126,6 +130,20 @@ func (v *VM) viewReplica(out *status.VM, f *health.Facts) {
 }
 
 const backlogShown = 60
+
+// fullSoon is how far ahead a forecast is worth a warning.
+const fullSoon = 24 * time.Hour
+
+// pointsFull says when room for recovery points is, or will be, short.
+func pointsFull(st points.Status) string {
+	switch {
+	case st.Sacrificed > 0:
+		return fmt.Sprintf("%d recovery points were given up for want of room since the daemon started", st.Sacrificed)
+	case st.Forecast.Full >= 0 && st.Forecast.Full < fullSoon:
+		return fmt.Sprintf("at the present churn room for recovery points is used up in %s; the oldest are given up then", st.Forecast.Full.Round(time.Minute))
+	}
+	return ""
+}
 
 func (v *VM) viewPrimary(ctx context.Context, out *status.VM, f *health.Facts) {
 	f.Primary = true

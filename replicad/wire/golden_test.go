@@ -46,12 +46,16 @@ func everything() map[string]any {
 		"HelloRequest": HelloRequest{Min: 1, Max: 2, Host: "h", Name: "n", Version: "v", Now: at},
 		"Offer": Offer{
 			VM: someVM, Name: "n", Spec: json.RawMessage(`{"x":1}`), Disks: []Disk{disk}, Interval: time.Minute,
-			Generation: g, Points: 4, Request: "q",
+			Generation: g, Points: 4, Retention: "24", AppEvery: time.Hour, Request: "q",
 		},
 		"OfferReply": OfferReply{State: "created", Dropped: []string{"x"}},
 		"PeerVM": PeerVM{
 			VM: someVM, Name: "n", Role: "replica", State: "s", Generation: g, Committed: pos, Applied: pos,
 			Running: true, Defined: true, Diverged: true, Interrupted: "planned",
+		},
+		"PointsReply": PointsReply{
+			Host: "h", Retention: "24", Quota: 1, Used: 2, Free: 3, Reserve: 4, PerDay: 5, Full: time.Hour, GivenUp: 6, Orphan: "o",
+			Points: []Point{{Ordinal: 1, Cut: at, At: at, Pos: pos, App: true, Latest: true, Pinned: true, Mounted: 1, Bytes: 7, Damage: "d"}},
 		},
 		"SeedReply": SeedReply{Cursor: 1 << 40},
 		"Withdraw":  Withdraw{VM: someVM, Delete: true, Request: "q"},

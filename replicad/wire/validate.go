@@ -16,7 +16,7 @@ const (
 	MaxText     = 1024
 	MaxSpec     = 256 << 10
 	MaxDiskSize = 1 << 46 // 64 TiB
-	MaxPoints   = 500
+	MaxPoints   = 2000
 	MaxRangeLen = 1 << 20
 	MaxInterval = 7 * 24 * time.Hour
 )
@@ -161,7 +161,7 @@ func (r CheckRequest) Validate() error {
 
 // Validate refuses what no honest peer sends. Quotas are the receiver's.
 func (r Offer) Validate() error {
-	if err := firstError(r.VM.check(), checkText("VM name", r.Name, MaxName), checkText("request id", r.Request, MaxName), checkDisks(r.Disks)); err != nil {
+	if err := firstError(r.VM.check(), checkText("VM name", r.Name, MaxName), checkText("request id", r.Request, MaxName), checkText("retention", r.Retention, MaxName), checkDisks(r.Disks)); err != nil {
 		return err
 	}
 	switch {
@@ -173,6 +173,8 @@ func (r Offer) Validate() error {
 		return invalid("description of %d bytes, at most %d", len(r.Spec), MaxSpec)
 	case r.Interval < 0 || r.Interval > MaxInterval:
 		return invalid("interval %v", r.Interval)
+	case r.AppEvery < 0 || r.AppEvery > MaxInterval:
+		return invalid("interval of application-consistent points %v", r.AppEvery)
 	case r.Points < 0 || r.Points > MaxPoints:
 		return invalid("%d recovery points, at most %d", r.Points, MaxPoints)
 	case r.Generation.IsZero():

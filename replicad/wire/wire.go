@@ -48,7 +48,8 @@ type Service interface {
 	// relationship or refreshes the description; authorisation, names, room
 	// and sizes are checked before anything is made.
 	Offer(ctx context.Context, r Offer) (OfferReply, error)
-	// Withdraw ends a relationship. The replica's data stays unless r.Delete.
+	// Withdraw ends a relationship. A replica that holds anything stays, with
+	// its recovery points: only its own host's administrator deletes it.
 	Withdraw(ctx context.Context, r Withdraw) error
 	// Handshake compares histories at the start of every session.
 	Handshake(ctx context.Context, r HandshakeRequest) (HandshakeReply, error)
@@ -70,6 +71,8 @@ type Service interface {
 	Digests(ctx context.Context, r DigestRequest) (DigestReply, error)
 	// Status is this host's view of one VM.
 	Status(ctx context.Context, vm VMID) (PeerVM, error)
+	// Points lists the recovery points this host keeps of a VM.
+	Points(ctx context.Context, vm VMID) (PointsReply, error)
 	// Failover carries one step of a role change.
 	Failover(ctx context.Context, r FailoverRequest) (FailoverReply, error)
 }
@@ -139,7 +142,12 @@ type Offer struct {
 	Disks      []Disk
 	Interval   time.Duration
 	Generation delta.Generation // the generation that will ship
-	Points     int              // recovery points asked for; the replica decides
+	Points     int              // about how many recovery points are asked for; the replica decides
+	// Retention says which points are asked for, as points.ParsePolicy reads it.
+	// It counts when the replica is made; from then on it is the replica's own.
+	Retention string `json:",omitempty"`
+	// AppEvery is the interval of application-consistent points, 0 = none.
+	AppEvery time.Duration `json:",omitempty"`
 	// Request correlates both hosts' journals.
 	Request string
 }
@@ -153,7 +161,7 @@ type OfferReply struct {
 // Withdraw ends a relationship.
 type Withdraw struct {
 	VM      VMID
-	Delete  bool // also delete the replica's data (only ever the caller's own VM)
+	Delete  bool // also delete the replica, if it holds nothing that was ever committed
 	Request string
 }
 
