@@ -52,6 +52,21 @@ func rounds(t *testing.T, usual int) int {
 	return usual
 }
 
+// seeded draws the order of kills, or replays the one of KVMREPLICA_SEED.
+func seeded(t *testing.T) uint64 {
+	t.Helper()
+	seed := uint64(time.Now().UnixNano())
+	if s := os.Getenv("KVMREPLICA_SEED"); s != "" {
+		v, err := strconv.ParseUint(s, 10, 64)
+		if err != nil {
+			t.Fatal(err)
+		}
+		seed = v
+	}
+	t.Logf("KVMREPLICA_SEED=%d replays the order of kills", seed)
+	return seed
+}
+
 // Any of the three processes is killed at random moments while the guest
 // writes, first with live-inserted nodes (QEMU reconnects), then after a cold
 // start on the other host (libvirt drops the reconnect delay: the guest stops
@@ -59,14 +74,7 @@ func rounds(t *testing.T, usual int) int {
 // planned failover afterwards misses no record.
 func TestKillsUnderLoadCostNoErrorAndNoFullCopy(t *testing.T) {
 	w := up(t, estate.Options{})
-	seed := uint64(time.Now().UnixNano())
-	if s := os.Getenv("KVMREPLICA_SEED"); s != "" {
-		v, err := strconv.ParseUint(s, 10, 64)
-		w.must(err)
-		seed = v
-	}
-	t.Logf("KVMREPLICA_SEED=%d replays the order of kills", seed)
-	rng := rand.New(rand.NewPCG(seed, 1))
+	rng := rand.New(rand.NewPCG(seeded(t), 1))
 	d := w.guest("killed", 3, 1, "lab.load=512")
 	c := w.start(d)
 	w.protect(d, "1s")

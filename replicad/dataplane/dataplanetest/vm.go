@@ -6,16 +6,11 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
-	"errors"
 	"fmt"
-	"io"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
-	"sync"
-	"syscall"
 	"testing"
-	"time"
 
 	"kvmreplica/internal/block"
 	"kvmreplica/nbd"
@@ -73,10 +68,6 @@ func Generation(n byte) (g delta.Generation) {
 	return g
 }
 
-// Patience bounds how long a guest waits for a data plane that is gone. It is
-// for loaded machines; nothing waits this long when all is well.
-const Patience = 2 * time.Minute
-
 // Guest writes to a VM's disks through NBD and knows what they must hold. One
 // goroutine uses it at a time: the test's, or that of a Load.
 type Guest struct {
@@ -86,8 +77,7 @@ type Guest struct {
 	on  context.Context
 	off context.CancelFunc
 
-	mu    sync.Mutex
-	disks map[wire.DiskName]*nbd.Client // guarded by mu: Disconnect comes from anywhere
+	lines map[wire.DiskName]*Line
 
 	// Want is what every disk must read.
 	Want map[wire.DiskName]*block.Mem
@@ -102,74 +92,24 @@ func Boot(t testing.TB, cfg dataplane.Config, seed uint64) *Guest {
 	t.Helper()
 	on, off := context.WithCancel(context.Background())
 	g := &Guest{
-		t: t, cfg: cfg, on: on, off: off, disks: map[wire.DiskName]*nbd.Client{},
+		t: t, cfg: cfg, on: on, off: off, lines: map[wire.DiskName]*Line{},
 		Want: map[wire.DiskName]*block.Mem{}, rand: rand.New(rand.NewPCG(seed, 0)),
 	}
 	t.Cleanup(func() { off(); g.Disconnect() })
 	for _, d := range cfg.Disks {
+		g.lines[d.Name] = &Line{Socket: cfg.NBDSocket(), Export: string(d.Name)}
 		g.Do(d.Name, func(c *nbd.Client) error { g.Want[d.Name] = block.NewMem(c.Size()); return nil })
 	}
 	return g
 }
 
-// client is the connection of a disk, made anew after it was lost.
-func (g *Guest) client(ctx context.Context, disk wire.DiskName) (*nbd.Client, error) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	if c := g.disks[disk]; c != nil {
-		return c, nil
-	}
-	c, err := nbd.Dial(ctx, "unix", g.cfg.NBDSocket(), nbd.ClientOptions{Export: string(disk), Timeout: Patience})
-	if err != nil {
-		return nil, err
-	}
-	g.disks[disk] = c
-	return c, nil
-}
-
-// lost drops a broken connection.
-func (g *Guest) lost(disk wire.DiskName, c *nbd.Client) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	if c == nil || g.disks[disk] != c {
-		return
-	}
-	_ = c.Close()
-	delete(g.disks, disk)
-}
-
-// do runs one request and sends it again on a new connection as long as the
-// old one is lost, as QEMU does with a long reconnect-delay. An error that the
-// server answers, and a socket nobody listens on, end it.
 func (g *Guest) do(disk wire.DiskName, f func(c *nbd.Client) error) error {
 	ctx, cancel := context.WithTimeout(g.on, Patience)
 	defer cancel()
-	for {
-		c, err := g.client(ctx, disk)
-		if err == nil {
-			err = f(c)
-		}
-		switch {
-		case err == nil:
-			return nil
-		case ctx.Err() != nil:
-			return fmt.Errorf("guest: %s: %w (last: %w)", disk, ctx.Err(), err)
-		case !broken(err):
-			return fmt.Errorf("guest: %s: %w", disk, err)
-		}
-		g.lost(disk, c)
+	if err := g.lines[disk].Do(ctx, f); err != nil {
+		return fmt.Errorf("guest: %s: %w", disk, err)
 	}
-}
-
-// broken tells a connection that ended, under a request or before it was
-// negotiated, from an answer.
-func broken(err error) bool {
-	for _, e := range []error{nbd.ErrDisconnected, io.EOF, io.ErrUnexpectedEOF, syscall.EPIPE, syscall.ECONNRESET} {
-		if errors.Is(err, e) {
-			return true
-		}
-	}
-	return false
+	return nil
 }
 
 // Do runs one request and sends it again on a new connection as long as the
@@ -262,11 +202,8 @@ func (g *Guest) Snapshot() map[wire.DiskName][]byte {
 
 // Disconnect closes the connections; the next request makes new ones.
 func (g *Guest) Disconnect() {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	for n, c := range g.disks {
-		_ = c.Close()
-		delete(g.disks, n)
+	for _, l := range g.lines {
+		l.Close()
 	}
 }
 
