@@ -3,6 +3,7 @@ package kvm_test
 import (
 	"bytes"
 	"os"
+	"os/exec"
 	"strings"
 	"testing"
 
@@ -77,4 +78,37 @@ func differ(a, b []byte) int {
 		}
 	}
 	return n
+}
+
+// What a TPM keeps for good travels with the VM (M15): a guest that sealed a key
+// to it must find it on the other host.
+func TestATPMsPermanentStateTravels(t *testing.T) {
+	if _, err := exec.LookPath("swtpm_setup"); err != nil {
+		t.Skip("needs swtpm and swtpm-tools: ", err)
+	}
+	w := up(t, estate.Options{})
+	d := w.guest("tpm", 11, 1, "")
+	d.Extra = "<tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>"
+	c := w.start(d)
+	w.protect(d, "1s")
+	b, err := w.Console("B", d, true)
+	w.must(err)
+	state := "/var/lib/libvirt/swtpm/" + d.UUID + "/tpm2/tpm2-00.permall"
+	w.ctl("A", "failover", "planned", d.Name, "--yes")
+	last, err := c.WaitWord(w.step(), "LAST")
+	w.must(err)
+	atEnd, err := os.ReadFile(w.Lab.Host("A").Path(state))
+	w.must(err)
+	w.booted(b, last.Uint("n"))
+	w.replicating("B", d.Name)
+	if doc := w.virsh("B", "dumpxml", d.Name); !strings.Contains(doc, "<tpm model='tpm-crb'>") {
+		t.Fatalf("the replica has no TPM:\n%s", doc)
+	}
+	got, err := os.ReadFile(w.Lab.Host("B").Path(state))
+	w.must(err)
+	// A start counts in the state; another TPM's seeds would differ everywhere.
+	t.Logf("%d bytes of state, %d differ", len(atEnd), differ(got, atEnd))
+	if len(got) < len(atEnd)*9/10 || differ(got, atEnd) > len(atEnd)/16 {
+		t.Fatalf("the state differs in %d of %d bytes", differ(got, atEnd), len(atEnd))
+	}
 }
