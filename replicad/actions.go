@@ -52,7 +52,7 @@ func (d *Daemon) enable(ctx context.Context, a api.Action, request string, step 
 		return &wire.Error{Kind: wire.KindInvalid, Text: fmt.Sprintf("interval %s", a.Interval), Hint: "whole seconds from 1s to 24h, or 0 for back to back"}
 	}
 	o := vm.EnableOptions{
-		Name: a.VM, Peer: rec.Host, Interval: a.Interval, Disks: a.Disks, OnSilent: silent, StartAt: a.StartAt, Request: request,
+		Name: a.VM, Peer: rec.Host, Interval: a.Interval, Disks: a.Disks, OnSilent: silent, StartAt: a.StartAt, Existing: a.Existing, Request: request,
 		Retention: a.Retention, AppEvery: a.AppEvery,
 	}
 	if a.DryRun {

@@ -12,7 +12,7 @@ const maxStart = 7 * 24 * time.Hour
 // the next one on this machine's clock.
 func parseStart(s string, now time.Time) (time.Time, error) {
 	bad := func() (time.Time, error) {
-		return time.Time{}, usagef(`--initial is %q: now, "in 8h", "at 22:00" or "at 2026-01-31 22:00", up to seven days ahead`, s)
+		return time.Time{}, usagef(`--initial is %q: now, existing, "in 8h", "at 22:00" or "at 2026-01-31 22:00", up to seven days ahead`, s)
 	}
 	how, what, _ := strings.Cut(strings.TrimSpace(s), " ")
 	what = strings.TrimSpace(what)

@@ -62,8 +62,10 @@ replicad's exports one by one, and taken out again if anything fails. The plan i
 				return usagef("--on-silent-peer is %q: start or hold", act.OnSilent)
 			}
 			var err error
-			if act.StartAt, err = parseStart(when, time.Now()); err != nil {
-				return err
+			if act.Existing = when == "existing"; !act.Existing {
+				if act.StartAt, err = parseStart(when, time.Now()); err != nil {
+					return err
+				}
 			}
 			if err := a.planThenAsk(cmd.Context(), act, yes || act.DryRun); err != nil || act.DryRun {
 				return err
@@ -81,7 +83,7 @@ replicad's exports one by one, and taken out again if anything fails. The plan i
 	f.StringVar(&act.Peer, "to", "", "paired host that keeps the copy")
 	f.DurationVar(&act.Interval, "every", 30*time.Second, "replication interval from 1s; 0 = back to back")
 	f.StringSliceVar(&act.Disks, "disk", nil, "protect only these disks (target names, e.g. vda)")
-	f.StringVar(&when, "initial", "now", `when the initial copy begins: now, "in 8h", "at 22:00", "at 2026-01-31 22:00"; up to seven days ahead`)
+	f.StringVar(&when, "initial", "now", `initial copy: now; "in 8h", "at 22:00" or "at 2026-01-31 22:00" (up to seven days ahead); existing: compare with images that lie ready on the replica host`)
 	f.StringVar(&act.Retention, "points", "", "recovery points the replica is asked to keep: 0 to 24 hourly ones, or rows such as all:1h,1h:1d,1d:30d (default all:1h,1h:1d)")
 	f.DurationVar(&act.AppEvery, "app-every", 0, "interval of application-consistent points (guest agent), e.g. 1h; 0 = none")
 	f.BoolVar(&act.DryRun, "dry-run", false, "print the checks and the plan, change nothing")

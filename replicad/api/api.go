@@ -56,7 +56,8 @@ type Action struct {
 	Delete    bool          `json:"delete,omitempty"`     // disable: also delete the replica's data
 	Timeout   time.Duration `json:"timeout_ns,omitempty"` // guest shutdown deadline
 	OnSilent  string        `json:"on_silent_peer,omitempty"`
-	StartAt   time.Time     `json:"start_at,omitzero"` // enable: when the initial copy begins; zero = at once
+	Existing  bool          `json:"existing,omitempty"` // enable: compare with images that lie ready on the replica host
+	StartAt   time.Time     `json:"start_at,omitzero"`  // enable: when the initial copy begins; zero = at once
 	Reason    string        `json:"reason,omitempty"`
 	// Point names a recovery point, as points.Choose reads it.
 	Point string `json:"point,omitempty"`

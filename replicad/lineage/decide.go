@@ -200,6 +200,11 @@ func rowsSeeding() []row {
 		{"seed-from-the-future", func(f facts) bool {
 			return f.seeding() && f.kin == kinRNewer
 		}, wentBack("the replica is being seeded from a newer generation than this host knows")},
+		{"seed-from-existing-images", func(f facts) bool {
+			return f.seeding() && !f.consent() && f.r.VerifyAll != "" && f.r.Generation.IsZero() && f.p.Base.IsZero() && f.p.Acked.IsZero()
+		}, func(f facts) Decision {
+			return Decision{Outcome: VerifyAll, Reason: "the replica did not begin empty: " + f.r.VerifyAll}
+		}},
 		// Below a seed's cursor lies content from before the primary's marks
 		// were cleared; only a seed from zero is sure to be whole.
 		{"seed-after-ack", func(f facts) bool {

@@ -138,6 +138,11 @@ func examples() []example {
 			r.Ancestors = []delta.Pos{at(2, 10)}
 			return r
 		}(), OperatorDecides, alarm},
+		{"seed-from-existing-images", primary(zeroBase), func() wire.HandshakeReply {
+			r := seeding(delta.Generation{}, 4096)
+			r.VerifyAll = "it was given existing images"
+			return r
+		}(), VerifyAll, func(d Decision) bool { return d.Parent.IsZero() && !d.Restart }},
 		{"seed-after-ack", primary(), seeding(gen(2), 4096), SeedContinue, func(d Decision) bool { return d.Restart && d.Alarm && d.Cursors == nil }},
 		{"seeding", primary(zeroBase), seeding(gen(2), 4096), SeedContinue, func(d Decision) bool { return !d.Restart && d.Cursors["vda"] == 4096 }},
 		{"seeding", primary(zeroBase), seeding(delta.Generation{}, 0), SeedContinue, func(d Decision) bool { return !d.Restart }},

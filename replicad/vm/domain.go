@@ -193,6 +193,9 @@ func (v *VM) deleteImages() error {
 	if r.Native {
 		return nil
 	}
+	if r.Existing {
+		return v.giveBack()
+	}
 	var errs []error
 	for _, d := range r.Disks {
 		if d.Kind != diskRaw {

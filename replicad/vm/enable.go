@@ -26,6 +26,8 @@ type EnableOptions struct {
 	// StartAt is when the initial copy begins, at most MaxStartDelay ahead; zero
 	// = at once. Changes are tracked from the beginning.
 	StartAt time.Time
+	// Existing: images lie ready on the replica host and are compared.
+	Existing bool
 	// Retention says which recovery points the replica is asked to keep, as
 	// points.ParsePolicy reads it; empty = the default.
 	Retention string
@@ -72,7 +74,7 @@ func (m *Manager) PlanEnable(ctx context.Context, o EnableOptions) (EnablePlan, 
 	p := &EnablePlan{run: d.State != libvirt.StateOff && d.State != libvirt.StateCrashed}
 	p.rec = Record{
 		VM: wire.VMID(d.UUID), Name: d.Name, Peer: o.Peer, Interval: o.Interval, Native: true,
-		Autostart: d.Autostart, WantRunning: p.run, Created: m.deps.Now(), OnSilent: o.OnSilent, StartAt: o.StartAt,
+		Autostart: d.Autostart, WantRunning: p.run, Created: m.deps.Now(), OnSilent: o.OnSilent, StartAt: o.StartAt, Existing: o.Existing,
 		Retention: o.Retention, AppEvery: o.AppEvery,
 	}
 	if ahead := o.StartAt.Sub(m.deps.Now()); !o.StartAt.IsZero() && (ahead <= 0 || ahead > MaxStartDelay) {
@@ -92,9 +94,13 @@ func (m *Manager) PlanEnable(ctx context.Context, o EnableOptions) (EnablePlan, 
 	if p.run {
 		how = "put the exports under the running guest's disks, one by one, without a stop"
 	}
+	copying := fmt.Sprintf("%scopy %d bytes of disks while the guest runs", begins(o.StartAt), p.rec.bytes())
+	if o.Existing {
+		copying = fmt.Sprintf("%scompare %d bytes of disks with the images that lie ready on the replica host and send what differs, while the guest runs", begins(o.StartAt), p.rec.bytes())
+	}
 	p.Steps = []string{
 		fmt.Sprintf("announce the VM to %s, which defines it there, off", m.peerName(o.Peer)), "start the data plane and the change tracking", how,
-		"take over autostart", fmt.Sprintf("%scopy %d bytes of disks while the guest runs, then send changes every %s", begins(o.StartAt), p.rec.bytes(), o.Interval),
+		"take over autostart", fmt.Sprintf("%s, then send changes every %s", copying, o.Interval),
 		"after an unclean boot with a silent peer: " + p.rec.OnSilent,
 		pointsStep(o),
 	}

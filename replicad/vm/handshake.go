@@ -44,6 +44,9 @@ func (v *VM) half() (wire.HandshakeReply, error) {
 	h.VerifyAll = st.VerifyAll
 	switch st.State {
 	case points.Seeding:
+		if r.Existing {
+			h.VerifyAll = "it was given existing images"
+		}
 		h.Seeding = map[wire.DiskName]int64{}
 		for d, c := range st.Seeded {
 			h.Seeding[wire.DiskName(d)] = c
@@ -192,7 +195,7 @@ func (v *VM) committed(pos delta.Pos) error {
 		ancestors = r.Lineage.Ancestors
 	}
 	err := v.move(lineage.Change{Event: lineage.Follow, Generation: pos.Generation, At: pos, Ancestors: ancestors}, func(r *Record) {
-		r.Incomplete, r.Next = false, nil
+		r.Incomplete, r.Existing, r.Next = false, false, nil
 		r.Lineage.Sealed = delta.Pos{}
 		r.Lineage.Discard = delta.Generation{}
 	})

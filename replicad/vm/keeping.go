@@ -311,6 +311,9 @@ func (v *VM) completeStore(ctx context.Context) error {
 	if open || !fresh && !released {
 		return nil
 	}
+	if fresh && r.Existing {
+		return v.takeGiven()
+	}
 	s, err := points.Open(v.storeConfig())
 	if err == nil {
 		st := s.Status()

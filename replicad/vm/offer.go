@@ -83,13 +83,18 @@ func (m *Manager) admit(ctx context.Context, p wire.Peer, g Grant, o wire.Offer)
 func (m *Manager) accept(ctx context.Context, p wire.Peer, g Grant, o wire.Offer) (wire.OfferReply, error) {
 	r := Record{
 		VM: o.VM, Name: o.Name, Lineage: lineage.New(o.VM, delta.Generation{}), Peer: p.Host, Interval: o.Interval,
-		Spec: o.Spec, Created: m.deps.Now(), OnSilent: "start", Retention: o.Retention, AppEvery: o.AppEvery,
+		Spec: o.Spec, Created: m.deps.Now(), OnSilent: "start", Existing: o.Existing, Retention: o.Retention, AppEvery: o.AppEvery,
 	}
 	for _, d := range o.Disks {
 		r.Disks = append(r.Disks, Disk{Name: d.Name, Size: d.Size, Kind: "raw", Path: filepath.Join(imageDir(g.Root, o.VM), string(d.Name)+".raw")})
 	}
 	if err := r.foreignImages(); err != nil {
 		return wire.OfferReply{}, err
+	}
+	if r.Existing {
+		if err := r.checkGiven(); err != nil {
+			return wire.OfferReply{}, err
+		}
 	}
 	v, err := m.add(r)
 	if err != nil {
@@ -103,7 +108,11 @@ func (m *Manager) accept(ctx context.Context, p wire.Peer, g Grant, o wire.Offer
 	undo := func(err error) (wire.OfferReply, error) {
 		return wire.OfferReply{}, errors.Join(err, v.stopKeeping(), v.deleteImages(), m.remove(v))
 	}
-	if err := v.createStore(); err != nil {
+	fill := v.createStore
+	if r.Existing {
+		fill = v.takeGiven
+	}
+	if err := fill(); err != nil {
 		return undo(err)
 	}
 	v.publishGate()

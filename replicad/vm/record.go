@@ -52,6 +52,9 @@ type Record struct {
 	Scrub    session.Cursor `json:"scrub"`
 	// NoReverse: promoted, and nothing ships back (yet).
 	NoReverse bool `json:"no_reverse"`
+	// Existing: the replica begins with images that were given (see existing.go);
+	// nothing was committed into them yet.
+	Existing bool `json:"existing,omitempty"`
 	// Incomplete: the replica's base is being overwritten and holds no
 	// consistent state until the next commit.
 	Incomplete bool `json:"incomplete"`

@@ -246,7 +246,7 @@ func (v *VM) offer(ctx context.Context, p wire.Service, request string) error {
 	_, err := p.Offer(ctx, wire.Offer{
 		VM: r.VM, Name: r.Name, Spec: r.Spec, Disks: r.wireDisks(), Interval: r.Interval,
 		Retention: r.Retention, Points: v.retention().Count(), AppEvery: r.AppEvery,
-		Generation: r.Lineage.Generation, Request: request,
+		Generation: r.Lineage.Generation, Existing: r.Existing, Request: request,
 	})
 	if err != nil {
 		return fmt.Errorf("offer the VM to its replica host: %w", err)

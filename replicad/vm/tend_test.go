@@ -1,15 +1,22 @@
 package vm
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io/fs"
+	"math/rand/v2"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"kvmreplica/libvirt/libvirttest"
+	"kvmreplica/nbd"
+	"kvmreplica/replicad/wire"
 
 	"kvmreplica/replicad/dataplane"
 	"kvmreplica/replicad/status"
@@ -114,5 +121,84 @@ func TestAScheduledInitialCopyBeginsInItsTimeAlsoAfterARestart(t *testing.T) {
 	w.rest()
 	if at := w.a.vm().record().StartAt; !at.IsZero() {
 		t.Fatalf("still scheduled for %v", at)
+	}
+}
+
+func TestExistingImagesAreComparedAndOnlyWhatDiffersIsSent(t *testing.T) {
+	t.Parallel()
+	w := newPair(t)
+	content := make([]byte, diskSize)
+	_, _ = rand.NewChaCha8([32]byte{9}).Read(content)
+	must(t, os.WriteFile(filepath.Join(w.a.dir, "..", "web.raw"), content, 0o600))
+	dir := filepath.Join(w.b.root, string(testVM))
+	enable := func() error {
+		return w.a.do(func(ctx context.Context, m *Manager, _ *VM) error {
+			_, err := m.Enable(ctx, EnableOptions{Name: "web", Peer: w.b.host, Interval: 20 * time.Millisecond, Existing: true, Request: "enable"}, nil)
+			return err
+		})
+	}
+	image := filepath.Join(dir, "existing", "vda.raw")
+	refused := func(why string) {
+		t.Helper()
+		var we *wire.Error
+		if err := enable(); !errors.As(err, &we) || !strings.Contains(we.Hint, image) {
+			t.Fatalf("%s: %v", why, err)
+		}
+		if len(w.a.manager().All())+len(w.b.manager().All()) != 0 {
+			t.Fatalf("%s: something was left behind", why)
+		}
+	}
+	refused("nothing lies ready")
+	must(t, os.MkdirAll(filepath.Dir(image), 0o700))
+	must(t, os.WriteFile(image, content[:diskSize-4096], 0o600))
+	refused("too short")
+	must(t, os.Remove(image))
+	must(t, os.Symlink("/etc/passwd", image))
+	refused("a link")
+	must(t, os.Remove(image))
+	old := bytes.Clone(content)
+	copy(old[1<<20:], make([]byte, 64<<10)) // what differs
+	must(t, os.WriteFile(image, old, 0o600))
+
+	// The definition fails on B after the images were taken over: they are given back.
+	w.b.hyper.On(libvirttest.Rule{Op: "Define", Err: errors.New("no")})
+	if err := enable(); err == nil {
+		t.Fatal("defined")
+	}
+	w.b.hyper.Clear()
+	if got, err := os.ReadFile(image); err != nil || !bytes.Equal(got, old) {
+		t.Fatalf("not given back: %v", err)
+	}
+
+	must(t, enable())
+	w.b.restart() // somewhere in the comparison
+	w.until("a complete copy", func() error { return w.copied(w.a, w.b) })
+	st := w.a.vm().session().Status().Stats
+	if st.SentBytes > 512<<10 {
+		t.Fatalf("%d bytes were sent for 64 KiB that differ", st.SentBytes)
+	}
+	must(t, w.a.do(func(ctx context.Context, _ *Manager, v *VM) error { return v.StartGuest(ctx, false) }))
+	w.write(w.a, 3)
+	w.rest()
+	if w.b.vm().record().Existing {
+		t.Fatal("it still counts as given")
+	}
+	must(t, w.a.do(planned))
+	if o := w.rest(); o != w.b {
+		t.Fatal("B does not own the VM")
+	}
+	got := make([]byte, diskSize)
+	c, err := nbd.Dial(t.Context(), "unix", w.b.socket(), nbd.ClientOptions{Export: "vda", ReadOnly: true})
+	if err != nil {
+		t.Log("a second client is refused:", err)
+		got, err = os.ReadFile(filepath.Join(dir, "vda.raw"))
+		must(t, err)
+	} else {
+		_, err = c.ReadAt(got, 0)
+		must(t, errors.Join(err, c.Close()))
+	}
+	// The guest writes its counter to the first 256 KiB only.
+	if !bytes.Equal(got[256<<10:], content[256<<10:]) {
+		t.Fatal("the replica does not hold what the primary had")
 	}
 }

@@ -148,6 +148,9 @@ type Offer struct {
 	Retention string `json:",omitempty"`
 	// AppEvery is the interval of application-consistent points, 0 = none.
 	AppEvery time.Duration `json:",omitempty"`
+	// Existing: the replica host's administrator has put images ready; they are
+	// compared instead of copied.
+	Existing bool `json:",omitempty"`
 	// Request correlates both hosts' journals.
 	Request string
 }
