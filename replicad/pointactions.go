@@ -3,8 +3,11 @@ package replicad
 import (
 	"context"
 	"fmt"
+	"time"
 
 	"kvmreplica/replicad/api"
+	"kvmreplica/replicad/mount"
+	"kvmreplica/replicad/status"
 	"kvmreplica/replicad/vm"
 	"kvmreplica/replicad/wire"
 )
@@ -19,20 +22,56 @@ func (d *Daemon) Points(ctx context.Context, name string) (wire.PointsReply, err
 	return out, d.explain(err, name)
 }
 
-// pointAction changes what is kept.
-func (d *Daemon) pointAction(ctx context.Context, v *vm.VM, a api.Action, emit func(api.Event)) error {
-	if a.Verb == api.PointKeep {
-		o := vm.RetentionOptions{Quota: a.Quota}
-		if a.Retention != "" {
-			o.Retention = &a.Retention
-		}
-		r, err := v.SetRetention(o)
-		if err != nil {
-			return err
-		}
-		note(emit, "Kept on %s: %s, %s.", r.Host, r.Retention, quotaText(r.Quota))
-		return nil
+// Mounts lists the recovery points that are mounted on this host.
+func (d *Daemon) Mounts(context.Context) ([]status.Mount, error) {
+	out := []status.Mount{}
+	for _, v := range d.vms.All() {
+		out = append(out, v.Mounts()...)
 	}
+	return out, nil
+}
+
+func (d *Daemon) pointAction(ctx context.Context, v *vm.VM, a api.Action, emit func(api.Event)) error {
+	switch a.Verb {
+	case api.PointKeep:
+		return keepPoints(v, a, emit)
+	case api.PointMount:
+		o := vm.MountOptions{Point: a.Point, Writable: a.Writable, TCP: a.TCP}
+		if a.Quota != nil {
+			o.Quota = *a.Quota
+		}
+		m, err := v.MountPoint(o)
+		if err == nil {
+			emit(api.Event{Mount: &m})
+		}
+		return err
+	case api.PointUnmount:
+		n, err := v.UnmountPoint(a.Mount, a.Force)
+		if err == nil {
+			note(emit, "%d mounts ended.", n)
+		}
+		return err
+	case api.PointExport:
+		return exportPoint(ctx, v, a, emit)
+	}
+	return pinPoint(ctx, v, a, emit)
+}
+
+// keepPoints changes the retention.
+func keepPoints(v *vm.VM, a api.Action, emit func(api.Event)) error {
+	o := vm.RetentionOptions{Quota: a.Quota}
+	if a.Retention != "" {
+		o.Retention = &a.Retention
+	}
+	r, err := v.SetRetention(o)
+	if err != nil {
+		return err
+	}
+	note(emit, "Kept on %s: %s, %s.", r.Host, r.Retention, quotaText(r.Quota))
+	return nil
+}
+
+func pinPoint(ctx context.Context, v *vm.VM, a api.Action, emit func(api.Event)) error {
 	p, err := v.PinPoint(ctx, a.Point, a.Verb == api.PointPin)
 	if err != nil {
 		return err
@@ -43,6 +82,27 @@ func (d *Daemon) pointAction(ctx context.Context, v *vm.VM, a api.Action, emit f
 	}
 	note(emit, "Recovery point %d of %s (%s) %s.", p.Ordinal, p.TimeText(), p.Pos, what)
 	return nil
+}
+
+// progressEvery is how often an export tells how far it is.
+const progressEvery = time.Second
+
+func exportPoint(ctx context.Context, v *vm.VM, a api.Action, emit func(api.Event)) error {
+	begun, last := time.Now(), time.Time{}
+	files, err := v.ExportPoint(ctx, vm.ExportOptions{Point: a.Point, To: a.To, Format: a.Format}, func(p mount.Progress) {
+		if now := time.Now(); now.Sub(last) >= progressEvery {
+			last = now
+			j := status.Job{Phase: "export", Done: p.Done, Total: p.Total, ETA: -1}
+			if s := now.Sub(begun).Seconds(); s > 0 {
+				j.Rate = int64(float64(p.Done) / s)
+			}
+			emit(api.Event{Job: &j})
+		}
+	})
+	for _, f := range files {
+		note(emit, "Written: %s", f)
+	}
+	return err
 }
 
 func quotaText(n int64) string {

@@ -146,6 +146,10 @@ func (a *app) act(ctx context.Context, act api.Action) error {
 			fmt.Fprintln(a.out, clean(e.Note))
 		case e.VM != nil:
 			a.show(*e.VM)
+		case e.Mount != nil:
+			a.mount(*e.Mount)
+		case e.Job != nil:
+			fmt.Fprintln(a.err, jobText(*e.Job))
 		}
 	})
 	if err == nil && failed > 0 && act.Verb == api.PeerTest {

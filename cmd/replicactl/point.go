@@ -23,7 +23,8 @@ POINTS
 func newPoint(a *app) *cobra.Command {
 	c := &cobra.Command{Use: "point", Short: "Recovery points: list, keep, pin, mount and export them", RunE: needVerb}
 	c.AddCommand(newPointList(a), newPointKeep(a), newPointPin(a, "pin NAME POINT", "Keep a point whatever the retention says", api.PointPin),
-		newPointPin(a, "unpin NAME POINT", "Leave a point to the retention again", api.PointUnpin))
+		newPointPin(a, "unpin NAME POINT", "Leave a point to the retention again", api.PointUnpin),
+		newPointMount(a), newPointMounts(a), newPointUnmount(a), newPointExport(a))
 	return c
 }
 

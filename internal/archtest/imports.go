@@ -23,6 +23,7 @@ func allowed() map[string][]string {
 		"replicad/points":    {"replicad/delta", "internal"},
 		"replicad/overlay":   {"internal"},
 		"replicad/peer":      {"replicad/delta", "replicad/wire", "internal"},
+		"replicad/mount":     {"nbd", "replicad/overlay", "internal"},
 		"replicad/dataplane": {"nbd", "cbt", "replicad/delta", "replicad/overlay", "replicad/wire", "internal"},
 		// The data plane's client and messages are the session's other end.
 		"replicad/session":  {"replicad/delta", "replicad/lineage", "replicad/wire", "replicad/dataplane", "internal"},

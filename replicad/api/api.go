@@ -39,6 +39,11 @@ const (
 	PointPin   Verb = "point-pin"
 	PointUnpin Verb = "point-unpin"
 	PointKeep  Verb = "point-keep" // change the retention on the replica's host
+	PointMount Verb = "point-mount"
+	// PointUnmount ends the mount ID, or all of the VM.
+	PointUnmount Verb = "point-unmount"
+	// PointExport ends when its caller goes away: it is no plan.
+	PointExport Verb = "point-export"
 )
 
 // Action asks the daemon to do something to a VM (or a peer). Fields that a
@@ -66,18 +71,25 @@ type Action struct {
 	Retention string        `json:"retention,omitempty"`
 	Quota     *int64        `json:"quota,omitempty"`
 	AppEvery  time.Duration `json:"app_every_ns,omitempty"` // of application-consistent points
+	Writable  bool          `json:"writable,omitempty"`     // point-mount: with a scratch overlay of Quota bytes per disk
+	TCP       *int          `json:"tcp,omitempty"`          // point-mount: a port of the loopback interface
+	Mount     string        `json:"mount,omitempty"`        // point-unmount: the beginning of an id; empty = all
+	To        string        `json:"to,omitempty"`           // point-export: an absolute path
+	Format    string        `json:"format,omitempty"`       // point-export: raw or qcow2
 }
 
 // Event is one line of an action's answer.
 type Event struct {
-	Step   *wire.Step  `json:"step,omitempty"`   // a step began (Result empty) or ended
-	Undo   bool        `json:"undo,omitempty"`   // the step is being taken back
-	Check  *wire.Check `json:"check,omitempty"`  // one prerequisite
-	Note   string      `json:"note,omitempty"`   // a line for people
-	VM     *status.VM  `json:"vm,omitempty"`     // the relationship afterwards
-	Error  *wire.Error `json:"error,omitempty"`  // with Done: the action failed
-	Done   bool        `json:"done,omitempty"`   // last line
-	Asking *Question   `json:"asking,omitempty"` // the action needs a decision; it ended, repeat it with the flag
+	Step   *wire.Step    `json:"step,omitempty"`   // a step began (Result empty) or ended
+	Undo   bool          `json:"undo,omitempty"`   // the step is being taken back
+	Check  *wire.Check   `json:"check,omitempty"`  // one prerequisite
+	Note   string        `json:"note,omitempty"`   // a line for people
+	VM     *status.VM    `json:"vm,omitempty"`     // the relationship afterwards
+	Mount  *status.Mount `json:"mount,omitempty"`  // what was mounted
+	Job    *status.Job   `json:"job,omitempty"`    // how far it is
+	Error  *wire.Error   `json:"error,omitempty"`  // with Done: the action failed
+	Done   bool          `json:"done,omitempty"`   // last line
+	Asking *Question     `json:"asking,omitempty"` // the action needs a decision; it ended, repeat it with the flag
 }
 
 // Question is a decision only a person can take.
@@ -129,6 +141,8 @@ type Backend interface {
 	VM(ctx context.Context, name string) (status.VM, error)
 	// Points lists a VM's recovery points, wherever they are kept.
 	Points(ctx context.Context, name string) (wire.PointsReply, error)
+	// Mounts lists the recovery points that are mounted on this host.
+	Mounts(ctx context.Context) ([]status.Mount, error)
 	Peers(ctx context.Context) ([]status.Peer, error)
 	Invite(ctx context.Context, r InviteRequest) (InviteReply, error)
 	Join(ctx context.Context, r JoinRequest) (status.Peer, error)

@@ -56,6 +56,11 @@ func (c *Client) Points(ctx context.Context, name string) (v wire.PointsReply, e
 	return v, c.call(ctx, http.MethodGet, "/v1/vms/"+url.PathEscape(name)+"/points", nil, &v)
 }
 
+// Mounts lists the recovery points that are mounted on this host.
+func (c *Client) Mounts(ctx context.Context) (v []status.Mount, err error) {
+	return v, c.call(ctx, http.MethodGet, "/v1/mounts", nil, &v)
+}
+
 // Peers lists paired hosts.
 func (c *Client) Peers(ctx context.Context) (v []status.Peer, err error) {
 	return v, c.call(ctx, http.MethodGet, "/v1/peers", nil, &v)

@@ -42,6 +42,7 @@ func NewServer(back Backend, log *slog.Logger) *Server {
 	mux.HandleFunc("GET /v1/vms", reply(func(r *http.Request) (any, error) { return back.VMs(r.Context()) }))
 	mux.HandleFunc("GET /v1/vms/{name}", reply(func(r *http.Request) (any, error) { return back.VM(r.Context(), r.PathValue("name")) }))
 	mux.HandleFunc("GET /v1/vms/{name}/points", reply(func(r *http.Request) (any, error) { return back.Points(r.Context(), r.PathValue("name")) }))
+	mux.HandleFunc("GET /v1/mounts", reply(func(r *http.Request) (any, error) { return back.Mounts(r.Context()) }))
 	mux.HandleFunc("GET /v1/peers", reply(func(r *http.Request) (any, error) { return back.Peers(r.Context()) }))
 	mux.HandleFunc("GET /v1/doctor", reply(func(r *http.Request) (any, error) { return back.Doctor(r.Context()) }))
 	mux.HandleFunc("DELETE /v1/peers/{name}", reply(func(r *http.Request) (any, error) {
@@ -158,7 +159,11 @@ func (s *Server) act(w http.ResponseWriter, r *http.Request) {
 			_ = flush.Flush()
 		}
 	}
-	err = s.back.Act(context.WithoutCancel(r.Context()), a, emit)
+	ctx := context.WithoutCancel(r.Context())
+	if a.Verb == PointExport {
+		ctx = r.Context()
+	}
+	err = s.back.Act(ctx, a, emit)
 	last := Event{Done: true}
 	if err != nil {
 		last.Error = AsError(err)

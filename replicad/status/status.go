@@ -114,6 +114,29 @@ type Plan struct {
 	Started     time.Time `json:"started"`
 }
 
+// Mount is a recovery point that is shown over NBD on this host.
+type Mount struct {
+	ID          string      `json:"id"`
+	VM          string      `json:"vm"`
+	Number      uint64      `json:"number"` // of the point
+	Time        time.Time   `json:"time"`   // of its cut
+	Position    string      `json:"position"`
+	App         bool        `json:"application_consistent"`
+	Writable    bool        `json:"writable"`
+	Quota       int64       `json:"quota_bytes,omitempty"` // per disk
+	Used        int64       `json:"used_bytes"`            // by what was written, over all disks
+	Connections int         `json:"connections"`
+	Since       time.Time   `json:"since"`
+	Disks       []MountDisk `json:"disks"`
+}
+
+// MountDisk is one disk of a mount.
+type MountDisk struct {
+	Name wire.DiskName `json:"name"`
+	Size int64         `json:"size_bytes"`
+	URI  string        `json:"uri"` // for NBD clients on this host
+}
+
 // Peer is one paired host.
 type Peer struct {
 	Host      wire.HostID `json:"host"`

@@ -37,6 +37,7 @@ func (v *VM) apply(ctx context.Context, k *keeping) {
 
 // reopen replaces a store that has failed by what its files say.
 func (v *VM) reopen(ctx context.Context, k *keeping, pause *pause) {
+	v.endMounts("the replica store failed and is opened again")
 	if err := k.store.Close(); err != nil {
 		v.log.Warn("close the failed replica store", "err", err)
 	}
@@ -46,6 +47,7 @@ func (v *VM) reopen(ctx context.Context, k *keeping, pause *pause) {
 			v.mu.Lock()
 			k.store = st
 			v.mu.Unlock()
+			v.endMounts("the replica store was opened again") // begun meanwhile
 			return
 		}
 		v.setApplyError(fmt.Errorf("open the replica store: %w", err))

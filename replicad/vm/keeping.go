@@ -197,6 +197,7 @@ func (v *VM) startKeeping(ctx context.Context) error {
 
 // stopKeeping closes the store; what was committed and not applied stays.
 func (v *VM) stopKeeping() error {
+	v.endMounts("this host stops keeping the replica")
 	v.machine.Lock()
 	defer v.machine.Unlock()
 	v.mu.Lock()
@@ -206,6 +207,7 @@ func (v *VM) stopKeeping() error {
 	if k == nil {
 		return nil
 	}
+	v.endMounts("this host stops keeping the replica") // made since
 	k.cancel()
 	<-k.done
 	if err := k.store.Close(); err != nil {
@@ -383,6 +385,7 @@ func (v *VM) sealStore(p *promoteVars) (string, error) {
 	if s.Status().State == points.Promoted {
 		return "", nil
 	}
+	v.endMounts("the recovery points end with the promotion")
 	seal, err := s.Promote(p.Generation, v.record().Lineage.Forced)
 	if err != nil {
 		return "", fmt.Errorf("end the replica's history: %w", err)

@@ -24,6 +24,7 @@ import (
 
 	"kvmreplica/internal/fsx"
 	"kvmreplica/replicad/failover"
+	"kvmreplica/replicad/mount"
 	"kvmreplica/replicad/session"
 	"kvmreplica/replicad/wire"
 )
@@ -48,6 +49,9 @@ type Manager struct {
 // Broken and touched by nobody. Nothing runs yet.
 func Open(fsys fsx.FS, deps Deps) (*Manager, error) {
 	m := &Manager{deps: deps, fsys: fsys, vms: map[wire.VMID]*VM{}, broken: map[string]error{}, slots: map[wire.HostID]*session.Slots{}}
+	if err := mount.Clean(mountsDir(deps.RunDir)); err != nil {
+		return nil, err
+	}
 	if err := fsys.MkdirAll("vms"); err != nil {
 		return nil, fmt.Errorf("open the VMs' state: %w", err)
 	}

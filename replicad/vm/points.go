@@ -154,12 +154,12 @@ func (v *VM) points() (wire.PointsReply, error) {
 	if r.Orphan != nil {
 		out.Retention, out.Orphan = "", v.orphanText()
 	}
-	list := s.States()
+	list, mounts := s.States(), v.mountedAt()
 	if n := len(list); n > wire.MaxPointsListed {
 		list = list[n-wire.MaxPointsListed:]
 	}
 	for _, p := range list {
-		w := wire.Point{Ordinal: p.Ordinal, Cut: p.Cut, At: p.At, Pos: p.Pos, App: p.App, Latest: p.Latest, Pinned: p.Pinned, Bytes: p.Bytes}
+		w := wire.Point{Ordinal: p.Ordinal, Cut: p.Cut, At: p.At, Pos: p.Pos, App: p.App, Latest: p.Latest, Pinned: p.Pinned, Bytes: p.Bytes, Mounted: mounts[p.Pos]}
 		if p.Damage != nil {
 			w.Damage = wire.CleanText(p.Damage.Error(), wire.MaxText)
 		}

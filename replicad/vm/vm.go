@@ -50,6 +50,8 @@ type VM struct {
 	applying error             // guarded by mu; why the last try to apply failed
 	gone     bool              // guarded by mu; the relationship ended
 
+	mounts []*mounted // guarded by mu
+
 	// The role's machinery; set while the role is up, guarded by mu.
 	ship *shipping
 	keep *keeping
