@@ -132,6 +132,9 @@ type Start struct {
 	// Parent is where Generation branched off; zero for a first generation.
 	Parent Position
 	Dirty  Dirty
+	// Highest is an epoch number that is at least as high as any ever frozen in
+	// Generation; not 0 only when an earlier tracker of it was lost.
+	Highest uint64
 }
 
 // Source says where a restart took the dirty set from, best first.
@@ -188,7 +191,7 @@ var (
 	ErrNoTracker = errors.New("no change tracker here")
 	// ErrCorrupt: no superblock can be read. The generation and its highest
 	// epoch are lost: start a new generation with everything dirty.
-	ErrCorrupt = errors.New("both superblocks are damaged; start a new generation with everything dirty: replicactl vm resync NAME")
+	ErrCorrupt = errors.New("both superblocks are damaged")
 	// ErrFeature: written by a newer version.
 	ErrFeature = errors.New("tracker was written by a newer version; install that version or start a new generation: replicactl vm resync NAME")
 	// ErrMismatch: the tracker belongs to another VM or to other disks.

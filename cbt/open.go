@@ -37,7 +37,7 @@ func Create(cfg Config, start Start) (*Group, error) {
 	}
 	sb := &super{
 		vm: cfg.VMID, peer: cfg.PeerID, boot: cfg.BootID, writer: cfg.Writer,
-		generation: start.Generation, base: start.Base, parent: start.Parent, state: stateInUse,
+		generation: start.Generation, base: start.Base, parent: start.Parent, highest: start.Highest, state: stateInUse,
 	}
 	var oldSet *id16
 	if old, _, err := readSuper(cfg.FS); err == nil {

@@ -46,6 +46,14 @@ func (p *Plane) openTracker() error {
 	if errors.Is(err, cbt.ErrNoTracker) {
 		return nil
 	}
+	if errors.Is(err, cbt.ErrCorrupt) {
+		// The daemon knows the generation and decides; until then nothing is
+		// exported.
+		p.log.Error("the tracker cannot be read", "err", err)
+		text := err.Error()
+		p.lost.Store(&text)
+		return nil
+	}
 	if err != nil {
 		return err
 	}
@@ -65,6 +73,9 @@ func (p *Plane) createTracker(ctx context.Context, r CreateRequest) error {
 	if r.Generation.IsZero() {
 		return invalid("create: no generation")
 	}
+	if (r.Lost != "" || r.Highest != 0) && (!r.DirtyAll || !r.Base.IsZero() || r.Replace) {
+		return invalid("create: a lost tracker is replaced by one that knows nothing")
+	}
 	if g := p.group.Load(); g != nil {
 		if g.Generation() == r.Generation {
 			return markAll(g, r.Dirty) // a repeated call: a crash may have come between
@@ -80,7 +91,7 @@ func (p *Plane) createTracker(ctx context.Context, r CreateRequest) error {
 	if err != nil {
 		return err
 	}
-	start := cbt.Start{Generation: r.Generation, Base: cbtPos(r.Base), Dirty: cbt.DirtyNone}
+	start := cbt.Start{Generation: r.Generation, Base: cbtPos(r.Base), Dirty: cbt.DirtyNone, Highest: r.Highest}
 	if r.DirtyAll {
 		start.Dirty = cbt.DirtyAll
 	}
@@ -91,10 +102,15 @@ func (p *Plane) createTracker(ctx context.Context, r CreateRequest) error {
 	if err != nil {
 		return err
 	}
-	if err := markAll(g, r.Dirty); err != nil {
+	err = markAll(g, r.Dirty)
+	if r.Lost != "" {
+		err = errors.Join(err, g.MarkAll(r.Lost))
+	}
+	if err != nil {
 		return errors.Join(err, g.Close(ctx))
 	}
 	p.group.Store(g)
+	p.lost.Store(nil)
 	p.report.Store(&cbt.OpenReport{})
 	p.log.Info("tracker created", "generation", r.Generation, "base", r.Base)
 	return p.restoreLocked()
@@ -392,6 +408,9 @@ func (p *Plane) Status() Status {
 	}
 	g := p.group.Load()
 	if g == nil {
+		if why := p.lost.Load(); why != nil {
+			s.TrackerLost = *why
+		}
 		return s
 	}
 	st := g.Status()

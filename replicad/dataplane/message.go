@@ -31,6 +31,9 @@ type Status struct {
 	Suspect int64
 	// Recovered says where the dirty set came from at the last open and why.
 	Recovered string
+	// TrackerLost says why an existing tracker cannot be read; Tracker is false
+	// then, and no export opens until CreateTracker makes another.
+	TrackerLost string `json:",omitempty"`
 	// TrackingLost is non-empty when changes cannot be recorded durably.
 	TrackingLost string
 	Sealed       bool
@@ -73,6 +76,11 @@ type CreateRequest struct {
 	Parents []delta.Pos `json:",omitempty"`
 	// DirtyAll marks everything (nothing is known of the difference).
 	DirtyAll bool
+	// Lost says why an earlier tracker of Generation cannot be read; not empty
+	// only with DirtyAll. Everything is then compared before it is sent, and
+	// epochs are numbered from Highest on, above any that was frozen before.
+	Lost    string `json:",omitempty"`
+	Highest uint64 `json:",omitempty"`
 	// Replace discards an existing tracker of another generation first (a role
 	// change: the caller has decided that its marks are taken over or void).
 	Replace bool

@@ -39,6 +39,7 @@ type Plane struct {
 	server   *nbd.Server
 
 	group  atomic.Pointer[cbt.Group]
+	lost   atomic.Pointer[string] // why an existing tracker cannot be read
 	report atomic.Pointer[cbt.OpenReport]
 	held   atomic.Pointer[frozen]
 

@@ -320,7 +320,7 @@ func (w *pair) rest() *side {
 		}
 		n := o.vm().session().Status()
 		if n.Pending > 0 {
-			return fmt.Errorf("%d pending", n.Pending)
+			return fmt.Errorf("%d pending: %+v", n.Pending, n)
 		}
 		return w.settled()
 	})

@@ -72,6 +72,8 @@ type Record struct {
 	Superseded string `json:"superseded,omitempty"`
 	// Refused are correlation ids of promotions this host declined for good.
 	Refused []string `json:"refused,omitempty"`
+	// EpochFloor is where the epochs of a tracker began that replaced a lost one.
+	EpochFloor uint64 `json:"epoch_floor,omitempty"`
 	// Promotion is the correlation id that made Lineage.Generation here.
 	Promotion string `json:"promotion,omitempty"`
 	// Retention says which recovery points are kept while this host is the

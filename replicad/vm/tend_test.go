@@ -14,6 +14,8 @@ import (
 	"testing"
 	"time"
 
+	"kvmreplica/libvirt"
+
 	"kvmreplica/libvirt/libvirttest"
 	"kvmreplica/nbd"
 	"kvmreplica/replicad/wire"
@@ -200,5 +202,64 @@ func TestExistingImagesAreComparedAndOnlyWhatDiffersIsSent(t *testing.T) {
 	// The guest writes its counter to the first 256 KiB only.
 	if !bytes.Equal(got[256<<10:], content[256<<10:]) {
 		t.Fatal("the replica does not hold what the primary had")
+	}
+}
+
+// The state directory's disk ate the tracker: the guest must run all the same,
+// and what is not known any more is compared, never taken for equal.
+func TestALostTrackerIsReplacedAndEverythingCompared(t *testing.T) {
+	t.Parallel()
+	for name, lose := range map[string]func(dir string) error{
+		"cut short": func(dir string) error { return os.Truncate(filepath.Join(dir, "super"), 100) },
+		"gone":      os.RemoveAll,
+	} {
+		w := newPair(t)
+		w.protect()
+		w.rest()
+		rounds := 1
+		if name == "cut short" {
+			rounds = 2 // also above the epochs of the first replacement
+		}
+		for round := range rounds {
+			w.a.kill()
+			w.a.hyper.halt()
+			w.a.hyper.SetState(string(testVM), libvirt.StateOff, libvirt.ReasonNone)
+			w.a.stopPlane()
+			// Written without anybody's knowledge.
+			f, err := os.OpenFile(filepath.Join(w.a.dir, "..", "web.raw"), os.O_RDWR, 0)
+			must(t, err)
+			_, err = f.WriteAt([]byte{1, 2, 3, byte(round)}, 3<<20)
+			must(t, errors.Join(err, f.Close()))
+			must(t, os.RemoveAll(filepath.Join(w.a.dir, "run")))
+			must(t, lose(filepath.Join(w.a.dir, "state", "vms", string(testVM), "track", "tracker")))
+			w.a.start()
+			w.until("the guest to run again", func() error {
+				if !w.a.hyper.runs() {
+					return errors.New("off")
+				}
+				return nil
+			})
+			if o := w.rest(); o != w.a {
+				t.Fatalf("%s: A does not own the VM", name)
+			}
+			w.until("an epoch above all that were used", func() error {
+				if e := w.a.vm().session().Status().Committed.Epoch; e <= uint64(round+1)*lostStep {
+					return fmt.Errorf("%s: epoch %d", name, e)
+				}
+				return nil
+			})
+			if st := w.a.vm().session().Status(); st.Stats.SentBytes > 256<<10 {
+				t.Fatalf("%s: %d bytes were sent", name, st.Stats.SentBytes)
+			}
+		}
+		must(t, w.a.do(planned))
+		if o := w.rest(); o != w.b {
+			t.Fatalf("%s: B does not own the VM", name)
+		}
+		image, err := os.ReadFile(filepath.Join(w.b.root, string(testVM), "vda.raw"))
+		must(t, err)
+		if !bytes.Equal(image[3<<20:3<<20+4], []byte{1, 2, 3, byte(rounds - 1)}) {
+			t.Fatalf("%s: the replica missed a change: %x", name, image[3<<20:3<<20+4])
+		}
 	}
 }

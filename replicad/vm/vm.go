@@ -195,7 +195,7 @@ func (v *VM) up(ctx context.Context) error {
 		}
 		return v.catchUp()
 	case r.Lineage.MayServe():
-		if err := v.startPlane(ctx); err != nil {
+		if err := v.trackedPlane(ctx); err != nil {
 			return err
 		}
 		if !r.NoReverse {
@@ -203,7 +203,7 @@ func (v *VM) up(ctx context.Context) error {
 		}
 	case r.Lineage.State == lineage.Primary || r.Lineage.State == lineage.Promoted:
 		// diverged: the disks stay served to a guest that runs, nothing ships
-		return v.startPlane(ctx)
+		return v.trackedPlane(ctx)
 	}
 	return nil
 }
