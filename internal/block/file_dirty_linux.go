@@ -17,6 +17,7 @@ type dirtyState struct {
 	bytes atomic.Int64
 
 	kick chan struct{} // capacity 1
+	busy chan struct{} // capacity 1; full while writeback runs or may not
 	quit chan struct{}
 	done chan struct{}
 	once sync.Once
@@ -38,6 +39,7 @@ func (f *File) startWriteback(limit int64) {
 	d.limit = limit
 	d.changed = sync.NewCond(&d.mu)
 	d.kick = make(chan struct{}, 1)
+	d.busy = make(chan struct{}, 1)
 	d.quit = make(chan struct{})
 	d.done = make(chan struct{})
 	go d.run(f.writeback)
@@ -52,8 +54,14 @@ func (d *dirtyState) run(writeback func()) {
 			return
 		case <-d.kick:
 		}
+		select {
+		case <-d.quit:
+			return
+		case d.busy <- struct{}{}:
+		}
 		covered := d.bytes.Load()
 		writeback()
+		<-d.busy
 		d.mu.Lock()
 		d.bytes.Add(-covered)
 		d.changed.Broadcast()

@@ -98,16 +98,20 @@ func (f *File) LockQEMU() error {
 		return err
 	}
 	defer f.leave()
-	uses := []qemuPerm{permConsistentRead}
-	if !f.readOnly {
-		uses = append(uses, permWrite)
-	}
-	unshared := []qemuPerm{permWrite, permResize}
-	err := f.lockQEMU(uses, unshared)
+	err := f.lockQEMU(f.qemuPerms())
 	if err != nil {
 		_ = f.unlockQEMU()
 	}
 	return err
+}
+
+// qemuPerms is what we use of an image and what we do not share.
+func (f *File) qemuPerms() (uses, unshared []qemuPerm) {
+	uses = []qemuPerm{permConsistentRead}
+	if !f.readOnly {
+		uses = append(uses, permWrite)
+	}
+	return uses, []qemuPerm{permWrite, permResize}
 }
 
 // lockQEMU takes first and looks afterwards, as QEMU does: of two that start at
