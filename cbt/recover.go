@@ -318,6 +318,20 @@ func (r *recovery) shared() (Position, error) {
 }
 
 func (r *recovery) sharedDisk(d *Disk, h sharedHeader) error {
+	if err := r.mapShared(d, h); err != nil {
+		return err
+	}
+	if r.g.share.Load().isVoid() {
+		return errSharedVoid
+	}
+	st := d.st.Load()
+	st.fine[0].merge(st.fine[1], true)
+	return r.markedAll(d)
+}
+
+// mapShared lays a disk's bitmaps over what this boot's memory holds, and
+// changes nothing there.
+func (r *recovery) mapShared(d *Disk, h sharedHeader) error {
 	st := d.st.Load()
 	h.disk, h.size = d.id, st.size
 	shm, err := openSharedDisk(r.g.cfg.SharedDir, h, st.granules, false)
@@ -344,11 +358,13 @@ func (r *recovery) sharedDisk(d *Disk, h sharedHeader) error {
 			return err
 		}
 	}
-	if r.g.share.Load().isVoid() {
-		return errSharedVoid
-	}
-	st.fine[0].merge(st.fine[1], true)
-	for s := range st.fine[0].runs() {
+	return nil
+}
+
+// markedAll checks that whatever is dirty is marked.
+func (r *recovery) markedAll(d *Disk) error {
+	st := d.st.Load()
+	for s := range st.fine[r.g.slot].runs() {
 		if lo, hi := regionSpan(s.lo, s.hi); !st.intent.has(lo, hi) {
 			return fmt.Errorf("%w: dirty but not marked at region %d", errDamaged, lo)
 		}

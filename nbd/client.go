@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"kvmreplica/internal/block"
@@ -71,6 +72,7 @@ type Client struct {
 	info  serverInfo
 	slots chan *call // free ones; capacity InFlight
 	table []*call    // by cookie
+	held  atomic.Pointer[clientHold]
 
 	sendMu sync.Mutex
 	sendBf []byte // guarded by sendMu
@@ -137,9 +139,6 @@ func (o ClientOptions) timeout() time.Duration {
 // NewClient negotiates on an open connection, which it owns from now on, also
 // when it fails.
 func NewClient(ctx context.Context, nc net.Conn, opts ClientOptions) (*Client, error) {
-	if opts.InFlight <= 0 {
-		opts.InFlight = defaultInFlight
-	}
 	stop := context.AfterFunc(ctx, func() { _ = nc.SetDeadline(time.Unix(1, 0)) })
 	_ = nc.SetDeadline(time.Now().Add(opts.timeout()))
 	info, err := clientHandshake(nc, opts.Export)
@@ -154,6 +153,14 @@ func NewClient(ctx context.Context, nc net.Conn, opts ClientOptions) (*Client, e
 		return nil, fmt.Errorf("negotiate nbd export %q: %w", opts.Export, err)
 	}
 	_ = nc.SetDeadline(time.Time{})
+	return startClient(nc, info, opts), nil
+}
+
+// startClient begins to receive on a negotiated connection.
+func startClient(nc net.Conn, info serverInfo, opts ClientOptions) *Client {
+	if opts.InFlight <= 0 {
+		opts.InFlight = defaultInFlight
+	}
 	c := &Client{
 		nc: nc, opts: opts, info: info,
 		slots: make(chan *call, opts.InFlight),
@@ -165,7 +172,7 @@ func NewClient(ctx context.Context, nc net.Conn, opts ClientOptions) (*Client, e
 		c.slots <- q
 	}
 	go c.receive()
-	return c, nil
+	return c
 }
 
 // acceptable refuses servers that cannot do what the caller needs.

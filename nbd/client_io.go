@@ -96,6 +96,9 @@ func (c *Client) receive() {
 	r := bufio.NewReaderSize(c.nc, clientBuffer)
 	for {
 		if err := c.receiveOne(r); err != nil {
+			if c.rest(err, r.Buffered()) {
+				continue
+			}
 			if !errors.Is(err, ErrProtocol) {
 				err = fmt.Errorf("%w: %w", ErrDisconnected, err)
 			}

@@ -320,3 +320,36 @@ func TestAClientThatConnectsWhileAServerIsHeldIsGreetedLater(t *testing.T) {
 		must(t, c.Close())
 	}
 }
+
+func TestAClientsConnectionIsHandedOnBetweenTwoRequests(t *testing.T) {
+	s := serve(t, nbd.Options{}, nbd.Export{Device: newFile(t, 1<<20)})
+	c := s.dial(t, nbd.ClientOptions{})
+	for i := range 20 {
+		want := bytes.Repeat([]byte{byte(i + 1)}, 512)
+		if _, err := c.WriteAt(want, int64(i)*512); err != nil {
+			t.Fatal(err)
+		}
+		h, resume, err := c.HandOver(t.Context())
+		must(t, err)
+		if i%4 == 3 { // taken back
+			resume()
+			continue
+		}
+		var fd int
+		var derr error
+		must(t, c.Control(func(x uintptr) { fd, derr = unix.FcntlInt(x, unix.F_DUPFD_CLOEXEC, 0) }))
+		must(t, derr)
+		f := os.NewFile(uintptr(fd), "conn")
+		nc, err := net.FileConn(f)
+		must(t, err)
+		must(t, f.Close())
+		next, err := nbd.AdoptClient(nc, h, nbd.ClientOptions{})
+		must(t, err)
+		t.Cleanup(func() { _ = next.Close() })
+		got := make([]byte, 512)
+		if _, err := next.ReadAt(got, int64(i)*512); err != nil || !bytes.Equal(got, want) {
+			t.Fatalf("round %d: %v", i, err)
+		}
+		c = next
+	}
+}
