@@ -37,6 +37,7 @@ func newKeeperCommand() *cobra.Command {
 // hands over the listening sockets as descriptors 3 and 4.
 func newDataplaneCommand() *cobra.Command {
 	var config string
+	var successor bool
 	cmd := &cobra.Command{
 		Use:    "dataplane --config FILE",
 		Short:  "Serve and track one VM's disks",
@@ -45,10 +46,14 @@ func newDataplaneCommand() *cobra.Command {
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGINT, syscall.SIGTERM)
 			defer stop()
+			if successor {
+				return dataplane.RunSuccessor(ctx, config)
+			}
 			return dataplane.RunPlane(ctx, config)
 		},
 	}
 	cmd.Flags().StringVar(&config, "config", "", "the VM's data-plane configuration (required)")
+	cmd.Flags().BoolVar(&successor, "successor", false, "take over from the data plane that started this process")
 	cobra.CheckErr(cmd.MarkFlagRequired("config"))
 	return cmd
 }

@@ -24,6 +24,8 @@ const (
 	syncTimeout  = 2 * time.Minute // calls that sync images
 	drainTimeout = 2 * time.Minute
 	dialTimeout  = 5 * time.Second
+
+	upgradeTimeout = time.Minute // a program starts; the guest waits for milliseconds of it
 )
 
 // maxReply bounds what a control reply may hold: 4096 ranges and digests fit
@@ -173,6 +175,13 @@ func (c *Client) UnlockQEMU(ctx context.Context, disk wire.DiskName) error {
 // Sync makes every image durable (the hand-over asks for it twice).
 func (c *Client) Sync(ctx context.Context) error {
 	return c.post(ctx, "sync", syncTimeout, struct{}{}, nil)
+}
+
+// Upgrade lets the installed program succeed the data plane, connections and
+// all. An error means that everything is as before. Only a call whose answer
+// was lost leaves it open; Status tells then.
+func (c *Client) Upgrade(ctx context.Context, r UpgradeRequest) (a UpgradeReply, err error) {
+	return a, c.post(ctx, "upgrade", upgradeTimeout, r, &a)
 }
 
 // Shutdown drains and ends the data plane and its keeper.

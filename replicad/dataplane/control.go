@@ -11,6 +11,7 @@ import (
 
 	"kvmreplica/cbt"
 	"kvmreplica/internal/fsx"
+	"kvmreplica/internal/version"
 	"kvmreplica/nbd"
 	"kvmreplica/replicad/delta"
 	"kvmreplica/replicad/wire"
@@ -396,7 +397,11 @@ func deltaPos(p cbt.Position) delta.Pos {
 // Status is everything at once.
 func (p *Plane) Status() Status {
 	ch := p.choices.get()
-	s := Status{VM: p.cfg.VM, PID: os.Getpid(), Started: p.started, Instance: p.instance, Refuse: ch.Refuse}
+	s := Status{VM: p.cfg.VM, PID: os.Getpid(), Started: p.started, Instance: p.instance, Refuse: ch.Refuse, Version: version.String()}
+	s.Outdated = p.cfg.outdated(s.PID)
+	if pid, err := runningPID(p.cfg.keeperPID()); err == nil && pid != 0 {
+		s.KeeperPID, s.KeeperOutdated = pid, p.cfg.outdated(pid)
+	}
 	for _, i := range p.images {
 		d := DiskStatus{Name: i.cfg.Name, Size: i.dev.Size(), QemuLock: i.locked.Load()}
 		if st, ok := p.server.Stats(string(i.cfg.Name)); ok {

@@ -168,31 +168,24 @@ func readFailure(cfg Config) error {
 // Stop drains and ends the data plane and its keeper, and waits for that. It is
 // a no-op when neither runs.
 func Stop(ctx context.Context, cfg Config) error {
-	keeper, err := runningPID(cfg.keeperPID())
-	if err != nil {
-		return err
-	}
-	plane, err := runningPID(cfg.planePID())
-	if err != nil {
-		return err
-	}
-	for _, pid := range []int{keeper, plane} {
-		if pid == 0 {
-			continue
-		}
-		// The keeper passes it on; an orphan is told directly as well.
-		if err := unix.Kill(pid, unix.SIGTERM); err != nil && !errors.Is(err, unix.ESRCH) {
-			return fmt.Errorf("stop process %d of %s: %w", pid, cfg.Name, err)
-		}
-		if keeper != 0 {
-			break
-		}
-	}
+	told := map[int]bool{}
 	for {
 		keeper, err1 := runningPID(cfg.keeperPID())
 		plane, err2 := runningPID(cfg.planePID())
 		if keeper == 0 && plane == 0 && err1 == nil && err2 == nil {
 			return nil
+		}
+		// The keeper passes it on; an orphan, or the one that took over from it
+		// meanwhile, is told directly.
+		who := keeper
+		if who == 0 {
+			who = plane
+		}
+		if who != 0 && !told[who] {
+			told[who] = true
+			if err := unix.Kill(who, unix.SIGTERM); err != nil && !errors.Is(err, unix.ESRCH) {
+				return fmt.Errorf("stop process %d of %s: %w", who, cfg.Name, err)
+			}
 		}
 		select {
 		case <-ctx.Done():
@@ -201,6 +194,39 @@ func Stop(ctx context.Context, cfg Config) error {
 		case <-time.After(pollEvery):
 		}
 	}
+}
+
+// ReplaceKeeper ends the keeper and starts one of the installed program, which
+// adopts the data plane. A guest does not notice: the data plane has the
+// sockets as well.
+func ReplaceKeeper(ctx context.Context, cfg Config) error {
+	pid, err := runningPID(cfg.keeperPID())
+	if err != nil {
+		return fmt.Errorf("find the keeper of %s: %w", cfg.Name, err)
+	}
+	if pid != 0 {
+		// Not asked to end: it would drain the data plane.
+		if err := unix.Kill(pid, unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) {
+			return fmt.Errorf("end the keeper %d of %s: %w", pid, cfg.Name, err)
+		}
+	}
+	for {
+		now, err := runningPID(cfg.keeperPID())
+		if err == nil && now != pid {
+			break // gone, or another one is there already
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("wait for the end of the keeper %d of %s: %w", pid, cfg.Name, ctx.Err())
+		case <-time.After(pollEvery):
+		}
+	}
+	c, err := Ensure(ctx, cfg)
+	if err != nil {
+		return err
+	}
+	c.Close()
+	return nil
 }
 
 // asWire gives every error the shape that crosses the socket.

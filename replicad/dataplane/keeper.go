@@ -21,9 +21,6 @@ const (
 	restartStable = 2 * time.Second // a run this long resets the pause
 )
 
-// exitDrained is how a data plane says that it ended on purpose.
-const exitDrained = 0
-
 // keeper owns the sockets of one VM and keeps a data plane behind them.
 type keeper struct {
 	cfg     Config
@@ -98,18 +95,22 @@ func (k *keeper) supervise(ctx context.Context, p process) error {
 		started := time.Now()
 		if p == nil {
 			var err error
-			if p, err = k.start(); err != nil {
+			if p, err = k.next(); err != nil {
 				k.log.Error("the data plane does not start", "err", err)
 			}
 		}
 		if p != nil {
 			code := k.watch(ctx, p)
-			p = nil
-			if code == exitDrained || ctx.Err() != nil {
+			var err error
+			if p, err = k.heir(); p != nil {
+				k.log.Info("the data plane was succeeded by another")
+				continue
+			}
+			if err == nil && (k.drained() || ctx.Err() != nil) {
 				k.log.Info("the data plane has ended", "code", code)
 				return nil
 			}
-			k.log.Error("the data plane died, starting it again", "code", code, "ran", time.Since(started), "pause", pause)
+			k.log.Error("the data plane died, starting it again", "code", code, "ran", time.Since(started), "pause", pause, "err", err)
 		}
 		if time.Since(started) > restartStable {
 			pause = restartFirst
@@ -121,6 +122,35 @@ func (k *keeper) supervise(ctx context.Context, p process) error {
 		}
 		pause = min(2*pause, restartMax)
 	}
+}
+
+// next is the data plane that runs already, or a new one.
+func (k *keeper) next() (process, error) {
+	if p, err := k.heir(); p != nil || err != nil {
+		return p, err
+	}
+	return k.start()
+}
+
+// heir finds the data plane that holds the pid file: one that took over from
+// another is nobody's child. An error means that one lives or just died, and
+// that the file does not name it yet.
+func (k *keeper) heir() (process, error) {
+	pid, err := runningPID(k.cfg.planePID())
+	if err != nil || pid == 0 {
+		return nil, err
+	}
+	pidfd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return nil, fmt.Errorf("data plane %d: %w", pid, err)
+	}
+	return adopted(pidfd), nil
+}
+
+// drained reports that the last data plane ended on purpose.
+func (k *keeper) drained() bool {
+	_, err := os.Stat(k.cfg.drainedFile())
+	return err == nil
 }
 
 // watch waits for the end of a data plane, asking for it when ctx ends.
@@ -201,31 +231,25 @@ func (k *keeper) adopt() (process, error) {
 		*s.dst = os.NewFile(uintptr(fd), "socket")
 	}
 	k.log.Info("adopted a running data plane", "pid", pid)
-	return &adopted{pidfd: pidfd, drained: k.cfg.drainedFile()}, nil
+	return adopted(pidfd), nil
 }
 
-// adopted is a data plane somebody else started.
-type adopted struct {
-	pidfd   int
-	drained string // exists when it ended on purpose
-}
+// adopted is a data plane somebody else started, by its pidfd. Its exit code
+// belongs to its parent.
+type adopted int
 
-func (a *adopted) wait() int {
-	fds := []unix.PollFd{{Fd: int32(a.pidfd), Events: unix.POLLIN}}
+func (a adopted) wait() int {
+	fds := []unix.PollFd{{Fd: int32(a), Events: unix.POLLIN}}
 	for {
 		if _, err := unix.Poll(fds, -1); !errors.Is(err, unix.EINTR) {
 			break
 		}
 	}
-	_ = unix.Close(a.pidfd)
-	// The exit code belongs to its parent; a drained data plane leaves a word.
-	if _, err := os.Stat(a.drained); err == nil {
-		return exitDrained
-	}
+	_ = unix.Close(int(a))
 	return -1
 }
 
-func (a *adopted) signal(s unix.Signal) { _ = unix.PidfdSendSignal(a.pidfd, s, nil, 0) }
+func (a adopted) signal(s unix.Signal) { _ = unix.PidfdSendSignal(int(a), s, nil, 0) }
 
 // binary is the program to run.
 func (c Config) binary() (string, error) {

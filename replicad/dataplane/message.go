@@ -12,6 +12,12 @@ type Status struct {
 	VM      wire.VMID
 	PID     int
 	Started time.Time
+	// Version is the program's; Outdated says that another program is installed
+	// in its place, for the data plane and for its keeper (pid 0: none).
+	Version        string
+	Outdated       bool `json:",omitempty"`
+	KeeperPID      int  `json:",omitempty"`
+	KeeperOutdated bool `json:",omitempty"`
 	// Instance is random per process: another value means that it restarted
 	// and every frozen epoch of before is gone.
 	Instance string

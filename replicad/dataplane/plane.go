@@ -15,6 +15,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"kvmreplica/cbt"
 	"kvmreplica/internal/fsx"
 	"kvmreplica/nbd"
@@ -52,13 +54,22 @@ type Plane struct {
 
 	window windows
 
+	// For an upgrade: the locked pid file (nil without a keeper), one attempt at
+	// a time, whether a successor has everything, and what is told of it.
+	pid       *pidFile
+	upgradeMu sync.Mutex
+	left      atomic.Bool
+	moved     chan struct{} // closed when left
+	calls     *calls
+	state     fsx.FS
+	crash     func(point string)
+
 	stopOnce sync.Once
 	stopped  chan struct{} // closed by stop
 }
 
-// Open locks the images, opens the tracker if there is one and prepares the
-// exports that were open before. Nothing is served yet.
-func Open(ctx context.Context, cfg Config, log *slog.Logger) (_ *Plane, err error) {
+// newPlane prepares a data plane without touching an image or the tracker.
+func newPlane(cfg Config, log *slog.Logger) (*Plane, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, &wire.Error{Kind: wire.KindInvalid, Text: err.Error()}
 	}
@@ -70,16 +81,25 @@ func Open(ctx context.Context, cfg Config, log *slog.Logger) (_ *Plane, err erro
 	if err != nil {
 		return nil, err
 	}
-	if err := state.MkdirAll("tracker"); err != nil {
-		return nil, fmt.Errorf("make the tracker's directory: %w", err)
-	}
 	p := &Plane{
 		cfg: cfg, vm: vm, log: log, started: time.Now(), instance: fmt.Sprintf("%d-%x", os.Getpid(), nonce()),
-		exported: map[wire.DiskName]bool{}, stopped: make(chan struct{}),
-		server: nbd.NewServer(nbd.Options{Log: log.With("part", "nbd")}),
+		exported: map[wire.DiskName]bool{}, stopped: make(chan struct{}), moved: make(chan struct{}),
+		server: nbd.NewServer(nbd.Options{Log: log.With("part", "nbd")}), calls: newCalls(), state: state,
 	}
-	if p.choices, err = openChoices(state); err != nil {
+	p.crash = newCrash(cfg, log)
+	p.choices, err = openChoices(state)
+	return p, err
+}
+
+// Open locks the images, opens the tracker if there is one and prepares the
+// exports that were open before. Nothing is served yet.
+func Open(ctx context.Context, cfg Config, log *slog.Logger) (_ *Plane, err error) {
+	p, err := newPlane(cfg, log)
+	if err != nil {
 		return nil, err
+	}
+	if err := p.state.MkdirAll("tracker"); err != nil {
+		return nil, fmt.Errorf("make the tracker's directory: %w", err)
 	}
 	if p.images, err = openImages(ctx, cfg, p.choices.get().QemuLock); err != nil {
 		return nil, err
@@ -109,7 +129,7 @@ func (p *Plane) Serve(ctx context.Context, guests, control net.Listener) error {
 		}
 	})
 	h := &http.Server{
-		Handler: p.routes(), ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute,
+		Handler: p.gated(p.routes()), ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute,
 		MaxHeaderBytes: 16 << 10, ErrorLog: slog.NewLogLogger(p.log.Handler(), slog.LevelWarn),
 		BaseContext: func(net.Listener) context.Context { return ctx },
 	}
@@ -129,9 +149,16 @@ func (p *Plane) Serve(ctx context.Context, guests, control net.Listener) error {
 	select {
 	case <-ctx.Done():
 	case <-p.stopped:
+	case <-p.moved:
 	case err = <-fail:
 	}
-	err = errors.Join(err, p.drain())
+	p.upgradeMu.Lock() // an attempt under way ends first
+	defer p.upgradeMu.Unlock()
+	if p.left.Load() {
+		err = errHandedOver
+	} else {
+		err = errors.Join(err, p.drain())
+	}
 	// The call that asked for the end gets its answer before the socket goes.
 	bye, done := context.WithTimeout(context.Background(), lastReply)
 	defer done()
@@ -178,10 +205,15 @@ func (p *Plane) cleaner(ctx context.Context) {
 			return
 		case <-t.C:
 		}
-		if p.group.Load() == nil {
-			continue
+		leave, err := p.calls.enter(ctx)
+		if err != nil || p.left.Load() {
+			return
 		}
-		if _, err := p.clean(ctx); err != nil && ctx.Err() == nil {
+		if p.group.Load() != nil {
+			_, err = p.clean(ctx)
+		}
+		leave()
+		if err != nil && ctx.Err() == nil {
 			p.log.Warn("clean step failed, regions stay marked", "err", err)
 		}
 	}
@@ -198,11 +230,19 @@ func (p *Plane) distrust(ctx context.Context, i *image) {
 		case reason = <-i.upstream.lost:
 		}
 		p.log.Warn("upstream lost", "disk", i.cfg.Name, "reason", reason)
-		if g := p.group.Load(); g != nil {
-			if err := g.MarkAll(reason); err != nil {
-				p.log.Error("everything should be marked", "reason", reason, "err", err)
-			}
+		leave, err := p.calls.enter(ctx)
+		if err != nil || p.left.Load() {
+			return // no hand-over takes place while a loss is not marked
 		}
+		if g := p.group.Load(); g != nil {
+			err = g.MarkAll(reason)
+		}
+		leave()
+		if err != nil {
+			p.log.Error("everything should be marked", "reason", reason, "err", err)
+			continue // and no upgrade until it is
+		}
+		i.upstream.unmarked.Store(len(i.upstream.lost) > 0)
 	}
 }
 
@@ -260,13 +300,48 @@ func RunPlane(ctx context.Context, configFile string) error {
 		writeFailure(cfg, mapError(err))
 		return fmt.Errorf("data plane of %s: %w", cfg.Name, err)
 	}
-	if err := os.Remove(cfg.failureFile()); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	p.pid = lock
+	return p.run(ctx, guests, control)
+}
+
+// run serves until the end and leaves a word when that was on purpose.
+func (p *Plane) run(ctx context.Context, guests, control net.Listener) error {
+	if err := os.Remove(p.cfg.failureFile()); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	if err := p.Serve(ctx, guests, control); err != nil {
-		return fmt.Errorf("data plane of %s: %w", cfg.Name, err)
+	err := p.Serve(ctx, guests, control)
+	if errors.Is(err, errHandedOver) {
+		return nil // the keeper finds the successor by the pid file
 	}
-	return replaceFile(filepath.Clean(cfg.drainedFile()), []byte("drained\n"), 0o600)
+	if err != nil {
+		return fmt.Errorf("data plane of %s: %w", p.cfg.Name, err)
+	}
+	return replaceFile(filepath.Clean(p.cfg.drainedFile()), []byte("drained\n"), 0o600)
+}
+
+// crashEnv names the point of an upgrade at which a process kills itself, or,
+// with "/keeper" behind it, its keeper. For tests of exactly that.
+const crashEnv = "REPLICAD_CRASH_AT"
+
+func newCrash(cfg Config, log *slog.Logger) func(string) {
+	want := os.Getenv(crashEnv)
+	return func(point string) {
+		if want != point && want != point+"/keeper" {
+			return
+		}
+		victim := os.Getpid()
+		if want != point {
+			var err error
+			if victim, err = runningPID(cfg.keeperPID()); err != nil || victim == 0 {
+				return
+			}
+		}
+		log.Error("crashing, as the environment asks", "point", point, "pid", victim)
+		_ = unix.Kill(victim, unix.SIGKILL)
+		if want == point {
+			select {} // the signal is on its way
+		}
+	}
 }
 
 func invalid(format string, a ...any) error {

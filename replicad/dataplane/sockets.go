@@ -15,6 +15,7 @@ import (
 const (
 	fdNBD     = 3
 	fdControl = 4
+	fdLink    = 5 // of a successor: to its predecessor
 )
 
 // backlog is how many clients may wait while no data plane accepts.
@@ -66,9 +67,17 @@ func orKeep(id *int) int {
 }
 
 // inherited turns a descriptor handed over by the keeper into a listener. The
-// descriptor itself stays open.
+// descriptor itself stays open: it is never wrapped into an os.File, which
+// would close it when it is collected.
 func inherited(fd int, name string) (net.Listener, error) {
-	l, err := net.FileListener(os.NewFile(uintptr(fd), name))
+	unix.CloseOnExec(fd)
+	dup, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("take over the %s socket from the keeper (descriptor %d): %w", name, fd, err)
+	}
+	f := os.NewFile(uintptr(dup), name)
+	defer f.Close()
+	l, err := net.FileListener(f)
 	if err != nil {
 		return nil, fmt.Errorf("take over the %s socket from the keeper (descriptor %d): %w", name, fd, err)
 	}
@@ -95,11 +104,18 @@ func lockPID(path string) (*pidFile, error) {
 		}
 		return nil, fmt.Errorf("lock %s: %w", path, err)
 	}
-	if _, err := f.WriteAt(fmt.Appendf(nil, "%-10d\n", os.Getpid()), 0); err != nil {
+	p := &pidFile{f}
+	if err := p.write(os.Getpid()); err != nil {
 		_ = f.Close()
 		return nil, err
 	}
-	return &pidFile{f}, nil
+	return p, nil
+}
+
+// write names a process in the file.
+func (p *pidFile) write(pid int) error {
+	_, err := p.f.WriteAt(fmt.Appendf(nil, "%-10d\n", pid), 0)
+	return err
 }
 
 func (p *pidFile) release() { _ = p.f.Close() }

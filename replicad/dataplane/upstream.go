@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"kvmreplica/internal/block"
@@ -27,8 +29,10 @@ type upstream struct {
 	size int64
 	// lost tells of a loss; capacity 1.
 	lost chan string
-	ctx  context.Context // ends with Close
-	stop context.CancelFunc
+	// unmarked: a loss was not followed by marking everything yet.
+	unmarked atomic.Bool
+	ctx      context.Context // ends with Close
+	stop     context.CancelFunc
 
 	mu sync.Mutex  // held while dialling: everybody waits for the same
 	c  *nbd.Client // guarded by mu
@@ -41,9 +45,43 @@ func dialUpstream(ctx context.Context, uri string, opts nbd.ClientOptions) (*ups
 	if err != nil {
 		return nil, err
 	}
+	return newUpstream(uri, opts, c), nil
+}
+
+func newUpstream(uri string, opts nbd.ClientOptions, c *nbd.Client) *upstream {
 	u := &upstream{uri: uri, opts: opts, size: c.Size(), lost: make(chan string, 1), c: c}
 	u.ctx, u.stop = context.WithCancel(context.Background())
-	return u, nil
+	return u
+}
+
+// handOver brings the connection to rest for a successor. While it is being
+// made anew, or a loss is not marked yet, nothing can be handed on.
+func (u *upstream) handOver(ctx context.Context) (*nbd.Client, nbd.HandedClient, func(), error) {
+	var h nbd.HandedClient
+	if !u.mu.TryLock() {
+		return nil, h, nil, fmt.Errorf("the connection to %s is being made anew", u.uri)
+	}
+	if u.c == nil || u.unmarked.Load() {
+		u.mu.Unlock()
+		return nil, h, nil, fmt.Errorf("the connection to %s was lost", u.uri)
+	}
+	c := u.c
+	h, resume, err := c.HandOver(ctx)
+	if err != nil {
+		u.mu.Unlock()
+		return nil, h, nil, err
+	}
+	return c, h, func() { resume(); u.mu.Unlock() }, nil
+}
+
+// adoptUpstream continues a connection that was handed over.
+func adoptUpstream(nc net.Conn, h nbd.HandedClient, d DiskConfig) (*upstream, error) {
+	opts := nbd.ClientOptions{ReadOnly: d.ReadOnly}
+	c, err := nbd.AdoptClient(nc, h, opts)
+	if err != nil {
+		return nil, err
+	}
+	return newUpstream(d.URI, opts, c), nil
 }
 
 // do runs one request until it is answered.
@@ -94,6 +132,7 @@ func (u *upstream) drop(c *nbd.Client) {
 	}
 	_ = c.Close()
 	u.c = nil
+	u.unmarked.Store(true)
 	select {
 	case u.lost <- "the connection to " + u.uri + " was lost; what it had not made durable may be gone":
 	default:

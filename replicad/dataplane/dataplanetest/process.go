@@ -32,6 +32,8 @@ func verb(name string, args []string) error {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 	defer stop()
 	switch {
+	case name == "dataplane" && args[0] == "--successor":
+		return dataplane.RunSuccessor(ctx, file)
 	case name == "dataplane":
 		return dataplane.RunPlane(ctx, file)
 	case args[0] == "--detach":
