@@ -111,6 +111,8 @@ func (d *Daemon) actOn(ctx context.Context, v *vm.VM, a api.Action, request stri
 		return d.unplanned(ctx, v, a, request, step, emit)
 	case api.Reverse:
 		return d.reverse(ctx, v, a, request, step, emit)
+	case api.Commit, api.Cancel:
+		return d.settleTrial(ctx, v, a, request, step, emit)
 	case api.PlanResume, api.PlanUndo:
 		if err := v.Settle(ctx, a.Verb == api.PlanUndo, a.Force); err != nil {
 			return err
@@ -198,17 +200,25 @@ func (d *Daemon) unplanned(ctx context.Context, v *vm.VM, a api.Action, request 
 	if v.Serves() {
 		return &wire.Error{Kind: wire.KindRefused, Text: "this host is the primary of " + a.VM + ": there is no replica here to fail over to", Hint: "replicactl failover planned " + a.VM + ", or type it on the replica host"}
 	}
-	l, err := v.Loss(ctx)
+	l, err := v.Loss(ctx, a.Point)
 	if err != nil {
 		return err
 	}
 	emit(api.Event{Check: &l.Primary})
-	note(emit, "The last committed cut is %s old (%s, position %v).", time.Since(l.Cut).Round(time.Second), l.Cut.Format(time.DateTime), l.At)
+	if l.At != l.Newest {
+		note(emit, "The chosen state is %s old (%s, position %v).", time.Since(l.Cut).Round(time.Second), l.Cut.Format(time.DateTime), l.At)
+	}
+	note(emit, "The last committed cut is %s old (%s, position %v).", time.Since(l.NewestCut).Round(time.Second), l.NewestCut.Format(time.DateTime), l.Newest)
 	switch {
 	case l.Bytes >= 0:
 		note(emit, "The primary reports %d changed bytes since: they will be lost.", l.Bytes)
 	default:
 		note(emit, "What the primary wrote since will be lost; how much is unknown.")
+	}
+	if a.InPlace {
+		note(emit, "In place: it cannot be cancelled, %d recovery points END.", l.Points)
+	} else {
+		note(emit, "The guest runs beside the replica until: replicactl failover commit %s (ends %d recovery points), or cancel.", a.VM, l.Points)
 	}
 	if a.DryRun {
 		if l.Primary.Result != wire.OK && !a.Force {
@@ -216,8 +226,31 @@ func (d *Daemon) unplanned(ctx context.Context, v *vm.VM, a api.Action, request 
 		}
 		return nil
 	}
-	err = v.Unplanned(ctx, vm.UnplannedOptions{NoStart: a.NoStart, Force: a.Force, Request: request, Reason: a.Reason}, step)
+	err = v.Unplanned(ctx, vm.UnplannedOptions{
+		NoStart: a.NoStart, Force: a.Force, Request: request, Reason: a.Reason,
+		Point: a.Point, InPlace: a.InPlace, Unfenced: a.Unfenced, Within: a.Within, Then: a.Then,
+	}, step)
 	if err != nil {
+		return err
+	}
+	return d.result(ctx, v, emit)
+}
+
+// settleTrial makes an unplanned failover final, or gives it up.
+func (d *Daemon) settleTrial(ctx context.Context, v *vm.VM, a api.Action, request string, step func(failover.Event), emit func(api.Event)) error {
+	if a.DryRun {
+		if f := v.Status(ctx, d.peerName(v.Peer())).Failover; f != nil && a.Verb == api.Commit {
+			note(emit, "The failover of %s becomes final: %d recovery points END; %d bytes are brought into the images while the guest runs.", a.VM, f.Points, f.Bytes)
+		} else if f != nil {
+			note(emit, "The guest %s is STOPPED, the %d bytes it wrote here since the failover are DROPPED; %s is the replica again, with all recovery points.", a.VM, f.Bytes, d.name)
+		}
+		return nil
+	}
+	run := v.Commit
+	if a.Verb == api.Cancel {
+		run = v.Cancel
+	}
+	if err := run(ctx, request, step); err != nil {
 		return err
 	}
 	return d.result(ctx, v, emit)
@@ -230,6 +263,9 @@ func (d *Daemon) reverse(ctx context.Context, v *vm.VM, a api.Action, request st
 		return &wire.Error{Kind: wire.KindRefused, Text: fmt.Sprintf("there is nothing to reverse: %s replicates to %s", a.VM, name), Hint: "replicactl vm status " + a.VM}
 	}
 	if a.DryRun {
+		if f := s.Failover; f != nil && f.Phase == status.Trial {
+			note(emit, "The failover becomes final: %d recovery points END.", f.Points)
+		}
 		note(emit, "%s becomes the replica. What it wrote after %s was promoted is DISCARDED.", name, d.name)
 		note(emit, "Changed here since: %s. Blocks changed on either side are sent or compared.", strings.TrimSpace(fmt.Sprintf("%d bytes", s.Pending)))
 		return nil

@@ -10,7 +10,7 @@ import (
 
 func newFailover(a *app) *cobra.Command {
 	c := &cobra.Command{Use: "failover", Short: "Move a VM to the other host, planned or not", RunE: needVerb}
-	c.AddCommand(newPlanned(a), newUnplanned(a), newReverse(a),
+	c.AddCommand(newPlanned(a), newUnplanned(a), newCommit(a), newCancel(a), newReverse(a),
 		simple(a, "resume NAME", "Continue an interrupted plan", api.PlanResume),
 		newTakeBack(a))
 	return c
@@ -61,15 +61,63 @@ replication is reversed. It may be typed on either host. A failure before the ro
 
 func newUnplanned(a *app) *cobra.Command {
 	var (
-		act = api.Action{Verb: api.Unplanned}
-		yes bool
+		act                = api.Action{Verb: api.Unplanned}
+		commitIn, cancelIn time.Duration
+		yes                bool
 	)
 	c := &cobra.Command{
 		Use:   "unplanned NAME",
 		Short: "Start the replica here because the primary is dead; shows first what will be lost",
-		Long: `Start the replica on this host from its last committed cut. The primary is asked first: when it answers and its
-guest runs, the failover is refused; when it does not answer, --force says that you are sure it is dead.` + exitHelp,
+		Long: `Start the replica on this host from its last committed cut, or from an older recovery point. The primary is asked
+first: when it answers and its guest runs, the failover is refused; when it does not answer, --force says that you are sure it is dead.
+The guest runs beside the replica, which keeps all its recovery points, until "failover commit" or "failover cancel".
+--point takes latest, oldest, latest-app, a number from "point list", or the beginning of a time (10:31) or position (4b1f20c1/17).` + exitHelp,
 		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			act.VM = args[0]
+			switch {
+			case commitIn > 0 && cancelIn > 0:
+				return usagef("--commit-within and --cancel-within exclude each other")
+			case commitIn > 0:
+				act.Within, act.Then = commitIn, "commit"
+			case cancelIn > 0:
+				act.Within, act.Then = cancelIn, "cancel"
+			}
+			if err := a.planThenAsk(cmd.Context(), act, yes || act.DryRun); err != nil || act.DryRun {
+				return err
+			}
+			return a.act(cmd.Context(), act)
+		},
+	}
+	f := c.Flags()
+	f.StringVar(&act.Point, "point", "latest", "the state to start from")
+	f.BoolVar(&act.InPlace, "in-place", false, "final at once: the images are changed, all recovery points end")
+	f.DurationVar(&commitIn, "commit-within", 0, "commit by itself after this time")
+	f.DurationVar(&cancelIn, "cancel-within", 0, "cancel by itself after this time")
+	f.BoolVar(&act.Unfenced, "unfenced", false, "go on although the fencing command failed: the old primary is certainly off")
+	f.BoolVar(&act.DryRun, "dry-run", false, "only show the loss and the checks")
+	f.BoolVar(&act.Force, "force", false, "the primary cannot be asked, or must not be believed")
+	f.BoolVar(&act.NoStart, "no-start", false, "do not start the guest")
+	f.StringVar(&act.Reason, "reason", "", "kept in both hosts' journals")
+	f.BoolVarP(&yes, "yes", "y", false, "do not ask")
+	return c
+}
+
+func newCommit(a *app) *cobra.Command {
+	return newTrialEnd(a, api.Commit, "commit NAME", "Make an unplanned failover final; its recovery points end", `The guest goes on running while the images are brought to what it wrote; "vm status" shows how far that is.`)
+}
+
+func newCancel(a *app) *cobra.Command {
+	return newTrialEnd(a, api.Cancel, "cancel NAME", "Give an unplanned failover up: stop the guest, be the replica again", `What the guest wrote since the failover is dropped. All recovery points stay; another one can be tried.`)
+}
+
+func newTrialEnd(a *app, verb api.Verb, use, short, long string) *cobra.Command {
+	var (
+		act = api.Action{Verb: verb}
+		yes bool
+	)
+	c := &cobra.Command{
+		Use: use, Short: short, Long: short + ".\n" + long + exitHelp, Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			act.VM = args[0]
 			if err := a.planThenAsk(cmd.Context(), act, yes || act.DryRun); err != nil || act.DryRun {
@@ -78,12 +126,8 @@ guest runs, the failover is refused; when it does not answer, --force says that 
 			return a.act(cmd.Context(), act)
 		},
 	}
-	f := c.Flags()
-	f.BoolVar(&act.DryRun, "dry-run", false, "only show the loss and the checks")
-	f.BoolVar(&act.Force, "force", false, "the primary cannot be asked, or must not be believed")
-	f.BoolVar(&act.NoStart, "no-start", false, "do not start the guest")
-	f.StringVar(&act.Reason, "reason", "", "kept in both hosts' journals")
-	f.BoolVarP(&yes, "yes", "y", false, "do not ask")
+	c.Flags().BoolVar(&act.DryRun, "dry-run", false, "only show what would happen")
+	c.Flags().BoolVarP(&yes, "yes", "y", false, "do not ask")
 	return c
 }
 

@@ -83,6 +83,9 @@ func (a *app) show(v status.VM) {
 	if v.Job != nil {
 		line("Now", "%s", jobText(*v.Job))
 	}
+	if f := v.Failover; f != nil {
+		line("Failover", "%s", failoverText(*f))
+	}
 	if v.Plan != nil {
 		line("Plan", "%s, step %s%s", v.Plan.Kind, v.Plan.Step, map[bool]string{true: " (interrupted)"}[v.Plan.Interrupted])
 	}
@@ -101,6 +104,17 @@ func (a *app) show(v status.VM) {
 	for _, c := range v.Conditions {
 		fmt.Fprintf(a.out, "  [%s] %s: %s\n      -> %s\n", c.Severity, c.Code, clean(c.Text), clean(c.Remedy))
 	}
+}
+
+func failoverText(f status.Failover) string {
+	s := fmt.Sprintf("on trial since the state of %s (%s); %s written, %d recovery points end with the commit", f.Cut.Format(time.DateTime), f.Point, bytesText(f.Bytes), f.Points)
+	if f.Phase == status.Completing {
+		s = fmt.Sprintf("final; %s are still beside the images, %s moved", bytesText(f.Bytes), bytesText(f.Moved))
+	}
+	if !f.Deadline.IsZero() {
+		s += fmt.Sprintf("; %s by itself at %s", f.Then, f.Deadline.Format(time.DateTime))
+	}
+	return s
 }
 
 func jobText(j status.Job) string {

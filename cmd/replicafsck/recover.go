@@ -28,6 +28,9 @@ func (c *command) recover(dir string) error {
 	if err != nil {
 		return err
 	}
+	if err := c.endTrial(dir); err != nil {
+		return fmt.Errorf("recover: %w", err)
+	}
 	if c.copyDir != "" {
 		return c.copyOnly(dir)
 	}

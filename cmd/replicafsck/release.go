@@ -149,6 +149,11 @@ func (c *command) mayRelease(r vmRecord) error {
 	default:
 		return fmt.Errorf("a failover was interrupted (this host is %s), so the VM may run on the other host; start replicad and run: replicactl failover resume %s", r.Lineage.State, r.Name)
 	}
+	if info, err := onTrial(c.storeOf(r)); err != nil {
+		return err
+	} else if info != nil {
+		return fmt.Errorf("a failover to %v is not final: what its guest wrote is not in the images; first: replicafsck recover %s --in-place --keep-writes", info.Head.At, r.Name)
+	}
 	if d := r.Lineage.Diverged; d != nil && !c.force {
 		return fmt.Errorf("both hosts changed this VM (%s); when this host's copy is the one to use, repeat with --force", d.Reason)
 	}

@@ -29,6 +29,7 @@ flags of recover and check:
   --disk NAME=PATH    an image that is not DIR/NAME.raw (repeatable)
 flags of recover:
   --point EPOCH       an older recovery point instead of the newest state
+  --keep-writes       the VM was failed over on trial: keep what its guest wrote
 flags of release:
   --force             although replicad runs, or the two copies diverged
   --socket PATH       libvirt's socket instead of the usual ones
@@ -59,6 +60,7 @@ type command struct {
 	libvirtState             string
 	vmDir                    string // of the VM named, empty for a bare directory
 	all, force               bool
+	keepWrites               bool
 }
 
 // run executes one command line and returns the exit status.
@@ -91,6 +93,7 @@ func (c *command) parse(args []string) error {
 	f.StringVar(&c.runDir, "run-dir", "/run/replicad", "")
 	f.StringVar(&c.socket, "socket", "", "")
 	f.StringVar(&c.libvirtState, "libvirt-state", "/var/lib/libvirt", "")
+	f.BoolVar(&c.keepWrites, "keep-writes", false, "")
 	f.BoolVar(&c.all, "all", false, "")
 	f.BoolVar(&c.force, "force", false, "")
 	f.Func("disk", "", func(s string) error {

@@ -21,10 +21,11 @@ func allowed() map[string][]string {
 		"replicad/wire":      {"replicad/delta"},
 		"replicad/lineage":   {"replicad/delta", "replicad/wire"},
 		"replicad/points":    {"replicad/delta", "internal"},
-		"replicad/overlay":   {"internal"},
+		"replicad/overlay":   {"replicad/delta", "internal"},
+		"replicad/standby":   {"replicad/delta", "replicad/overlay", "replicad/points", "internal"},
 		"replicad/peer":      {"replicad/delta", "replicad/wire", "internal"},
 		"replicad/mount":     {"nbd", "replicad/overlay", "internal"},
-		"replicad/dataplane": {"nbd", "cbt", "replicad/delta", "replicad/overlay", "replicad/wire", "internal"},
+		"replicad/dataplane": {"nbd", "cbt", "replicad/delta", "replicad/overlay", "replicad/points", "replicad/standby", "replicad/wire", "internal"},
 		// The data plane's client and messages are the session's other end.
 		"replicad/session":  {"replicad/delta", "replicad/lineage", "replicad/wire", "replicad/dataplane", "internal"},
 		"replicad/failover": {"replicad/delta", "replicad/lineage", "replicad/wire", "internal"},

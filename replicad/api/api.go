@@ -33,6 +33,8 @@ const (
 	Planned    Verb = "failover-planned"
 	Unplanned  Verb = "failover-unplanned"
 	Reverse    Verb = "failover-reverse"
+	Commit     Verb = "failover-commit"
+	Cancel     Verb = "failover-cancel"
 	PlanResume Verb = "failover-resume"
 	PlanUndo   Verb = "failover-take-back"
 	PeerTest   Verb = "peer-test"
@@ -76,6 +78,11 @@ type Action struct {
 	Mount     string        `json:"mount,omitempty"`        // point-unmount: the beginning of an id; empty = all
 	To        string        `json:"to,omitempty"`           // point-export: an absolute path
 	Format    string        `json:"format,omitempty"`       // point-export: raw or qcow2
+	// Of failover unplanned.
+	InPlace  bool          `json:"in_place,omitempty"`  // unplanned: final at once
+	Unfenced bool          `json:"unfenced,omitempty"`  // unplanned: although fencing failed
+	Within   time.Duration `json:"within_ns,omitempty"` // unplanned: time of trial
+	Then     string        `json:"then,omitempty"`      // unplanned: commit or cancel after it
 }
 
 // Event is one line of an action's answer.

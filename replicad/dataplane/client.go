@@ -172,6 +172,12 @@ func (c *Client) UnlockQEMU(ctx context.Context, disk wire.DiskName) error {
 	return c.post(ctx, "unlock-qemu", callTimeout, LockRequest{disk}, nil)
 }
 
+// CommitOverlay makes it durable that what the guest wrote beside the images
+// stays; they are brought to it in the background, see Status.Overlay.
+func (c *Client) CommitOverlay(ctx context.Context) error {
+	return c.post(ctx, "overlay/commit", syncTimeout, struct{}{}, nil)
+}
+
 // Sync makes every image durable (the hand-over asks for it twice).
 func (c *Client) Sync(ctx context.Context) error {
 	return c.post(ctx, "sync", syncTimeout, struct{}{}, nil)

@@ -29,6 +29,9 @@ type DiskConfig struct {
 	URI      string        `json:"uri,omitempty"`  // nbd: nbd+unix:///NAME?socket=PATH or nbd://HOST:PORT/NAME
 	Size     int64         `json:"size,omitempty"` // 0 = as found; else it must match
 	ReadOnly bool          `json:"read_only,omitempty"`
+	// Overlay is the sparse file that holds the guest's writes while
+	// Config.Overlay is set.
+	Overlay string `json:"overlay,omitempty"`
 	// QemuLock takes QEMU's own lock bytes when the image is opened. Leave it
 	// false while QEMU still holds the image; LockQEMU takes them later and the
 	// choice is remembered.
@@ -59,6 +62,10 @@ type Config struct {
 	// DirtyBytes bounds the guest data per disk that the kernel may hold
 	// unwritten; 0 = 64 MiB.
 	DirtyBytes int64 `json:"dirty_bytes,omitempty"`
+	// Overlay puts the guest's writes beside the images: the VM was failed over
+	// and that is not final yet. Nil = the images are the disks.
+	Overlay *OverlayConfig `json:"overlay,omitempty"`
+	// Hysteresis and other tracker knobs are added here as they are needed.
 
 	// Binary is the program that knows the verbs keeper and dataplane; empty is
 	// the running one.
@@ -114,6 +121,16 @@ func (c Config) Validate() error {
 	}
 	if len(c.Disks) == 0 || len(c.Disks) > maxDisks {
 		bad("%d disks; 1 to %d are possible", len(c.Disks), maxDisks)
+	}
+	if o := c.Overlay; o != nil {
+		if !filepath.IsAbs(o.Dir) || !filepath.IsAbs(o.Store) || o.Rate < 0 {
+			bad("overlay: directories %q and %q must be absolute, rate %d not negative", o.Dir, o.Store, o.Rate)
+		}
+		for _, d := range c.Disks {
+			if !filepath.IsAbs(d.Overlay) {
+				bad("disk %s: overlay file %q is not an absolute path", d.Name, d.Overlay)
+			}
+		}
 	}
 	seen := map[wire.DiskName]bool{}
 	for _, d := range c.Disks {

@@ -398,6 +398,7 @@ func deltaPos(p cbt.Position) delta.Pos {
 func (p *Plane) Status() Status {
 	ch := p.choices.get()
 	s := Status{VM: p.cfg.VM, PID: os.Getpid(), Started: p.started, Instance: p.instance, Refuse: ch.Refuse, Version: version.String()}
+	s.Overlay = p.overlayStatus()
 	s.Outdated = p.cfg.outdated(s.PID)
 	if pid, err := runningPID(p.cfg.keeperPID()); err == nil && pid != 0 {
 		s.KeeperPID, s.KeeperOutdated = pid, p.cfg.outdated(pid)

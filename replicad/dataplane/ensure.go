@@ -244,3 +244,12 @@ func asWire(err error) *wire.Error {
 	}
 	return &wire.Error{Kind: wire.KindInternal, Text: err.Error()}
 }
+
+// Reconfigure changes what the next start of the data plane does; one that runs
+// goes on as it is.
+func Reconfigure(cfg Config) error {
+	if err := cfg.Validate(); err != nil {
+		return &wire.Error{Kind: wire.KindInvalid, Text: fmt.Sprintf("data plane of %s: %v", cfg.Name, err)}
+	}
+	return cfg.save()
+}

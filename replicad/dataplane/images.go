@@ -17,9 +17,10 @@ import (
 type image struct {
 	cfg      DiskConfig
 	dev      block.Device
-	file     *block.File // nil for kind nbd
-	upstream *upstream   // nil but for kind nbd
-	locked   atomic.Bool // QEMU's lock bytes are held
+	under    block.Device // the image itself while dev is an overlay above it, else nil
+	file     *block.File  // nil for kind nbd
+	upstream *upstream    // nil but for kind nbd
+	locked   atomic.Bool  // QEMU's lock bytes are held
 }
 
 // openImages opens and locks every image, or none.
@@ -123,7 +124,7 @@ func (i *image) unlock() error {
 // trustsHoles reports whether SEEK_DATA may be believed after a sync: only on
 // file systems known to tell the truth.
 func (i *image) trustsHoles() bool {
-	if i.file == nil {
+	if i.file == nil || i.under != nil {
 		return false
 	}
 	fd, ok := i.file.ReadFD()
@@ -145,6 +146,12 @@ func closeImages(all []*image) error {
 	var errs []error
 	for _, i := range all {
 		if err := i.dev.Close(); err != nil {
+			errs = append(errs, fmt.Errorf("disk %s: %w", i.cfg.Name, err))
+		}
+		if i.under == nil {
+			continue
+		}
+		if err := i.under.Close(); err != nil {
 			errs = append(errs, fmt.Errorf("disk %s: %w", i.cfg.Name, err))
 		}
 	}

@@ -48,8 +48,24 @@ type Status struct {
 	Disks  []DiskStatus
 	// Frozen is the epoch held now, nil when none.
 	Frozen *Epoch
+	// Overlay is set while the guest's writes lie beside the images, and until
+	// the data plane is started without.
+	Overlay *OverlayStatus `json:",omitempty"`
 	// Abandoned counts epochs given up for want of capture memory.
 	Abandoned int64
+}
+
+// OverlayStatus says how far a failover has come that is not final yet.
+type OverlayStatus struct {
+	// Phase is running, committed or done.
+	Phase string
+	// At is the state that the guest began with.
+	At delta.Pos
+	// Bytes are beside the images, Moved were written into them since the
+	// process started.
+	Bytes, Moved int64
+	// Failure is why bringing the images up to date stopped; it is tried again.
+	Failure string `json:",omitempty"`
 }
 
 // DiskStatus is one disk's part.

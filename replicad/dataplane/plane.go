@@ -38,6 +38,7 @@ type Plane struct {
 	started  time.Time
 	images   []*image
 	choices  *choiceStore
+	over     *flattening // nil unless Config.Overlay is set
 	server   *nbd.Server
 
 	group  atomic.Pointer[cbt.Group]
@@ -106,9 +107,12 @@ func Open(ctx context.Context, cfg Config, log *slog.Logger) (_ *Plane, err erro
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, closeImages(p.images))
+			err = errors.Join(err, p.closeOverlay(), closeImages(p.images))
 		}
 	}()
+	if err := p.openOverlay(); err != nil {
+		return nil, err
+	}
 	if err := p.openTracker(); err != nil {
 		return nil, err
 	}
@@ -139,6 +143,9 @@ func (p *Plane) Serve(ctx context.Context, guests, control net.Listener) error {
 		}
 	})
 	wg.Go(func() { p.cleaner(ctx) })
+	if p.over != nil {
+		wg.Go(func() { p.over.run(ctx) })
+	}
 	for _, i := range p.images {
 		if i.upstream != nil {
 			wg.Go(func() { p.distrust(ctx, i) })
@@ -192,7 +199,7 @@ func (p *Plane) drain() error {
 	if g := p.group.Load(); g != nil {
 		errs = append(errs, g.Close(ctx))
 	}
-	return errors.Join(append(errs, closeImages(p.images))...)
+	return errors.Join(append(errs, p.closeOverlay(), closeImages(p.images))...)
 }
 
 // cleaner runs the clean step.

@@ -49,6 +49,7 @@ func (p *Plane) routes() http.Handler {
 	handle(m, "unseal", func(context.Context, struct{}) (any, error) { return nil, p.unseal() })
 	handle(m, "lock-qemu", func(_ context.Context, r LockRequest) (any, error) { return nil, p.lockQEMU(r.Disk, true) })
 	handle(m, "unlock-qemu", func(_ context.Context, r LockRequest) (any, error) { return nil, p.lockQEMU(r.Disk, false) })
+	handle(m, "overlay/commit", func(context.Context, struct{}) (any, error) { return nil, p.commitOverlay() })
 	handle(m, "sync", func(context.Context, struct{}) (any, error) { return nil, p.sync() })
 	handle(m, "upgrade", func(_ context.Context, r UpgradeRequest) (any, error) { return p.upgrade(r) })
 	handle(m, "shutdown", func(context.Context, struct{}) (any, error) { p.stop(); return nil, nil })

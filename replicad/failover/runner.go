@@ -35,6 +35,8 @@ const (
 	Promote   Kind = "promote"   // this host is the replica and takes over, asked by the primary
 	Unplanned Kind = "unplanned" // this host is the replica and takes over alone
 	Reverse   Kind = "reverse"   // after an unplanned failover: replicate back
+	Commit    Kind = "commit"    // an unplanned failover stays
+	Cancel    Kind = "cancel"    // an unplanned failover is given up; this host is a replica again
 )
 
 // Step is one act of a plan.

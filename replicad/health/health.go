@@ -67,6 +67,8 @@ type Facts struct {
 	Overlay      string // a snapshot lies above our export
 	DataPlane    string // the data plane does not answer
 	NoReverse    bool   // failed over, nothing replicates back
+	Trial        bool   // the failover can be taken back
+	FlattenError string // a committed failover cannot be completed
 	Interrupted  string // an interrupted plan
 	StoreSuspect string // the replica image was touched from outside
 	Incomplete   bool   // replica holds no complete copy
@@ -137,7 +139,15 @@ const (
 )
 
 func evaluatePrimary(f Facts, now time.Time, add adder) {
+	if f.FlattenError != "" {
+		add("failover-incomplete", Warning, "free space on the images' file system; replicactl vm status "+f.Name,
+			"the images cannot be brought to what the guest wrote, it is tried again: %s", f.FlattenError)
+	}
 	switch {
+	case f.Trial:
+		add("failover-trial", Critical, "replicactl failover commit "+f.Name+" (or cancel)",
+			"failed over on trial: the guest's writes lie beside the replica, nothing replicates the VM")
+		return
 	case f.NoReverse:
 		add("no-reverse", Critical, "replicactl failover reverse "+f.Name, "failed over; nothing replicates the VM any more")
 		return

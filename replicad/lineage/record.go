@@ -65,6 +65,9 @@ type Lineage struct {
 	Forced bool `json:"forced,omitempty"`
 	// Diverged is sticky until an operator names the side to discard.
 	Diverged *Divergence `json:"diverged,omitempty"`
+	// GivenUp are generations made here and cancelled before anything of them
+	// left this host, newest first; none is ever owned or followed again.
+	GivenUp []delta.Generation `json:"given_up,omitempty"`
 	// Discard is the generation whose own writes an operator of this host gave up.
 	Discard delta.Generation `json:"discard,omitzero"`
 }

@@ -53,6 +53,9 @@ type Change struct {
 	// Before is the newest position held, for Promote and ForcePromote of an
 	// older point; zero means At.
 	Before delta.Pos
+	// Prior is the lineage before the promotion that Cancel takes back; nil
+	// means that the promotion was at the newest position.
+	Prior *Lineage
 	// Ancestors of Generation, for Follow.
 	Ancestors []delta.Pos
 	Diverged  *Divergence
@@ -138,7 +141,7 @@ func (l Lineage) Apply(c Change) (Lineage, error) {
 
 // particulars applies what the table cannot say; it returns why not.
 func (l *Lineage) particulars(from State, c Change) string {
-	if l.Diverged != nil && c.Event != Diverge && c.Event != Discard && c.Event != Keep {
+	if l.Diverged != nil && c.Event != Diverge && c.Event != Discard && c.Event != Keep && c.Event != Cancel {
 		return "the copies have diverged; an operator must name the side to discard first"
 	}
 	switch c.Event {
@@ -158,6 +161,9 @@ func (l *Lineage) particulars(from State, c Change) string {
 		if c.Generation.IsZero() {
 			return "no generation to follow"
 		}
+		if slices.Contains(l.GivenUp, c.Generation) {
+			return "that generation was made here and given up"
+		}
 		// A freshly demoted host keeps its seal: it proves to the new primary
 		// where its content stands. The first epoch committed ends it.
 		if from == Replica && c.Generation != l.Generation {
@@ -165,10 +171,7 @@ func (l *Lineage) particulars(from State, c Change) string {
 		}
 		l.Generation, l.Ancestors = c.Generation, bounded(c.Ancestors)
 	case Cancel:
-		l.Generation, l.Before, l.Forced = c.At.Generation, delta.Pos{}, false
-		if len(l.Ancestors) > 0 {
-			l.Ancestors = l.Ancestors[1:]
-		}
+		return l.cancel(c)
 	case Discard:
 		if l.Generation.IsZero() {
 			return "there is nothing to discard"
@@ -191,8 +194,33 @@ func (l *Lineage) particulars(from State, c Change) string {
 	return ""
 }
 
+// maxGivenUp bounds what is remembered; the oldest are forgotten.
+const maxGivenUp = 64
+
+// cancel goes back to what was before the promotion, and remembers that its
+// generation is void.
+func (l *Lineage) cancel(c Change) string {
+	given := append([]delta.Generation{l.Generation}, l.GivenUp...)
+	given = given[:min(len(given), maxGivenUp)]
+	if c.Prior != nil {
+		if c.Prior.VM != l.VM || c.Prior.State != Replica || c.Prior.Generation != c.At.Generation && !has(c.Prior.Ancestors, c.At.Generation) {
+			return "it is not what this host was before the promotion"
+		}
+		*l = *c.Prior
+		l.Ancestors, l.GivenUp, l.Diverged = slices.Clone(l.Ancestors), given, nil
+		return ""
+	}
+	l.Generation, l.Before, l.Forced, l.Diverged, l.GivenUp = c.At.Generation, delta.Pos{}, false, nil, given
+	if len(l.Ancestors) > 0 {
+		l.Ancestors = l.Ancestors[1:]
+	}
+	return ""
+}
+
 func (l *Lineage) newGeneration(c Change) string {
 	switch {
+	case slices.Contains(l.GivenUp, c.Generation):
+		return "that generation was given up here"
 	case c.Generation.IsZero() || c.Generation == l.Generation:
 		return "it needs a new generation"
 	case c.At.IsZero():

@@ -65,6 +65,9 @@ func (s *Store) open() error {
 			return err
 		}
 	}
+	if i := s.segmentAt(mark{pos: sup.seal}); sup.role == roleRolling && i >= 0 {
+		s.rolling = s.segs[i].start.ordinal
+	}
 	if err := s.loadPins(); err != nil {
 		return err
 	}

@@ -167,7 +167,7 @@ func (s *Store) promoteAt(ctx context.Context, pos delta.Pos, g delta.Generation
 			return Seal{}, err
 		}
 	}
-	if err := s.rollBack(ctx, at); err != nil {
+	if err := s.rollBack(ctx, at, nil); err != nil {
 		return Seal{}, s.fail(err)
 	}
 	return s.sealAt(s.segs[at].start, g, true)
@@ -202,12 +202,16 @@ func (s *Store) startRolling(at int, pos delta.Pos, g delta.Generation) error {
 	}
 	sup := s.sup.clone()
 	sup.role, sup.gen, sup.seal, sup.ended, sup.points = roleRolling, g, pos, s.committed.pos, uint32(len(s.segs))
+	s.mu.Lock()
+	s.rolling = s.segs[at].start.ordinal
+	s.mu.Unlock()
 	return s.putSuper(sup)
 }
 
 // rollBack writes the saved granules of every segment from at on into the
-// images, the oldest value of each. It may be repeated.
-func (s *Store) rollBack(ctx context.Context, at int) error {
+// images, the oldest value of each. It may be repeated. pace, if any, is told
+// of every granule written and may wait.
+func (s *Store) rollBack(ctx context.Context, at int, pace Pace) error {
 	done := map[undoKey]bool{}
 	var buf [granule]byte
 	for _, g := range s.segs[at:] {
@@ -230,6 +234,11 @@ func (s *Store) rollBack(ctx context.Context, at int) error {
 			off := e.key.granule() * granule
 			if _, err := dev.WriteAt(buf[:min(granule, dev.Size()-off)], off); err != nil {
 				return noSpace("roll back", err)
+			}
+			if pace != nil {
+				if err := pace(ctx, granule); err != nil {
+					return err
+				}
 			}
 		}
 	}

@@ -55,6 +55,7 @@ type Store struct {
 	nextSegment uint64
 	must        uint64 // apply reaches this ordinal before it makes a point
 	floor       uint64 // states below have lost their undo
+	rolling     uint64 // the state that is being rolled back to
 	lost        bool   // no undo until the backlog is applied
 	pins        map[uint64]int
 	keep        map[delta.Pos]bool // durable pins

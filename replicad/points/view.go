@@ -53,11 +53,11 @@ func (s *Store) viewable(pos delta.Pos) (mark, []int64, error) {
 	switch {
 	case s.closed:
 		return mark{}, nil, fmt.Errorf("%w: the store is closed", ErrState)
-	case s.sup.role == rolePromoted || s.sup.role == roleRolling:
+	case s.sup.role == rolePromoted || s.sup.role == roleRolling && pos != s.sup.seal:
 		return mark{}, nil, ErrPromoted
 	case s.sup.flags&superSuspect != 0:
 		return mark{}, nil, ErrSuspect
-	case s.committed.pos.IsZero():
+	case s.sup.role != roleRolling && s.committed.pos.IsZero():
 		return mark{}, nil, ErrSeeding
 	}
 	for i := range s.segs {
@@ -241,8 +241,10 @@ func (s *Store) alive(o uint64) error {
 	switch {
 	case s.closed:
 		return block.ErrClosed
-	case s.sup.role == rolePromoted || s.sup.role == roleRolling || o < s.floor:
+	case s.sup.role == rolePromoted || o < s.floor:
 		return ErrGone
+	case s.sup.role == roleRolling && o != s.rolling:
+		return ErrGone // but the state that is being rolled back to
 	}
 	return nil
 }

@@ -40,6 +40,12 @@ const (
 	Error       State = "error"
 )
 
+// Phases of a Failover.
+const (
+	Trial      = "trial"
+	Completing = "completing"
+)
+
 // VM is everything shown of one VM on one host.
 type VM struct {
 	Name       string             `json:"name"`
@@ -66,6 +72,25 @@ type VM struct {
 	Disks   []Disk        `json:"disks"`
 	Stats   Stats         `json:"stats"`
 	Plan    *Plan         `json:"plan,omitempty"`
+	// Failover is set while a failover can be taken back, or is being completed.
+	Failover *Failover `json:"failover,omitempty"`
+}
+
+// Failover is an unplanned failover on trial, or one whose images are still
+// being brought to what the guest wrote.
+type Failover struct {
+	Phase string    `json:"phase"`
+	Point string    `json:"point"` // position that the guest began with
+	Cut   time.Time `json:"cut"`
+	// Bytes the guest wrote lie beside the images; Moved have been written into
+	// them since the data plane started.
+	Bytes int64 `json:"bytes"`
+	Moved int64 `json:"moved_bytes"`
+	// Points end with the commit.
+	Points   int       `json:"points"`
+	Deadline time.Time `json:"deadline,omitzero"`
+	Then     string    `json:"then,omitempty"` // commit or cancel, at the deadline
+	Failure  string    `json:"failure,omitempty"`
 }
 
 // Job is a long transfer in progress.

@@ -38,6 +38,9 @@ func (m *Manager) Disable(ctx context.Context, v *VM, o DisableOptions, event fu
 	default:
 		return &wire.Error{Kind: wire.KindRefused, Text: fmt.Sprintf("a role change is under way (%s)", st), Hint: "replicactl failover resume " + v.record().Name}
 	}
+	if err := v.imagesOnly(ctx); err != nil {
+		return err
+	}
 	if st == lineage.Replica && !o.Force && v.record().Orphan == nil {
 		return &wire.Error{Kind: wire.KindRefused, Text: "this host is the replica", Hint: "disable protection on the primary; with --force only this host's part is removed"}
 	}

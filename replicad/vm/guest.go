@@ -264,6 +264,7 @@ func (v *VM) watch(ctx context.Context) {
 			return
 		}
 		v.look(ctx)
+		v.tendTrial(ctx)
 	}
 }
 

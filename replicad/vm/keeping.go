@@ -363,6 +363,9 @@ func (v *VM) applyAll(ctx context.Context) (string, error) {
 // sealStore ends the store's history at the promoted position. It keeps what
 // the later steps need of it.
 func (v *VM) sealStore(p *promoteVars) (string, error) {
+	if p.Overlay != nil {
+		return fmt.Sprintf("nothing ends before the commit: %d recovery points stay", p.Overlay.Points), v.stopKeeping()
+	}
 	if err := v.startKeeping(context.Background()); err != nil {
 		if errors.Is(err, points.ErrPromoted) {
 			return "", nil

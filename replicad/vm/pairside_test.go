@@ -128,6 +128,11 @@ func (g *guestHost) Shutdown(ctx context.Context, id string, o libvirt.ShutdownO
 	return nil
 }
 
+func (g *guestHost) Destroy(ctx context.Context, id string, graceful bool) error {
+	g.halt()
+	return g.Fake.Destroy(ctx, id, graceful)
+}
+
 // halt is the end of the QEMU process.
 func (g *guestHost) halt() {
 	g.mu.Lock()

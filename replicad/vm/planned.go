@@ -63,6 +63,9 @@ func (v *VM) Planned(ctx context.Context, o PlannedOptions, event func(failover.
 	if st := v.record().Lineage.State; st != lineage.Primary && st != lineage.Promoted {
 		return &wire.Error{Kind: wire.KindRefused, Text: "this host is not the primary of " + v.record().Name, Hint: "run the command on the primary, or: replicactl failover unplanned " + v.record().Name}
 	}
+	if err := v.imagesOnly(ctx); err != nil {
+		return err
+	}
 	state, _, err := v.deps.Hyper.DomainState(ctx, string(v.id))
 	if err != nil {
 		return fmt.Errorf("read the guest's state: %w", err)
@@ -91,6 +94,10 @@ func (v *VM) stepsOf(r *failover.Runner) ([]failover.Step, error) {
 		return steps(j.Vars, &disableVars{}, v.disableSteps)
 	case failover.Reverse:
 		return v.reverseSteps(r), nil
+	case failover.Commit:
+		return v.commitSteps(), nil
+	case failover.Cancel:
+		return steps(j.Vars, &cancelVars{}, v.cancelSteps)
 	}
 	return nil, fmt.Errorf("the journal holds an unknown plan %q", j.Kind)
 }

@@ -24,6 +24,20 @@ type promoteVars struct {
 	Start      bool
 	Reverse    bool
 	Fence      bool
+	// Unfenced goes on although the fencing command failed.
+	Unfenced bool `json:",omitempty"`
+	// Newest is what the replica had committed; zero means At.
+	Newest delta.Pos `json:",omitzero"`
+	// Overlay is how the guest runs until the failover is final; nil: in place.
+	Overlay *Overlay `json:",omitempty"`
+}
+
+// newest is the committed position that the promotion was decided for.
+func (p *promoteVars) newest() delta.Pos {
+	if p.Newest.IsZero() {
+		return p.At
+	}
+	return p.Newest
 }
 
 // promoteAsked answers the primary's request to take over. It is safe to
@@ -163,12 +177,12 @@ func (v *VM) promoteSteps(r *failover.Runner, p *promoteVars, kind failover.Kind
 	}
 	var steps []failover.Step
 	if kind == failover.Unplanned && p.Fence {
-		steps = append(steps, failover.Step{Name: "fence", Title: "Fence the old primary", Do: v.fence})
+		steps = append(steps, failover.Step{Name: "fence", Title: "Fence the old primary", Do: func(ctx context.Context) (string, error) { return v.fence(ctx, p.Unfenced) }})
 	}
 	return append(steps,
 		failover.Step{
-			Name: "apply", Title: "Complete the copy", Do: func(ctx context.Context) (string, error) { return v.completeAt(ctx, p.At) },
-			Undo: func(context.Context) error { v.openIntake(); return nil },
+			Name: "apply", Title: "Complete the copy", Do: func(ctx context.Context) (string, error) { return v.completeAt(ctx, p) },
+			Undo: func(context.Context) error { return v.undoComplete(p) },
 		},
 		failover.Step{Name: "generation", Title: "Take the primary role", Commit: true, Do: func(context.Context) (string, error) {
 			return v.takeRole(event, p, r.Journal().Request)
@@ -199,15 +213,27 @@ func (v *VM) completeCopy(ctx context.Context) (string, error) {
 	return v.applyAll(ctx)
 }
 
-// completeAt ends what is being received and applies the rest.
-func (v *VM) completeAt(ctx context.Context, at delta.Pos) (string, error) {
+// completeAt ends what is being received and applies the rest; with an overlay
+// nothing has to be applied.
+func (v *VM) completeAt(ctx context.Context, p *promoteVars) (string, error) {
 	if err := v.closeIntake(); err != nil {
 		return "", err
 	}
-	if err := v.standsAt(at); err != nil {
+	if err := v.standsAt(p.newest()); err != nil {
 		return "", err
 	}
+	if p.Overlay != nil {
+		return v.makeOverlay(p)
+	}
 	return v.completeCopy(ctx)
+}
+
+func (v *VM) undoComplete(p *promoteVars) error {
+	v.openIntake()
+	if p.Overlay == nil {
+		return nil
+	}
+	return v.dropOverlay()
 }
 
 func (v *VM) takeRole(event lineage.Event, p *promoteVars, request string) (string, error) {
@@ -218,7 +244,14 @@ func (v *VM) takeRole(event lineage.Event, p *promoteVars, request string) (stri
 	if slices.Contains(r.Refused, request) {
 		return "", fmt.Errorf("this promotion was declined: %w", failover.ErrNotTaken)
 	}
-	err := v.move(lineage.Change{Event: event, Generation: p.Generation, At: p.At}, func(r *Record) {
+	before := r.Lineage
+	err := v.move(lineage.Change{Event: event, Generation: p.Generation, At: p.At, Before: p.Newest}, func(r *Record) {
+		r.Overlay = nil
+		if p.Overlay != nil {
+			o := *p.Overlay
+			o.Prior = before
+			r.Overlay = &o
+		}
 		r.Promotion, r.NoReverse, r.WantRunning, r.Verified, r.Placed = request, true, p.Start, true, true
 		r.Paused, r.UnionMarked, r.Superseded, r.Next = false, false, "", nil
 		r.Acked, r.LastCut = delta.Pos{}, time.Time{}
@@ -268,7 +301,19 @@ func (v *VM) reverseNow(p *promoteVars) (string, error) {
 
 // UnplannedOptions are a person's choices.
 type UnplannedOptions struct {
-	NoStart, Force  bool
+	NoStart, Force bool
+	// Point is the state to start from, as points.Choose reads it; empty is the
+	// newest.
+	Point string
+	// InPlace changes the images at once: the failover cannot be cancelled and
+	// all recovery points end.
+	InPlace bool
+	// Unfenced goes on although the fencing command failed.
+	Unfenced bool
+	// Within, if not zero, ends the time of trial: then Then is done.
+	Within time.Duration
+	// Then is "commit" or "cancel".
+	Then            string
 	Request, Reason string
 }
 
@@ -277,6 +322,12 @@ type Loss struct {
 	// Cut is the time of the cut that will run again; zero = there is none.
 	Cut time.Time
 	At  delta.Pos
+	// Newest is the last cut the replica holds, and its time; later than At when
+	// an older point is chosen.
+	Newest    delta.Pos
+	NewestCut time.Time
+	// Points are the recovery points that end when the failover is made final.
+	Points int
 	// Bytes the primary reports as changed since; negative = unknown.
 	Bytes int64
 	// Primary is what the peer said, or why it could not be asked.
@@ -286,7 +337,8 @@ type Loss struct {
 }
 
 // Loss asks the peer and reports what an unplanned failover would lose.
-func (v *VM) Loss(ctx context.Context) (Loss, error) {
+// point chooses the state as UnplannedOptions.Point does.
+func (v *VM) Loss(ctx context.Context, point string) (Loss, error) {
 	st, err := v.storeStatus()
 	if err != nil {
 		return Loss{}, err
@@ -294,7 +346,13 @@ func (v *VM) Loss(ctx context.Context) (Loss, error) {
 	if st.Committed.IsZero() || v.record().Incomplete {
 		return Loss{}, &wire.Error{Kind: wire.KindRefused, Text: "the replica holds no complete copy", Hint: "replicactl vm status " + v.record().Name}
 	}
-	l := Loss{Cut: st.CutTime, At: st.Committed, Bytes: -1, Primary: wire.Check{Name: "Ask the primary", Result: wire.Unknown}}
+	l := Loss{
+		Newest: st.Committed, NewestCut: st.CutTime, Points: st.Points,
+		Bytes: -1, Primary: wire.Check{Name: "Ask the primary", Result: wire.Unknown},
+	}
+	if l.At, l.Cut, err = v.choose(point, st); err != nil {
+		return Loss{}, err
+	}
 	ctx, cancel := context.WithTimeout(ctx, peerTimeout)
 	defer cancel()
 	p, err := v.peer()
@@ -339,7 +397,7 @@ func (v *VM) Unplanned(ctx context.Context, o UnplannedOptions, event func(failo
 	if why := v.mayPromote(delta.Pos{}); why != "" {
 		return &wire.Error{Kind: wire.KindRefused, Text: why, Hint: "replicactl vm status " + v.record().Name}
 	}
-	loss, err := v.Loss(ctx)
+	loss, err := v.Loss(ctx, o.Point)
 	if err != nil {
 		return err
 	}
@@ -351,23 +409,41 @@ func (v *VM) Unplanned(ctx context.Context, o UnplannedOptions, event func(failo
 		return err
 	}
 	v.log.Warn("unplanned failover", "request", o.Request, "reason", o.Reason, "at", loss.At.String(), "force", o.Force)
-	vars := &promoteVars{At: loss.At, Generation: g, Start: !o.NoStart, Fence: v.deps.Fence != ""}
+	vars := &promoteVars{At: loss.At, Newest: loss.Newest, Generation: g, Start: !o.NoStart, Fence: v.deps.Fence != "", Unfenced: o.Unfenced}
+	if vars.Overlay, err = v.trial(o, loss); err != nil {
+		return err
+	}
 	return v.execute(ctx, failover.Unplanned, o.Request, vars, event)
 }
 
-const fenceTimeout = time.Minute
+const (
+	fenceTimeout = time.Minute
+	fenceGrace   = 2 * time.Second
+)
 
-// fence runs the configured command; it must succeed.
-func (v *VM) fence(ctx context.Context) (string, error) {
+// fence runs the configured command. It must succeed, unless a person says that
+// the old primary is off all the same.
+func (v *VM) fence(ctx context.Context, unfenced bool) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, fenceTimeout)
 	defer cancel()
 	r := v.record()
-	cmd := exec.CommandContext(ctx, v.deps.Fence, r.Name, string(r.VM), string(r.Peer))
+	cmd := exec.CommandContext(ctx, v.deps.Fence, r.Name, string(r.VM), string(r.Peer), v.mgr.peerName(r.Peer))
+	cmd.WaitDelay = fenceGrace // a child of it may hold its output open
 	out, err := cmd.CombinedOutput()
-	if err != nil {
-		return "", fmt.Errorf("fencing command %s: %w: %.200s", v.deps.Fence, err, out)
+	said := oneLine(fmt.Sprintf("%.200s", out))
+	if ctx.Err() != nil {
+		err = fmt.Errorf("it did not end within %s", fenceTimeout)
 	}
-	return "fenced", nil
+	switch {
+	case err != nil && unfenced:
+		v.log.Error("the fencing command failed, the failover goes on as asked", "command", v.deps.Fence, "err", err, "output", said)
+		return fmt.Sprintf("FAILED (%v: %s), went on as asked", err, said), nil
+	case err != nil:
+		return "", &wire.Error{Kind: wire.KindRefused, Text: fmt.Sprintf("fencing command %s: %v: %s", v.deps.Fence, err, said), Hint: "mend it, or, when the old primary is certainly off: repeat with --unfenced"}
+	case said == "":
+		return "fenced", nil
+	}
+	return "fenced: " + said, nil
 }
 
 // restoreFirmware writes the NVRAM and TPM state of the promoted position.

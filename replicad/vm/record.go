@@ -65,6 +65,9 @@ type Record struct {
 	// UnionMarked: what a released old primary had changed by itself is marked
 	// in this host's tracker.
 	UnionMarked bool `json:"union_marked,omitempty"`
+	// Overlay is set while the guest's writes since a failover lie beside the
+	// images.
+	Overlay *Overlay `json:"overlay,omitempty"`
 	// Next is a generation whose first epoch may be committed here already.
 	Next *Succession `json:"next,omitempty"`
 	// Superseded says why this host, although nothing else here tells so, must

@@ -24,6 +24,11 @@ func (v *VM) Reverse(ctx context.Context, request string, event func(failover.Ev
 	if st := r.Lineage.State; st != lineage.Promoted && st != lineage.Primary {
 		return &wire.Error{Kind: wire.KindRefused, Text: "this host is not the primary of the VM", Hint: "run the command on the host whose data is to be kept"}
 	}
+	if r.Overlay != nil && !r.Overlay.Committed && r.Lineage.Diverged == nil {
+		if err := v.commitLocked(ctx, request, event); err != nil {
+			return err
+		}
+	}
 	return v.execute(ctx, failover.Reverse, request, struct{}{}, event)
 }
 
@@ -38,6 +43,17 @@ func (v *VM) reverseSteps(r *failover.Runner) []failover.Step {
 				return "", nil
 			}
 			return "the divergence is settled", v.move(lineage.Change{Event: lineage.Keep}, nil)
+		}},
+		{Name: "final", Title: "Make the failover final", Do: func(ctx context.Context) (string, error) {
+			if o := v.record().Overlay; o == nil {
+				return "", nil
+			}
+			for _, s := range v.commitSteps() { // it was diverged until now, or it is so already
+				if _, err := s.Do(ctx); err != nil {
+					return "", err
+				}
+			}
+			return "", nil
 		}},
 		{Name: "release", Title: "Turn the old primary into a replica", Commit: true, Do: func(ctx context.Context) (string, error) {
 			return v.askRelease(ctx, r.Journal().Request)
@@ -82,19 +98,41 @@ func (v *VM) askRelease(ctx context.Context, request string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if reply.All {
+	between, known, why := v.middle()
+	switch {
+	case reply.All:
 		return "everything will be compared: " + reply.Detail, c.Mark(ctx, dataplane.MarkRequest{Reason: "the old primary's changes are not known"})
+	case !known:
+		return "everything will be compared: " + why, c.Mark(ctx, dataplane.MarkRequest{Reason: "what the failover to an older point took back is not known"})
+	}
+	for disk, rs := range between {
+		if err := markAll(ctx, c, disk, rs, "taken back by the failover to an older point"); err != nil {
+			return "", err
+		}
 	}
 	var bytes int64
 	for disk, rs := range reply.Dirty {
 		for _, r := range rs {
 			bytes += r.Len
 		}
-		if err := c.Mark(ctx, dataplane.MarkRequest{Disk: disk, Ranges: rs, Reason: "changed on the old primary"}); err != nil {
+		if err := markAll(ctx, c, disk, rs, "changed on the old primary"); err != nil {
 			return "", err
 		}
 	}
 	return fmt.Sprintf("%d bytes changed there are discarded", bytes), v.update(func(r *Record) error { r.UnionMarked = true; return nil })
+}
+
+// markAll marks many ranges of a disk, in requests the data plane takes.
+func markAll(ctx context.Context, c *dataplane.Client, disk wire.DiskName, rs []wire.Range, why string) error {
+	const most = 16384
+	for len(rs) > 0 {
+		n := min(len(rs), most)
+		if err := c.Mark(ctx, dataplane.MarkRequest{Disk: disk, Ranges: rs[:n], Reason: why}); err != nil {
+			return err
+		}
+		rs = rs[n:]
+	}
+	return nil
 }
 
 // maxReleased bounds the ranges told; more are joined until they fit.
@@ -157,7 +195,11 @@ func (v *VM) giveUp(ctx context.Context) (wire.FailoverReply, error) {
 		v.hold("")
 		return reply, errors.Join(err, &wire.Error{Kind: wire.KindUnavailable, Text: "the guest was started meanwhile"})
 	}
+	trial := v.record().Overlay != nil
 	base, tracked, why := v.ownChanges(ctx, &reply)
+	if trial { // its images are not what its guest saw
+		tracked, why = false, "a failover there was not final yet"
+	}
 	if why != "" {
 		reply.All, reply.Dirty, reply.Detail = true, nil, why
 	}
@@ -165,13 +207,18 @@ func (v *VM) giveUp(ctx context.Context) (wire.FailoverReply, error) {
 	if err == nil {
 		err = v.move(lineage.Change{Event: lineage.Discard}, func(r *Record) {
 			r.Incomplete, r.NoReverse, r.WantRunning = true, false, false
-			r.ReleasedBase, r.ReleasedTracked = base, tracked
+			r.ReleasedBase, r.ReleasedTracked, r.Overlay = base, tracked, nil
 			r.Paused, r.Superseded, r.Next = false, "", nil
 		})
 	}
 	if err != nil {
 		v.hold("")
 		return reply, err
+	}
+	if trial {
+		if err := v.dropOverlay(); err != nil {
+			v.log.Warn("drop the overlay of the failover that was given up", "err", err)
+		}
 	}
 	return reply, v.adoptBase(delta.Pos{}, true)
 }

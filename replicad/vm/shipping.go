@@ -92,7 +92,7 @@ func (v *VM) startShipping() {
 func (v *VM) complete(r *wire.HandshakeRequest) {
 	l := v.record().Lineage
 	r.Ancestors, r.Before, r.Diverged = l.Ancestors, l.Before, l.Diverged != nil
-	r.Between = l.Before == l.Parent() // nothing lies between
+	_, r.Between, _ = v.middle()
 	r.Running = v.guestRuns()
 }
 

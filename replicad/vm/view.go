@@ -159,6 +159,15 @@ func (v *VM) viewPrimary(ctx context.Context, out *status.VM, f *health.Facts) {
 	if r.NoReverse {
 		out.State = status.FailedOver
 	}
+	if o := r.Overlay; o != nil {
+		out.Failover = &status.Failover{
+			Phase: status.Trial, Point: o.At.String(), Cut: o.Cut, Points: o.Points, Deadline: o.Deadline, Then: o.Then,
+		}
+		if o.Committed {
+			out.Failover.Phase, out.Failover.Points = status.Completing, 0
+		}
+		f.Trial = !o.Committed
+	}
 	c, err := v.plane()
 	if err == nil {
 		v.viewPlane(ctx, c, out, f)
@@ -180,6 +189,10 @@ func (v *VM) viewPlane(ctx context.Context, c planeStatus, out *status.VM, f *he
 		return
 	}
 	out.Pending, f.SuspectBytes, f.TrackingLost = p.Pending, p.Suspect, p.TrackingLost
+	if o := p.Overlay; o != nil && out.Failover != nil {
+		out.Failover.Bytes, out.Failover.Moved, out.Failover.Failure = o.Bytes, o.Moved, o.Failure
+		f.FlattenError = o.Failure
+	}
 	for i := range out.Disks {
 		for _, d := range p.Disks {
 			if d.Name == out.Disks[i].Name {

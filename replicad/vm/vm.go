@@ -144,7 +144,14 @@ func (v *VM) planeConfig() dataplane.Config {
 		SocketUID: v.deps.QEMUUID, SocketGID: v.deps.QEMUGID,
 	}
 	for _, d := range r.Disks {
-		c.Disks = append(c.Disks, dataplane.DiskConfig{Name: d.Name, Kind: dataplane.Kind(d.Kind), Path: d.Path, URI: d.URI, Size: d.Size, QemuLock: r.Placed})
+		k := dataplane.DiskConfig{Name: d.Name, Kind: dataplane.Kind(d.Kind), Path: d.Path, URI: d.URI, Size: d.Size, QemuLock: r.Placed}
+		if r.Overlay != nil {
+			k.Overlay = v.overlayFile(d)
+		}
+		c.Disks = append(c.Disks, k)
+	}
+	if r.Overlay != nil {
+		c.Overlay = &dataplane.OverlayConfig{Dir: v.overlayPath(), Store: filepath.Join(v.deps.StateDir, "vms", string(v.id), storeDir)}
 	}
 	return c
 }

@@ -6,7 +6,6 @@ import (
 	"unicode"
 	"unicode/utf8"
 
-	"kvmreplica/replicad/delta"
 )
 
 // Bounds of what a request may carry. Transports refuse the rest before they
@@ -248,7 +247,7 @@ func (r Beat) Validate() error {
 
 // Validate refuses what no honest peer sends.
 func (r DigestRequest) Validate() error {
-	if len(r.Ranges) > MaxDigestRanges || !r.Disk.Valid() || r.Pos == (delta.Pos{}) {
+	if len(r.Ranges) > MaxDigestRanges || !r.Disk.Valid() {
 		return invalid("digests of %d ranges (at most %d) of disk %.32q", len(r.Ranges), MaxDigestRanges, string(r.Disk))
 	}
 	for _, g := range r.Ranges {

@@ -81,7 +81,7 @@ func TestRequestsJustInsideAndJustOutsideTheirBounds(t *testing.T) {
 		"digests, wide":       {DigestRequest{VM: someVM, Disk: "vda", Pos: delta.Pos{Epoch: 1}, Ranges: []Range{{0, MaxRangeLen + 1}}}, false},
 		"digests, many":       {DigestRequest{VM: someVM, Disk: "vda", Pos: delta.Pos{Epoch: 1}, Ranges: make([]Range, MaxDigestRanges+1)}, false},
 		"digests, overflow":   {DigestRequest{VM: someVM, Disk: "vda", Pos: delta.Pos{Epoch: 1}, Ranges: []Range{{1<<63 - 1, 1}}}, false},
-		"digests of nothing":  {DigestRequest{VM: someVM, Disk: "vda", Ranges: []Range{{0, 1}}}, false},
+		"digests of a seed":   {DigestRequest{VM: someVM, Disk: "vda", Ranges: []Range{{0, 1}}}, true},
 		"hello backwards":     {HelloRequest{Min: 2, Max: 1}, false},
 		"reply, cursor":       {HandshakeReply{Seeding: map[DiskName]int64{"vda": -1}}, false},
 		"reply, disk":         {HandshakeReply{Disks: []DiskName{"../x"}}, false},

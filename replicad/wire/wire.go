@@ -258,7 +258,7 @@ type Beat struct {
 // MaxDigestRanges ranges of at most 1 MiB each.
 type DigestRequest struct {
 	VM     VMID
-	Pos    delta.Pos // must be the committed position
+	Pos    delta.Pos // must be the committed position; zero while there is none
 	Disk   DiskName
 	Key    [32]byte
 	Ranges []Range
