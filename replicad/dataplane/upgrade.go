@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kvmreplica/internal/version"
+	"kvmreplica/replicad/overlay"
 	"kvmreplica/replicad/wire"
 )
 
@@ -60,6 +61,12 @@ func (p *Plane) upgrade(r UpgradeRequest) (UpgradeReply, error) {
 	}
 	if p.left.Load() {
 		return UpgradeReply{}, errMoved(p.cfg)
+	}
+	if o := p.overlayStatus(); o != nil && o.Phase != overlay.Done.String() {
+		return UpgradeReply{}, &wire.Error{
+			Kind: wire.KindRefused, Text: "an unplanned failover of " + p.cfg.Name + " is " + o.Phase + " and not complete: its disks cannot be handed on",
+			Hint: "replicactl failover commit " + p.cfg.Name + " (or cancel), then repeat when vm status shows no failover",
+		}
 	}
 	a := UpgradeReply{From: version.String()}
 	s, err := p.startSuccessor()

@@ -5,7 +5,6 @@ import (
 	"time"
 	"unicode"
 	"unicode/utf8"
-
 )
 
 // Bounds of what a request may carry. Transports refuse the rest before they
