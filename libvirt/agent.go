@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	lv "github.com/digitalocean/go-libvirt"
@@ -58,50 +59,66 @@ func (h *Host) GuestInfo(ctx context.Context, uuid string) (map[string]string, e
 // Quiesce freezes the guest's file systems through its agent and returns how
 // many, and a function that thaws them. The thaw is guaranteed: it runs at the
 // latest holdFor after the freeze, has its own deadline, and is repeated until
-// the guest answers; calling it again returns the first result. When the
-// freeze itself fails or times out the guest is thawed as well before Quiesce
-// returns or soon after.
-func (h *Host) Quiesce(ctx context.Context, uuid string, holdFor time.Duration) (filesystems int, thaw func() error, err error) {
+// the guest answers. It reports held when the guest was frozen until the call:
+// neither the watchdog nor the guest itself had thawed before. Calling it again
+// returns the first result. When the freeze itself fails or times out the guest
+// is thawed as well before Quiesce returns or soon after.
+func (h *Host) Quiesce(ctx context.Context, uuid string, holdFor time.Duration) (filesystems int, thaw func() (held bool, err error), err error) {
 	n, err := onDomain(ctx, h, "freeze the guest's file systems", uuid, func(l *lv.Libvirt, d lv.Domain) (int32, error) {
 		return l.DomainFsfreeze(d, nil, 0)
 	})
-	once := sync.OnceValue(func() error { return h.thaw(uuid) })
+	once := sync.OnceValues(func() (int, error) { return h.thaw(uuid) })
 	if err != nil {
 		// The freeze may have happened, or may still happen, although we saw
 		// an error; a thaw of a guest that is not frozen does nothing.
 		var e *Error
 		if errors.As(err, &e) && e.Unknown {
-			go func() { _ = once() }()
+			go func() { _, _ = once() }()
 		} else if !errors.Is(err, ErrState) && !errors.Is(err, ErrNotFound) {
-			_ = h.thawOnce(uuid)
+			_ = h.Thaw(context.Background(), uuid)
 		}
 		return 0, nil, err
 	}
-	w := time.AfterFunc(holdFor, func() { _ = once() })
-	return int(n), func() error {
+	var late atomic.Bool
+	w := time.AfterFunc(holdFor, func() {
+		late.Store(true)
+		_, _ = once()
+	})
+	return int(n), func() (bool, error) {
 		w.Stop()
-		return once()
+		thawed, err := once()
+		return err == nil && thawed > 0 && !late.Load(), err
 	}, nil
 }
 
 // thaw repeats until the guest has thawed, is gone, or thawAtMost is over. It
 // takes no context: a cancelled caller must not leave a guest frozen.
-func (h *Host) thaw(uuid string) error {
+func (h *Host) thaw(uuid string) (int, error) {
 	until := time.Now().Add(thawAtMost)
 	for {
-		err := h.thawOnce(uuid)
+		n, err := h.thawOnce(context.Background(), uuid)
 		if err == nil || errors.Is(err, ErrNotFound) || errors.Is(err, ErrState) || time.Now().After(until) {
-			return ignoreNotFound(err)
+			return n, ignoreNotFound(err)
 		}
 		time.Sleep(thawAgainEvery)
 	}
 }
 
-func (h *Host) thawOnce(uuid string) error {
-	ctx, cancel := context.WithTimeout(context.Background(), thawWithin)
+// Thaw thaws the guest's file systems, once. A guest that is not frozen, does
+// not run or does not exist is no error.
+func (h *Host) Thaw(ctx context.Context, uuid string) error {
+	_, err := h.thawOnce(ctx, uuid)
+	if errors.Is(err, ErrState) {
+		return nil
+	}
+	return ignoreNotFound(err)
+}
+
+func (h *Host) thawOnce(ctx context.Context, uuid string) (int, error) {
+	ctx, cancel := context.WithTimeout(ctx, thawWithin)
 	defer cancel()
-	return onDomainDo(ctx, h, "thaw the guest's file systems", uuid, func(l *lv.Libvirt, d lv.Domain) error {
-		_, err := l.DomainFsthaw(d, nil, 0)
-		return err
+	n, err := onDomain(ctx, h, "thaw the guest's file systems", uuid, func(l *lv.Libvirt, d lv.Domain) (int32, error) {
+		return l.DomainFsthaw(d, nil, 0)
 	})
+	return int(n), err
 }

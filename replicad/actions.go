@@ -101,7 +101,7 @@ func (d *Daemon) actOn(ctx context.Context, v *vm.VM, a api.Action, request stri
 		return v.SyncNow(ctx)
 	case api.VMResync:
 		return v.Resync(ctx)
-	case api.PointPin, api.PointUnpin, api.PointKeep, api.PointMount, api.PointUnmount, api.PointExport:
+	case api.PointPin, api.PointUnpin, api.PointKeep, api.PointApp, api.PointMount, api.PointUnmount, api.PointExport:
 		return d.pointAction(ctx, v, a, emit)
 	case api.VMStart:
 		return v.StartGuest(ctx, a.Force)

@@ -3,6 +3,7 @@ package replicad
 import (
 	"context"
 	"sync"
+	"time"
 
 	"kvmreplica/libvirt"
 	"kvmreplica/replicad/vm"
@@ -93,6 +94,15 @@ func (l *lazyHost) SetAutostart(ctx context.Context, uuid string, on bool) error
 
 func (l *lazyHost) ResumeIOError(ctx context.Context, uuid string) (int, error) {
 	return with1(ctx, l, func(h *libvirt.Host) (int, error) { return h.ResumeIOError(ctx, uuid) })
+}
+
+func (l *lazyHost) Quiesce(ctx context.Context, uuid string, holdFor time.Duration) (n int, thaw func() (bool, error), err error) {
+	err = with0(ctx, l, func(h *libvirt.Host) error { n, thaw, err = h.Quiesce(ctx, uuid, holdFor); return err })
+	return n, thaw, err
+}
+
+func (l *lazyHost) Thaw(ctx context.Context, uuid string) error {
+	return with0(ctx, l, func(h *libvirt.Host) error { return h.Thaw(ctx, uuid) })
 }
 
 func (l *lazyHost) HasSaved(ctx context.Context, uuid string) (bool, error) {

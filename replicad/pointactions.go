@@ -35,6 +35,16 @@ func (d *Daemon) pointAction(ctx context.Context, v *vm.VM, a api.Action, emit f
 	switch a.Verb {
 	case api.PointKeep:
 		return keepPoints(v, a, emit)
+	case api.PointApp:
+		if err := v.SetAppEvery(ctx, a.AppEvery); err != nil {
+			return err
+		}
+		if a.AppEvery == 0 {
+			note(emit, "No application-consistent points are taken.")
+		} else {
+			note(emit, "An application-consistent point is taken now and every %s.", a.AppEvery)
+		}
+		return nil
 	case api.PointMount:
 		o := vm.MountOptions{Point: a.Point, Writable: a.Writable, TCP: a.TCP}
 		if a.Quota != nil {

@@ -98,6 +98,9 @@ func (a *app) show(v status.VM) {
 	line("Latency", "average %s", age(s.AverageLatency))
 	line("RPO measured", "median %s, max %s", age(s.RPOMedian), age(s.RPOMax))
 	line("Shipped", "%s changed, %s on the wire", bytesText(s.RawBytes), bytesText(s.SentBytes))
+	if v.AppEvery > 0 {
+		line("App-consistent", "every %s: %d points, %d became crash-consistent", v.AppEvery, s.AppPoints, s.AppFailed)
+	}
 	if s.LastError != "" {
 		line("Last error", "%s", s.LastError)
 	}

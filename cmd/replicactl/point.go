@@ -24,7 +24,7 @@ func newPoint(a *app) *cobra.Command {
 	c := &cobra.Command{Use: "point", Short: "Recovery points: list, keep, pin, mount and export them", RunE: needVerb}
 	c.AddCommand(newPointList(a), newPointKeep(a), newPointPin(a, "pin NAME POINT", "Keep a point whatever the retention says", api.PointPin),
 		newPointPin(a, "unpin NAME POINT", "Leave a point to the retention again", api.PointUnpin),
-		newPointMount(a), newPointMounts(a), newPointUnmount(a), newPointExport(a))
+		newPointApp(a), newPointMount(a), newPointMounts(a), newPointUnmount(a), newPointExport(a))
 	return c
 }
 
@@ -174,4 +174,21 @@ func parseSize(s string) (int64, error) {
 		return 0, usagef("%q is no size: use a number of bytes, or a unit as in 512M, 20G, 2T", s)
 	}
 	return n << shift, nil
+}
+
+func newPointApp(a *app) *cobra.Command {
+	return &cobra.Command{
+		Use: "app NAME INTERVAL", Short: "Take application-consistent points so often; 0 = none",
+		Long: `Take application-consistent points: the guest agent freezes the guest's file systems (and runs its
+freeze hooks), the cut is made, and they are thawed at once. It is typed on the primary. A cut for which
+the agent does not answer is crash-consistent; "vm status" counts it.` + "\n" + exitHelp,
+		Args: cobra.ExactArgs(2),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			every, err := time.ParseDuration(args[1])
+			if err != nil {
+				return usagef("%q is no interval: say 1h, 90m, or 0", args[1])
+			}
+			return a.act(cmd.Context(), api.Action{Verb: api.PointApp, VM: args[0], AppEvery: every})
+		},
+	}
 }

@@ -3,6 +3,7 @@ package libvirttest
 import (
 	"context"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"kvmreplica/libvirt"
@@ -304,7 +305,7 @@ func (f *Fake) GuestInfo(ctx context.Context, uuid string) (m map[string]string,
 }
 
 // Quiesce freezes; the thaw works once and by itself after holdFor.
-func (f *Fake) Quiesce(ctx context.Context, uuid string, holdFor time.Duration) (int, func() error, error) {
+func (f *Fake) Quiesce(ctx context.Context, uuid string, holdFor time.Duration) (int, func() (bool, error), error) {
 	err := f.on(ctx, "Quiesce", uuid, "", func(d *domain) error {
 		if err := d.needAgent("Quiesce"); err != nil {
 			return err
@@ -312,15 +313,35 @@ func (f *Fake) Quiesce(ctx context.Context, uuid string, holdFor time.Duration) 
 		d.frozen = true
 		return nil
 	})
+	held := false
 	thaw := sync.OnceValue(func() error {
-		return f.on(context.WithoutCancel(ctx), "Thaw", uuid, "", func(d *domain) error { d.frozen = false; return nil })
+		return f.on(context.WithoutCancel(ctx), "Thaw", uuid, "", func(d *domain) error {
+			held, d.frozen = d.frozen, false
+			return nil
+		})
 	})
 	if err != nil {
 		f.with(uuid, func(d *domain) { d.frozen = false })
 		return 0, nil, err
 	}
-	t := time.AfterFunc(holdFor, func() { _ = thaw() })
-	return 1, func() error { t.Stop(); return thaw() }, nil
+	var late atomic.Bool
+	t := time.AfterFunc(holdFor, func() { late.Store(true); _ = thaw() })
+	return 1, func() (bool, error) {
+		t.Stop()
+		err := thaw()
+		return err == nil && held && !late.Load(), err
+	}, nil
+}
+
+// Thaw thaws, once.
+func (f *Fake) Thaw(ctx context.Context, uuid string) error {
+	return f.on(ctx, "Thaw", uuid, "", func(d *domain) error {
+		if d.state == libvirt.StateRunning && !d.agent {
+			return d.needAgent("Thaw")
+		}
+		d.frozen = false
+		return nil
+	})
 }
 
 // Firmware returns what SetFirmware set.

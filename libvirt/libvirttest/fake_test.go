@@ -33,7 +33,8 @@ type host interface {
 	HasSaved(context.Context, string) (bool, error)
 	AgentPing(context.Context, string) error
 	GuestInfo(context.Context, string) (map[string]string, error)
-	Quiesce(context.Context, string, time.Duration) (int, func() error, error)
+	Quiesce(context.Context, string, time.Duration) (int, func() (bool, error), error)
+	Thaw(context.Context, string) error
 	Firmware(context.Context, string, string) (libvirt.FirmwareState, error)
 	Graph(context.Context, string, map[string]libvirt.NBDSource) (map[string]libvirt.DiskGraph, error)
 	Probe(context.Context, string, libvirt.InsertRequest) (libvirt.InsertState, error)

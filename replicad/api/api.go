@@ -41,6 +41,7 @@ const (
 	PointPin   Verb = "point-pin"
 	PointUnpin Verb = "point-unpin"
 	PointKeep  Verb = "point-keep" // change the retention on the replica's host
+	PointApp   Verb = "point-app"  // change the interval of application-consistent points
 	PointMount Verb = "point-mount"
 	// PointUnmount ends the mount ID, or all of the VM.
 	PointUnmount Verb = "point-unmount"

@@ -59,7 +59,7 @@ func (p *Plane) freeze(ctx context.Context, r FreezeRequest) (Epoch, error) {
 	var cut *cbt.Epoch
 	// The first epoch of a generation is one even when nothing changed: a
 	// generation without a position of its own could not be sealed or promoted.
-	if r.Force || r.Parent.IsZero() || r.Parent.Generation != g.Generation() {
+	if r.Force || r.App || r.Parent.IsZero() || r.Parent.Generation != g.Generation() {
 		cut, err = g.FreezeForced(ctx)
 	} else {
 		cut, err = g.Freeze(ctx)
@@ -69,7 +69,7 @@ func (p *Plane) freeze(ctx context.Context, r FreezeRequest) (Epoch, error) {
 	}
 	info := Epoch{
 		Epoch: cut.Number(), Generation: cut.Generation(), Parent: r.Parent, Cut: at,
-		Bytes: cut.DirtyBytes(), Empty: cut.Empty(), Nonce: nonce(),
+		Bytes: cut.DirtyBytes(), Empty: cut.Empty(), Nonce: nonce(), App: r.App,
 	}
 	if info.Empty {
 		return info, nil
@@ -184,7 +184,7 @@ func (f *frozen) stream(ctx context.Context, w *streamWriter, from uint32) error
 	if err := f.chunks(ctx, enc, from); err != nil {
 		return err
 	}
-	pos, err := enc.Manifest(delta.ManifestInfo{Config: f.config, Cut: f.info.Cut, Firmware: f.blobs})
+	pos, err := enc.Manifest(delta.ManifestInfo{Config: f.config, Cut: f.info.Cut, App: f.info.App, Firmware: f.blobs})
 	if pos.IsZero() {
 		return err
 	}

@@ -123,6 +123,8 @@ type Epoch struct {
 	// Empty: nothing had changed since the last acknowledged position. No
 	// number was used and nothing is held; there is nothing to end.
 	Empty bool `json:",omitempty"`
+	// App says that the cut is application-consistent.
+	App bool `json:",omitempty"`
 	// Blobs says that firmware state was attached.
 	Blobs bool `json:",omitempty"`
 	// Digest is known once every frame was produced.
@@ -144,6 +146,9 @@ type FreezeRequest struct {
 	// Force makes an epoch of a cut in which nothing changed, e.g. to carry
 	// firmware state. A zero Parent implies it.
 	Force bool
+	// App says that the guest's file systems are frozen: the epoch is
+	// application-consistent. It implies Force, so that there is one to say so.
+	App bool `json:",omitempty"`
 	// Config is the digest of the VM's description, bound into the position.
 	Config delta.Digest
 }

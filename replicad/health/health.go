@@ -76,6 +76,8 @@ type Facts struct {
 	Backlog      string // replica apply is late
 	TrackingLost string
 	NoSpace      string
+	AppFailed    string // primary: the last application-consistent point is crash-consistent
+	Frozen       string // the guest's file systems may be frozen by us
 	Orphan       string // replica: the primary ended the relationship; the copy is kept
 	PointsFull   string // replica: recovery points are given up, or will be soon, for want of room
 	Held         string // the VM is held back from starting
@@ -122,6 +124,13 @@ func evaluateFaults(f Facts, add adder) {
 	}
 	if f.DataPlane != "" {
 		add("data-plane-down", Critical, "replicactl doctor; the guest waits for its disk", "the data plane does not answer: %s", f.DataPlane)
+	}
+	if f.Frozen != "" {
+		add("guest-frozen", Critical, "virsh domfsthaw "+f.Name+"; it is tried again and again", "the guest's file systems may be frozen: %s", f.Frozen)
+	}
+	if f.AppFailed != "" {
+		add("app-points", Warning, "virsh domfsfreeze "+f.Name+" && virsh domfsthaw "+f.Name+": does the guest agent answer? none are wanted: replicactl point app "+f.Name+" 0",
+			"the last application-consistent point is crash-consistent: %s", f.AppFailed)
 	}
 	if f.NoSpace != "" {
 		add("no-space", Critical, "free space on the replica's storage root", "%s", f.NoSpace)

@@ -32,7 +32,12 @@ type (
 	// EvVerified ends DoVerify.
 	EvVerified struct{ Equal, Differ int64 }
 	// EvFrozen ends DoFreeze.
-	EvFrozen struct{ Epoch dataplane.Epoch }
+	EvFrozen struct {
+		Epoch dataplane.Epoch
+		// AppError says why the cut is not application-consistent although it was
+		// to be.
+		AppError string
+	}
 	// EvShipped ends DoShip: the position the replica committed, the bytes
 	// handed to the transport, and the chunk the transfer began at.
 	EvShipped struct {
@@ -84,6 +89,8 @@ type (
 	EvFinalCancel struct{}
 	// EvInterval changes the interval.
 	EvInterval struct{ Interval time.Duration }
+	// EvAppEvery changes the interval of application-consistent cuts, 0 = none.
+	EvAppEvery struct{ Every time.Duration }
 )
 
 func (EvHandshake) event()   {}
@@ -106,6 +113,7 @@ func (EvTrigger) event()     {}
 func (EvFinal) event()       {}
 func (EvFinalCancel) event() {}
 func (EvInterval) event()    {}
+func (EvAppEvery) event()    {}
 
 // Class of a failure: who to ask and what to do next.
 type Class string
@@ -149,8 +157,12 @@ type (
 		Reason string
 		All    bool
 	}
-	// DoFreeze makes a cut on top of Parent.
-	DoFreeze struct{ Parent delta.Pos }
+	// DoFreeze makes a cut on top of Parent; with App the guest's file systems
+	// are to be frozen at it.
+	DoFreeze struct {
+		Parent delta.Pos
+		App    bool
+	}
 	// DoShip sends a frozen epoch, asking for the replica's progress first
 	// when Resume is set.
 	DoShip struct {

@@ -29,7 +29,8 @@ const (
 // MachineConfig is what a Machine decides by.
 type MachineConfig struct {
 	Interval  time.Duration
-	ScrubRate int64 // bytes per second
+	AppEvery  time.Duration // of application-consistent cuts, 0 = none
+	ScrubRate int64         // bytes per second
 	Verified  bool
 	Scrub     Cursor
 	Holes     bool
@@ -69,6 +70,8 @@ type Machine struct {
 	cutAt     time.Time
 	lastCut   time.Time
 	nextCut   time.Time
+	nextApp   time.Time // next application-consistent cut
+	appCut    bool      // the cut under way is one
 
 	seeds   map[wire.DiskName]int64 // cursors of an unfinished seed
 	sizes   map[wire.DiskName]int64
@@ -161,6 +164,9 @@ func (m *Machine) Step(now time.Time, ev Event) []Action {
 		return nil
 	case EvInterval:
 		return m.onInterval(now, e.Interval)
+	case EvAppEvery:
+		m.cfg.AppEvery, m.nextApp = e.Every, time.Time{}
+		return m.onWake(now)
 	}
 	m.busy = false
 	switch e := ev.(type) {
@@ -288,11 +294,15 @@ func (m *Machine) next(now time.Time) []Action {
 	case m.scrubDue(now):
 		return m.do(Waiting, DoScrub{m.parent, m.scrub})
 	case m.due(now):
+		m.appCut = m.appDue(now)
 		m.trigger = false
 		m.cutAt = now
-		return m.do(Freezing, DoFreeze{m.parent})
+		return m.do(Freezing, DoFreeze{m.parent, m.appCut})
 	}
 	at := m.nextCut
+	if m.cfg.AppEvery > 0 && m.nextApp.Before(at) {
+		at = m.nextApp
+	}
 	if m.scrubbing() && m.scrubAt.Before(at) {
 		at = m.scrubAt
 	}
@@ -300,7 +310,13 @@ func (m *Machine) next(now time.Time) []Action {
 }
 
 func (m *Machine) due(now time.Time) bool {
-	return m.final || m.trigger || !m.protected || !now.Before(m.nextCut)
+	return m.final || m.trigger || !m.protected || !now.Before(m.nextCut) || m.appDue(now)
+}
+
+// appDue: this cut is to be application-consistent. The last cuts of a planned
+// failover are those of a guest that was shut down.
+func (m *Machine) appDue(now time.Time) bool {
+	return m.cfg.AppEvery > 0 && m.protected && !m.final && !now.Before(m.nextApp)
 }
 
 // unseeded names a disk whose initial copy is not complete.

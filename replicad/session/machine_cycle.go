@@ -21,6 +21,16 @@ func (m *Machine) onFrozen(now time.Time, e EvFrozen) []Action {
 	if e.Epoch.Cut.After(m.cutAt) {
 		m.cutAt = e.Epoch.Cut // it had to wait for its turn
 	}
+	if m.appCut {
+		m.nextApp = m.cutAt.Add(m.cfg.AppEvery)
+	}
+	switch {
+	case e.AppError != "":
+		m.meter.stats.AppError = e.AppError
+		m.meter.stats.AppFailed++
+	case e.Epoch.App:
+		m.meter.stats.AppError = ""
+	}
 	if !e.Epoch.Empty {
 		h := e.Epoch
 		m.held, m.resume, m.drop = &h, false, false
@@ -61,6 +71,10 @@ func (m *Machine) onAcked(now time.Time, e EvAcked) []Action {
 		m.lastCut = m.cutAt
 	}
 	var acts []Action
+	if m.held != nil && m.held.App {
+		m.meter.stats.AppPoints++
+		m.meter.stats.LastApp = m.cutAt
+	}
 	if m.held != nil && m.held.Blobs {
 		acts = append(acts, Committed{})
 	}

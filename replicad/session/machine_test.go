@@ -215,7 +215,7 @@ func (h *transcript) event(d *datadriven.TestData) (Event, error) {
 	case "frozen":
 		e := dataplane.Epoch{Generation: h.req.Generation, Epoch: uint64(num(d, "epoch", 1)), Nonce: uint64(num(d, "nonce", 1)), Bytes: num(d, "bytes", 4096), Parent: h.m.parent}
 		e.Empty = arg(d, "empty", "") != ""
-		return EvFrozen{e}, nil
+		return EvFrozen{Epoch: e}, nil
 	case "shipped":
 		return EvShipped{Pos: p, Sent: 500, From: uint32(num(d, "from", 0))}, nil
 	case "acked":

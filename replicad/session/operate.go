@@ -163,7 +163,7 @@ func (s *Session) freeze(ctx context.Context, a DoFreeze) (Event, error) {
 	if s.cfg.Describe != nil {
 		req.Config = s.cfg.Describe()
 	}
-	e, err := s.cfg.Source.Freeze(ctx, req)
+	e, why, err := s.cut(ctx, req, a.App)
 	if err != nil {
 		return nil, fromSource(err)
 	}
@@ -178,13 +178,62 @@ func (s *Session) freeze(ctx context.Context, a DoFreeze) (Event, error) {
 		blobs = s.firmware(ctx)
 	}
 	if len(blobs) == 0 {
-		return EvFrozen{e}, nil
+		return EvFrozen{e, why}, nil
 	}
 	if err := s.cfg.Source.Attach(ctx, e.Epoch, blobs); err != nil {
 		return nil, fromSource(err)
 	}
 	e.Blobs = true
-	return EvFrozen{e}, nil
+	return EvFrozen{e, why}, nil
+}
+
+// cut makes a cut, with app between a freeze and a thaw of the guest's file
+// systems. When that does not work the cut is crash-consistent, and why says so.
+func (s *Session) cut(ctx context.Context, req dataplane.FreezeRequest, app bool) (e dataplane.Epoch, why string, err error) {
+	if app && s.cfg.Quiesce != nil {
+		var done bool
+		if e, why, done, err = s.quietCut(ctx, req); done || err != nil {
+			return e, "", err
+		}
+		if why != "" {
+			s.log.Warn("this cut is crash-consistent only", "err", why)
+		}
+	}
+	e, err = s.cfg.Source.Freeze(ctx, req)
+	return e, why, err
+}
+
+// quietCut freezes, cuts and thaws. A cut during which the guest was thawed by
+// somebody else is given back.
+func (s *Session) quietCut(ctx context.Context, req dataplane.FreezeRequest) (e dataplane.Epoch, why string, done bool, err error) {
+	thaw, err := s.cfg.Quiesce(ctx)
+	if err != nil {
+		return e, err.Error(), false, nil
+	}
+	if thaw == nil {
+		return e, "", false, nil
+	}
+	thawed := false
+	defer func() {
+		if !thawed { // a panic in between
+			_, _ = thaw()
+		}
+	}()
+	req.App = true
+	e, err = s.cfg.Source.Freeze(ctx, req)
+	held, terr := thaw()
+	thawed = true
+	switch {
+	case err != nil:
+		return e, "", false, err
+	case terr == nil && held:
+		return e, "", true, nil
+	case terr != nil:
+		why = "thaw the guest: " + terr.Error()
+	default:
+		why = "the guest thawed before the cut was made"
+	}
+	return e, why, false, s.cfg.Source.Abandon(ctx, e.Epoch)
 }
 
 // firmware is the changed firmware state. The disks are worth more than the

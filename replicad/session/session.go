@@ -58,6 +58,12 @@ type Config struct {
 	Replica Replica
 	// Interval between cuts; 0 = back to back.
 	Interval time.Duration
+	// AppEvery is the interval of application-consistent cuts, 0 = none: for
+	// them Quiesce freezes the guest's file systems and returns what thaws them,
+	// which is called as soon as the cut is made and says whether they were
+	// frozen until then. A nil function says that there is nothing to freeze.
+	AppEvery time.Duration
+	Quiesce  func(ctx context.Context) (thaw func() (held bool, err error), err error)
 	// Complete fills in what only the lineage record knows (Ancestors, Before,
 	// Between, Diverged, Running); nil leaves a first generation whose guest
 	// runs. It is called before every handshake.
@@ -150,7 +156,7 @@ func New(cfg Config) *Session {
 // stays with the data plane, and the next session continues it.
 func (s *Session) Run(ctx context.Context) error {
 	s.m = NewMachine(MachineConfig{
-		Interval: s.cfg.Interval, ScrubRate: s.cfg.ScrubRate, Verified: s.cfg.Verified,
+		Interval: s.cfg.Interval, AppEvery: s.cfg.AppEvery, ScrubRate: s.cfg.ScrubRate, Verified: s.cfg.Verified,
 		Scrub: s.cfg.Scrub, Holes: s.cfg.Holes, LastCut: s.cfg.LastCut, Rand: s.cfg.Rand.Float64,
 	}, time.Now())
 	timer := time.NewTimer(0)
@@ -369,6 +375,10 @@ func (s *Session) Retry() { s.send(EvRetry{}) }
 
 // TriggerNow asks for a cut as soon as possible.
 func (s *Session) TriggerNow() { s.send(EvTrigger{}) }
+
+// SetAppEvery changes the interval of application-consistent cuts; the next one
+// is made at once.
+func (s *Session) SetAppEvery(d time.Duration) { s.send(EvAppEvery{d}) }
 
 // SetInterval changes the interval, also of the cut that is waited for.
 func (s *Session) SetInterval(d time.Duration) { s.send(EvInterval{d}) }

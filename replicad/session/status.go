@@ -102,6 +102,10 @@ type Stats struct {
 	RawBytes       int64 // changed bytes committed, before compression
 	SentBytes      int64 // bytes handed to the transport
 	LastError      string
+	AppPoints      int64     // application-consistent cuts the replica holds
+	LastApp        time.Time // the last of them
+	AppFailed      int64     // cuts that were to be, and are crash-consistent
+	AppError       string    // why the last one that was to be is not; empty = it is
 }
 
 // Condition is one reason why a session is not (quite) well.

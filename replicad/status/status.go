@@ -63,6 +63,7 @@ type VM struct {
 	Position   string             `json:"position"` // last committed position as this host knows it
 	Epoch      uint64             `json:"epoch"`
 	Interval   time.Duration      `json:"interval_ns"`
+	AppEvery   time.Duration      `json:"app_every_ns"` // of application-consistent points, 0 = none
 	// LastCommit is the time of the last cut the replica holds; zero when none.
 	LastCommit time.Time `json:"last_commit"`
 	// RPO is the age of that cut now; negative when there is none.
@@ -126,6 +127,10 @@ type Stats struct {
 	SentBytes      int64         `json:"sent_bytes"` // bytes on the wire
 	LastError      string        `json:"last_error,omitempty"`
 	Abandoned      int64         `json:"abandoned_epochs"`
+	AppPoints      int64         `json:"app_points"` // application-consistent ones since the session began
+	LastApp        time.Time     `json:"last_app"`   // the last of them; zero = none
+	AppFailed      int64         `json:"app_failed"` // that became crash-consistent ones
+	AppError       string        `json:"app_error,omitempty"`
 }
 
 // Plan is a running or interrupted plan.

@@ -25,6 +25,8 @@ type Hypervisor interface {
 	Destroy(ctx context.Context, uuid string, graceful bool) error
 	SetAutostart(ctx context.Context, uuid string, on bool) error
 	ResumeIOError(ctx context.Context, uuid string) (resumes int, err error)
+	Quiesce(ctx context.Context, uuid string, holdFor time.Duration) (filesystems int, thaw func() (held bool, err error), err error)
+	Thaw(ctx context.Context, uuid string) error
 	HasSaved(ctx context.Context, uuid string) (bool, error)
 	Firmware(ctx context.Context, uuid, stateDir string) (libvirt.FirmwareState, error)
 	Info(ctx context.Context) (libvirt.HostInfo, error)

@@ -233,6 +233,9 @@ func (m *Manager) Run(ctx context.Context) error {
 	vms := slices.Collect(maps.Values(m.vms))
 	m.mu.Unlock()
 	for _, v := range vms {
+		if v.wasFrozen() {
+			v.thawLater()
+		}
 		m.background.Add(1)
 		go func() {
 			defer m.background.Done()

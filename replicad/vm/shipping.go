@@ -70,7 +70,7 @@ func (v *VM) startShipping() {
 	ctx, cancel := context.WithCancel(context.Background())
 	sess := session.New(session.Config{
 		VM: r.VM, Name: r.Name, Source: v.ship.plane, Replica: &courier{v: v},
-		Interval: r.Interval, Complete: v.complete, Describe: v.describe, Union: v.union,
+		Interval: r.Interval, AppEvery: r.AppEvery, Quiesce: v.quiesce, Complete: v.complete, Describe: v.describe, Union: v.union,
 		Firmware: v.firmware, FirmwareCommitted: v.firmwareCommitted,
 		Limit: v.limit(r.Peer), Slots: slots,
 		Verified: r.Verified, Scrub: r.Scrub, LastCut: r.LastCut, Holes: true,

@@ -34,7 +34,7 @@ func (v *VM) Status(ctx context.Context, peerName string) status.VM {
 	r := v.record()
 	now := v.deps.Now()
 	out := status.VM{
-		Name: r.Name, ID: r.VM, Peer: r.Peer, Interval: r.Interval, Generation: r.Lineage.Generation.String()[:8],
+		Name: r.Name, ID: r.VM, Peer: r.Peer, Interval: r.Interval, AppEvery: r.AppEvery, Generation: r.Lineage.Generation.String()[:8],
 		RPO: -1, Running: v.guestRuns(),
 	}
 	f := health.Facts{Name: r.Name, Interval: r.Interval, Since: r.Created, Running: out.Running}
@@ -82,6 +82,9 @@ func (v *VM) viewCommon(out *status.VM, f *health.Facts) {
 	}
 	if !v.rec.StartAt.IsZero() && out.State == status.Paused && !v.rec.Paused {
 		f.Paused, f.Scheduled, out.State = false, v.rec.StartAt, status.Seeding
+	}
+	if v.thawing && !v.frozen.IsZero() {
+		f.Frozen = "since " + v.frozen.UTC().Format("2006-01-02T15:04:05Z") + " the agent has not thawed them"
 	}
 	if v.held != "" && !v.facts.running {
 		f.Held = v.held
@@ -225,6 +228,7 @@ func viewSession(s session.Status, out *status.VM, f *health.Facts) {
 		out.Position, out.Epoch = s.Committed.String(), s.Committed.Epoch
 	}
 	out.LastCommit = s.LastCut
+	f.AppFailed = s.Stats.AppError
 	viewConditions(s, f)
 	if p := s.Progress; p != nil {
 		out.Job = &status.Job{Phase: p.Phase, Done: p.Done, Total: p.Total, Rate: p.Rate, ETA: p.ETA}
@@ -234,6 +238,7 @@ func viewSession(s session.Status, out *status.VM, f *health.Facts) {
 		AverageBytes: s.Stats.AverageBytes, LargestBytes: s.Stats.LargestBytes, AverageLatency: s.Stats.AverageLatency,
 		RPOMedian: s.Stats.RPOMedian, RPOMax: s.Stats.RPOMax, RawBytes: s.Stats.RawBytes, SentBytes: s.Stats.SentBytes,
 		LastError: s.Stats.LastError, Abandoned: s.Stats.Abandoned,
+		AppPoints: s.Stats.AppPoints, LastApp: s.Stats.LastApp, AppFailed: s.Stats.AppFailed, AppError: s.Stats.AppError,
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"path/filepath"
 	"sync"
+	"time"
 
 	"kvmreplica/internal/fsx"
 	"kvmreplica/replicad/dataplane"
@@ -50,7 +51,9 @@ type VM struct {
 	applying error             // guarded by mu; why the last try to apply failed
 	gone     bool              // guarded by mu; the relationship ended
 
-	mounts []*mounted // guarded by mu
+	mounts  []*mounted // guarded by mu
+	frozen  time.Time  // guarded by mu; since when the guest may be frozen by us, zero = it is not
+	thawing bool       // guarded by mu; somebody thaws in the background
 
 	// The role's machinery; set while the role is up, guarded by mu.
 	ship *shipping
