@@ -103,6 +103,8 @@ func (d *Daemon) actOn(ctx context.Context, v *vm.VM, a api.Action, request stri
 		return v.Resync(ctx)
 	case api.PointPin, api.PointUnpin, api.PointKeep, api.PointApp, api.PointMount, api.PointUnmount, api.PointExport:
 		return d.pointAction(ctx, v, a, emit)
+	case api.VMStatsReset:
+		return v.ResetStatistics()
 	case api.VMStart:
 		return v.StartGuest(ctx, a.Force)
 	case api.Planned:

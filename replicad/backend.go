@@ -54,6 +54,15 @@ func (d *Daemon) VM(ctx context.Context, name string) (status.VM, error) {
 	return v.Status(ctx, d.peerName(v.Peer())), nil
 }
 
+// Statistics are a VM's measurements.
+func (d *Daemon) Statistics(_ context.Context, name string) (api.Statistics, error) {
+	v, err := d.vms.Lookup(name)
+	if err != nil {
+		return api.Statistics{}, err
+	}
+	return v.Statistics()
+}
+
 func (d *Daemon) peerName(h wire.HostID) string {
 	if r, ok := d.peers.Get(h); ok {
 		return r.Name

@@ -32,6 +32,7 @@ func allowed() map[string][]string {
 		"replicad/config":   {},
 		"replicad/health":   {},
 		"replicad/status":   {"replicad/health", "replicad/wire"},
+		"replicad/stats":    {"replicad/status"},
 		"replicad/api":      {"replicad/status", "replicad/health", "replicad/wire"},
 	}
 }

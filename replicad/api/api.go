@@ -43,6 +43,8 @@ const (
 	PointKeep  Verb = "point-keep" // change the retention on the replica's host
 	PointApp   Verb = "point-app"  // change the interval of application-consistent points
 	PointMount Verb = "point-mount"
+	// VMStatsReset begins the open window of the measurements anew.
+	VMStatsReset Verb = "vm-stats-reset"
 	// PointUnmount ends the mount ID, or all of the VM.
 	PointUnmount Verb = "point-unmount"
 	// PointExport ends when its caller goes away: it is no plan.
@@ -85,6 +87,9 @@ type Action struct {
 	Within   time.Duration `json:"within_ns,omitempty"` // unplanned: time of trial
 	Then     string        `json:"then,omitempty"`      // unplanned: commit or cancel after it
 }
+
+// Statistics are a VM's measurements on the host that ships it.
+type Statistics = status.Measurements
 
 // Event is one line of an action's answer.
 type Event struct {
@@ -149,6 +154,8 @@ type Backend interface {
 	VM(ctx context.Context, name string) (status.VM, error)
 	// Points lists a VM's recovery points, wherever they are kept.
 	Points(ctx context.Context, name string) (wire.PointsReply, error)
+	// Statistics are a VM's measurements on this host.
+	Statistics(ctx context.Context, name string) (Statistics, error)
 	// Mounts lists the recovery points that are mounted on this host.
 	Mounts(ctx context.Context) ([]status.Mount, error)
 	Peers(ctx context.Context) ([]status.Peer, error)

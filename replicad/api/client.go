@@ -56,6 +56,11 @@ func (c *Client) Points(ctx context.Context, name string) (v wire.PointsReply, e
 	return v, c.call(ctx, http.MethodGet, "/v1/vms/"+url.PathEscape(name)+"/points", nil, &v)
 }
 
+// Statistics returns a VM's measurements.
+func (c *Client) Statistics(ctx context.Context, name string) (v Statistics, err error) {
+	return v, c.call(ctx, http.MethodGet, "/v1/vms/"+url.PathEscape(name)+"/statistics", nil, &v)
+}
+
 // Mounts lists the recovery points that are mounted on this host.
 func (c *Client) Mounts(ctx context.Context) (v []status.Mount, err error) {
 	return v, c.call(ctx, http.MethodGet, "/v1/mounts", nil, &v)

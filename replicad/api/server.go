@@ -42,6 +42,7 @@ func NewServer(back Backend, log *slog.Logger) *Server {
 	mux.HandleFunc("GET /v1/vms", reply(func(r *http.Request) (any, error) { return back.VMs(r.Context()) }))
 	mux.HandleFunc("GET /v1/vms/{name}", reply(func(r *http.Request) (any, error) { return back.VM(r.Context(), r.PathValue("name")) }))
 	mux.HandleFunc("GET /v1/vms/{name}/points", reply(func(r *http.Request) (any, error) { return back.Points(r.Context(), r.PathValue("name")) }))
+	mux.HandleFunc("GET /v1/vms/{name}/statistics", reply(func(r *http.Request) (any, error) { return back.Statistics(r.Context(), r.PathValue("name")) }))
 	mux.HandleFunc("GET /v1/mounts", reply(func(r *http.Request) (any, error) { return back.Mounts(r.Context()) }))
 	mux.HandleFunc("GET /v1/peers", reply(func(r *http.Request) (any, error) { return back.Peers(r.Context()) }))
 	mux.HandleFunc("GET /v1/doctor", reply(func(r *http.Request) (any, error) { return back.Doctor(r.Context()) }))

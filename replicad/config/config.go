@@ -64,8 +64,12 @@ type Config struct {
 	// ShippingSlots is the number of VMs that copy, compare or ship to one peer
 	// at once.
 	ShippingSlots int
-	TLS           TLS
-	Limits        Limits
+	// Statistics are the windows of what is measured: their first beginning on a
+	// day, and their length.
+	StatisticsStart, StatisticsWindow time.Duration
+
+	TLS    TLS
+	Limits Limits
 	Domain
 	// Bandwidth is the weekly schedule for what is sent to peers; the last
 	// window that holds the present minute counts, outside of all there is no limit.
@@ -108,6 +112,7 @@ func Default() Config {
 		LogLevel:     slog.LevelInfo, LogFormat: "text",
 		Domain:       Domain{DomainType: "kvm"},
 		OnSilentPeer: Start, SilentPeerAfter: 120 * time.Second, ShippingSlots: 4,
+		StatisticsStart: 9 * time.Hour, StatisticsWindow: 12 * time.Hour,
 		Limits: Limits{
 			Connections: 512, ConnectionsPer: 32, Unauthenticated: 64, HandshakeTimeout: 10 * time.Second,
 			CaptureMemory: 256 << 20, DirtyPageCache: 64 << 20, FreeSpaceReserve: 10 << 30, Backlog: 64 << 30,

@@ -30,9 +30,15 @@ type file struct {
 	SilentPeerAfter *string      `toml:"silent_peer_after"`
 	ShippingSlots   *int         `toml:"shipping_slots"`
 	TLS             fileTLS      `toml:"tls"`
+	Statistics      fileStats    `toml:"statistics"`
 	Limits          fileLimits   `toml:"limits"`
 	Domain          fileDomain   `toml:"domain"`
 	Bandwidth       []fileWindow `toml:"bandwidth"`
+}
+
+type fileStats struct {
+	Start  *string `toml:"start"`
+	Window *string `toml:"window"`
 }
 
 type fileTLS struct {
@@ -154,6 +160,13 @@ func (p *parser) top(c *Config, f file) {
 	take(&c.TLS.Cert, f.TLS.Cert)
 	take(&c.TLS.Key, f.TLS.Key)
 	take(&c.TLS.CA, f.TLS.CA)
+	if s := f.Statistics.Start; s != nil {
+		var ok bool
+		if c.StatisticsStart, ok = clock(*s, 0); !ok {
+			p.complain("statistics.start", "%.32q is not a time of day such as \"09:00\"", *s)
+		}
+	}
+	p.duration("statistics.window", &c.StatisticsWindow, f.Statistics.Window)
 	p.duration("silent_peer_after", &c.SilentPeerAfter, f.SilentPeerAfter)
 	if f.LogLevel != nil {
 		levels := map[string]slog.Level{"debug": slog.LevelDebug, "info": slog.LevelInfo, "warn": slog.LevelWarn, "error": slog.LevelError}

@@ -101,6 +101,13 @@ func (c Config) complainNumbers(say func(string, string, ...any)) {
 			say(key, "%d is not between %d and %d", v, lo, hi)
 		}
 	}
+	const day = 24 * time.Hour
+	switch w := c.StatisticsWindow; {
+	case w < time.Hour || w > 7*day || w < day && day%w != 0 || w > day && w%day != 0:
+		say("statistics.window", "%v: between 1h and 24h it must divide a day, beyond that be whole days up to 168h", w)
+	case c.StatisticsStart < 0 || c.StatisticsStart >= day:
+		say("statistics.start", "%v is not a time of day", c.StatisticsStart)
+	}
 	l := c.Limits
 	between("shipping_slots", int64(c.ShippingSlots), 1, 64)
 	between("limits.connections", int64(l.Connections), 8, 65536)

@@ -96,6 +96,7 @@ type Stats struct {
 	AverageBytes   int64
 	LargestBytes   int64
 	AverageLatency time.Duration // cut to commit
+	TotalLatency   time.Duration // sum over the cuts that were not empty
 	LargestLatency time.Duration
 	RPOMedian      time.Duration // age of the last cut just before the next commit
 	RPOMax         time.Duration
@@ -159,6 +160,7 @@ func (m *meter) committed(now, cut, last time.Time, bytes int64) {
 	m.stats.LargestBytes = max(m.stats.LargestBytes, bytes)
 	took := now.Sub(cut)
 	m.latency += took
+	m.stats.TotalLatency = m.latency
 	m.stats.AverageLatency = m.latency / time.Duration(m.shipped)
 	m.stats.LargestLatency = max(m.stats.LargestLatency, took)
 }

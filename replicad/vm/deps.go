@@ -9,6 +9,7 @@ import (
 	"kvmreplica/libvirt"
 	"kvmreplica/replicad/dataplane"
 	"kvmreplica/replicad/points"
+	"kvmreplica/replicad/stats"
 	"kvmreplica/replicad/wire"
 )
 
@@ -74,6 +75,8 @@ type Deps struct {
 	// Store and MaxPoints bound each replica's store; zero = defaults.
 	Store     points.Limits
 	MaxPoints int
+	// Statistics are the windows of every VM's measurements; zero = default.
+	Statistics stats.Schedule
 	// Fence is a command run before an unplanned failover; empty = none.
 	Fence string
 	// LibvirtState is where libvirt keeps firmware state; empty = /var/lib/libvirt.

@@ -142,6 +142,7 @@ func (v *VM) limit(host wire.HostID) func(context.Context, io.Reader) io.Reader 
 // and when it was cut is for display only and not worth a sync per epoch; the
 // end of a session is.
 func (v *VM) sessionChanged(s session.Status) {
+	v.measure(s)
 	r := v.record()
 	scrubbed := s.Verified != r.Verified || s.Scrub.Disk != r.Scrub.Disk || s.Scrub.Offset-r.Scrub.Offset >= scrubKept
 	moved := !s.Committed.IsZero() && (s.Committed != r.Acked || s.LastCut.After(r.LastCut))

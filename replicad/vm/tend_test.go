@@ -14,6 +14,8 @@ import (
 	"testing"
 	"time"
 
+	"kvmreplica/replicad/health"
+
 	"kvmreplica/libvirt"
 
 	"kvmreplica/libvirt/libvirttest"
@@ -262,4 +264,39 @@ func TestALostTrackerIsReplacedAndEverythingCompared(t *testing.T) {
 			t.Fatalf("%s: the replica missed a change: %x", name, image[3<<20:3<<20+4])
 		}
 	}
+}
+
+func TestStatisticsSurviveARestartAndAResetHidesNoFault(t *testing.T) {
+	t.Parallel()
+	w := newPair(t)
+	w.protect()
+	w.rest()
+	before, err := w.a.vm().Statistics()
+	must(t, err)
+	if before.Window.Cycles == 0 || before.Name != "web" {
+		t.Fatalf("%+v", before)
+	}
+	w.a.restart() // killed: what was not kept yet is missing
+	w.rest()
+	after, err := w.a.vm().Statistics()
+	must(t, err)
+	if after.Window.Cycles == 0 || !after.Window.From.Equal(before.Window.From) {
+		t.Fatalf("before %+v, after %+v", before.Window, after.Window)
+	}
+	w.b.silent.Store(true)
+	w.until("the fault to be seen", func() error {
+		w.write(w.a, 1)
+		if st := w.a.vm().Status(t.Context(), "B"); st.Health == health.Normal {
+			return errors.New("normal")
+		}
+		return nil
+	})
+	must(t, w.a.vm().ResetStatistics())
+	if m, err := w.a.vm().Statistics(); err != nil || m.Window.Cycles != 0 {
+		t.Fatalf("%+v, %v", m, err)
+	}
+	if st := w.a.vm().Status(t.Context(), "B"); st.Health == health.Normal {
+		t.Fatal("the reset hid a fault")
+	}
+	w.b.silent.Store(false)
 }

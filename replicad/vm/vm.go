@@ -55,6 +55,8 @@ type VM struct {
 	frozen  time.Time  // guarded by mu; since when the guest may be frozen by us, zero = it is not
 	thawing bool       // guarded by mu; somebody thaws in the background
 
+	figures figures
+
 	// The role's machinery; set while the role is up, guarded by mu.
 	ship *shipping
 	keep *keeping
