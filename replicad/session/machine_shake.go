@@ -80,6 +80,9 @@ func (m *Machine) reconcile() {
 		pos.Digest = *m.held.Digest
 	}
 	switch {
+	case m.drop:
+		// Committed or not: an epoch that was lost here cannot be acknowledged
+		// any more. Its bits return and go with the next one.
 	case m.held.Digest != nil && pos == m.parent:
 		m.shipped = &EvShipped{Pos: pos} // committed; only the answer was lost
 	case m.held.Parent != m.parent:
