@@ -61,6 +61,8 @@ type mortalFS struct {
 	dead *atomic.Bool
 	// refuse is asked before each replacement of a file; nil = all is well.
 	refuse *atomic.Pointer[func(name string) error]
+	// keepFiles lets every removal fail.
+	keepFiles atomic.Bool
 }
 
 func (f *mortalFS) Open(name string, flag int) (fsx.File, error) {
@@ -85,6 +87,9 @@ func (f *mortalFS) Rename(old, name string) error {
 func (f *mortalFS) Remove(name string) error {
 	if f.dead.Load() {
 		return errDead
+	}
+	if f.keepFiles.Load() {
+		return errors.New("input/output error")
 	}
 	return f.FS.Remove(name)
 }

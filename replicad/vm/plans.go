@@ -106,7 +106,11 @@ func (v *VM) settleLocked(ctx context.Context, j *failover.Journal, back bool) e
 	if err != nil {
 		return errors.Join(err, v.noteStuck())
 	}
-	return v.conduct(ctx, r, nil, func(ctx context.Context) error { return r.TakeBack(ctx, steps, nil) })
+	err = v.conduct(ctx, r, nil, func(ctx context.Context) error { return r.TakeBack(ctx, steps, nil) })
+	if err == nil {
+		v.openIntake() // a promotion refused because of this plan may have closed it
+	}
+	return err
 }
 
 // mend continues interrupted plans of a running daemon, until ctx ends or the

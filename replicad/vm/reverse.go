@@ -161,6 +161,9 @@ func (v *VM) release(ctx context.Context, q wire.FailoverRequest) (wire.Failover
 	if j != nil && !handingOver(j) {
 		return wire.FailoverReply{}, &wire.Error{Kind: wire.KindUnavailable, Text: "a plan of that host has not ended: " + string(j.Kind), Hint: "there: replicactl failover resume " + v.record().Name}
 	}
+	if v.record().Lineage.State == lineage.Replica {
+		v.openIntake() // a promotion of an earlier time had closed it
+	}
 	if l := v.record().Lineage; l.State == lineage.Replica && l.Discard.IsZero() {
 		// It follows already, cleanly: the handshake knows where it stands.
 		return wire.FailoverReply{State: stateAccepted, Detail: "nothing was changed there"}, v.up(ctx)
