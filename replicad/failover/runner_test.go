@@ -228,3 +228,24 @@ func (d *dyingFS) Rename(a, b string) error {
 	}
 	return d.FS.Rename(a, b)
 }
+
+func TestStepsAreTakenBackInReverseOrder(t *testing.T) {
+	t.Parallel()
+	fsys, w := diskFS(t), &world{done: map[string]bool{}}
+	r := newRunner(t, fsys)
+	if err := r.Begin(failover.Planned, "req", nil); err != nil {
+		t.Fatal(err)
+	}
+	err := r.Run(t.Context(), w.steps(4, -1, func(name string, undo bool) error {
+		if name == "s3" && !undo {
+			return errBoom
+		}
+		return nil
+	}))
+	if !errors.Is(err, errBoom) {
+		t.Fatal(err)
+	}
+	if d := cmp.Diff([]string{"do s0", "do s1", "do s2", "undo s3", "undo s2", "undo s1", "undo s0"}, w.log); d != "" {
+		t.Fatal(d)
+	}
+}
