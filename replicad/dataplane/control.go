@@ -5,9 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"slices"
-	"time"
 
 	"kvmreplica/cbt"
 	"kvmreplica/internal/fsx"
@@ -19,20 +17,19 @@ import (
 
 // trackerConfig describes the tracker to cbt.
 func (p *Plane) trackerConfig() (cbt.Config, error) {
-	dir, err := fsx.OS(filepath.Join(p.cfg.StateDir, "tracker"))
-	if err != nil {
-		return cbt.Config{}, err
-	}
 	boot, err := p.cfg.bootID()
 	if err != nil {
 		return cbt.Config{}, fmt.Errorf("read the boot id: %w", err)
 	}
 	c := cbt.Config{
-		FS: dir, SharedDir: p.cfg.SharedDir, BootID: boot, VMID: string(p.cfg.VM), Log: p.log.With("part", "cbt"),
+		FS: fsx.Sub(p.state, trackerDir), SharedDir: p.cfg.SharedDir, BootID: boot, VMID: string(p.cfg.VM), Log: p.log.With("part", "cbt"),
 		CaptureBytes: p.cfg.CaptureBytes,
 	}
 	for _, i := range p.images {
 		c.Disks = append(c.Disks, cbt.DiskConfig{Name: string(i.cfg.Name), Device: i.dev, Identity: i.identity()})
+	}
+	if p.parts.Tracker != nil {
+		p.parts.Tracker(&c)
 	}
 	return c, nil
 }
@@ -372,7 +369,7 @@ func (p *Plane) clean(ctx context.Context) (CleanReply, error) {
 		return CleanReply{}, err
 	}
 	before := marked(g.Status())
-	if err := g.CleanStep(ctx, time.Now()); err != nil {
+	if err := g.CleanStep(ctx, p.parts.now()); err != nil {
 		return CleanReply{}, err
 	}
 	st := g.Status()

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"iter"
 	"sync"
-	"time"
 
 	"golang.org/x/sync/errgroup"
 
@@ -55,7 +54,7 @@ func (p *Plane) freeze(ctx context.Context, r FreezeRequest) (Epoch, error) {
 	if err := p.adopt(g, r.Parent); err != nil {
 		return Epoch{}, err
 	}
-	at := time.Now()
+	at := p.parts.now()
 	var cut *cbt.Epoch
 	// The first epoch of a generation is one even when nothing changed: a
 	// generation without a position of its own could not be sealed or promoted.

@@ -17,14 +17,15 @@ import (
 type image struct {
 	cfg      DiskConfig
 	dev      block.Device
-	under    block.Device // the image itself while dev is an overlay above it, else nil
-	file     *block.File  // nil for kind nbd
-	upstream *upstream    // nil but for kind nbd
-	locked   atomic.Bool  // QEMU's lock bytes are held
+	under    block.Device                   // the image itself while dev is an overlay above it, else nil
+	file     *block.File                    // nil for kind nbd
+	upstream *upstream                      // nil but for kind nbd
+	ident    func() (block.Identity, error) // nil: ask file
+	locked   atomic.Bool                    // QEMU's lock bytes are held
 }
 
 // openImages opens and locks every image, or none.
-func openImages(ctx context.Context, cfg Config, chosen map[wire.DiskName]bool) (_ []*image, err error) {
+func openImages(ctx context.Context, cfg Config, parts Parts, chosen map[wire.DiskName]bool) (_ []*image, err error) {
 	var all []*image
 	defer func() {
 		if err != nil {
@@ -32,7 +33,7 @@ func openImages(ctx context.Context, cfg Config, chosen map[wire.DiskName]bool) 
 		}
 	}()
 	for _, d := range cfg.Disks {
-		img, err := openImage(ctx, d, cfg.DirtyBytes)
+		img, err := parts.image(ctx, d, cfg.DirtyBytes)
 		if err != nil {
 			return nil, fmt.Errorf("disk %s: %w", d.Name, err)
 		}
@@ -92,6 +93,9 @@ func (i *image) checkKind() error {
 // identity tells the tracker whether somebody touched the image; an NBD
 // server's storage cannot be asked.
 func (i *image) identity() func() (block.Identity, error) {
+	if i.ident != nil {
+		return i.ident
+	}
 	if i.file == nil {
 		return nil
 	}

@@ -40,6 +40,7 @@ type Plane struct {
 	choices  *choiceStore
 	over     *flattening // nil unless Config.Overlay is set
 	server   *nbd.Server
+	parts    Parts
 
 	group  atomic.Pointer[cbt.Group]
 	lost   atomic.Pointer[string] // why an existing tracker cannot be read
@@ -70,7 +71,7 @@ type Plane struct {
 }
 
 // newPlane prepares a data plane without touching an image or the tracker.
-func newPlane(cfg Config, log *slog.Logger) (*Plane, error) {
+func newPlane(cfg Config, parts Parts, log *slog.Logger) (*Plane, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, &wire.Error{Kind: wire.KindInvalid, Text: err.Error()}
 	}
@@ -78,12 +79,12 @@ func newPlane(cfg Config, log *slog.Logger) (*Plane, error) {
 	if err != nil {
 		return nil, &wire.Error{Kind: wire.KindInvalid, Text: err.Error()}
 	}
-	state, err := fsx.OS(cfg.StateDir)
+	state, err := parts.state(cfg)
 	if err != nil {
 		return nil, err
 	}
 	p := &Plane{
-		cfg: cfg, vm: vm, log: log, started: time.Now(), instance: fmt.Sprintf("%d-%x", os.Getpid(), nonce()),
+		cfg: cfg, vm: vm, log: log, parts: parts, started: parts.now(), instance: fmt.Sprintf("%d-%x", os.Getpid(), nonce()),
 		exported: map[wire.DiskName]bool{}, stopped: make(chan struct{}), moved: make(chan struct{}),
 		server: nbd.NewServer(nbd.Options{Log: log.With("part", "nbd")}), calls: newCalls(), state: state,
 	}
@@ -94,15 +95,20 @@ func newPlane(cfg Config, log *slog.Logger) (*Plane, error) {
 
 // Open locks the images, opens the tracker if there is one and prepares the
 // exports that were open before. Nothing is served yet.
-func Open(ctx context.Context, cfg Config, log *slog.Logger) (_ *Plane, err error) {
-	p, err := newPlane(cfg, log)
+func Open(ctx context.Context, cfg Config, log *slog.Logger) (*Plane, error) {
+	return OpenOn(ctx, cfg, Parts{}, log)
+}
+
+// OpenOn is Open on storage and a clock of the caller's.
+func OpenOn(ctx context.Context, cfg Config, parts Parts, log *slog.Logger) (_ *Plane, err error) {
+	p, err := newPlane(cfg, parts, log)
 	if err != nil {
 		return nil, err
 	}
-	if err := p.state.MkdirAll("tracker"); err != nil {
+	if err := p.state.MkdirAll(trackerDir); err != nil {
 		return nil, fmt.Errorf("make the tracker's directory: %w", err)
 	}
-	if p.images, err = openImages(ctx, cfg, p.choices.get().QemuLock); err != nil {
+	if p.images, err = openImages(ctx, cfg, parts, p.choices.get().QemuLock); err != nil {
 		return nil, err
 	}
 	defer func() {

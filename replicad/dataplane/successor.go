@@ -75,7 +75,7 @@ func (h *heir) prepare(configFile string) (err error) {
 	if h.cfg, err = LoadConfig(configFile); err != nil {
 		return err
 	}
-	h.plane, err = newPlane(h.cfg, newLogger(h.cfg).With("part", "dataplane"))
+	h.plane, err = newPlane(h.cfg, Parts{}, newLogger(h.cfg).With("part", "dataplane"))
 	if err != nil {
 		return err
 	}

@@ -82,6 +82,16 @@ func (s *Session) operate(ctx context.Context, a Action) (Event, error) {
 	return nil, fmt.Errorf("unknown operation %T", a)
 }
 
+// Perform runs one operation in the caller's goroutine and returns its end, for
+// whoever steps a Machine without Run: the simulation, tests.
+func (s *Session) Perform(ctx context.Context, a Action) Event {
+	ev, err := s.operate(ctx, a)
+	if err != nil {
+		return s.failed(ctx, ev, err)
+	}
+	return ev
+}
+
 // failed turns an error into the event that names whose fault it is.
 func (s *Session) failed(ctx context.Context, ev Event, err error) EvFailed {
 	f, _ := ev.(EvFailed)
