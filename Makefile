@@ -81,12 +81,21 @@ fuzz: ## every fuzz target for FUZZTIME (20s)
 	done
 
 .PHONY: sim
-sim: ## the explicit-state model of tracking and hand-over, all of it (the simulation of whole hosts is not built yet)
-	KVMREPLICA_MODEL=full go test -count=1 -timeout 2h -v ./integration/model
+sim: ## two simulated hosts: SEEDS=10000 random lives from FIRST=1; SEED=k (SCRIPT='..') plays one again
+	SEEDS=$(or $(SEEDS),10000) FIRST=$(or $(FIRST),1) SEED=$(SEED) SCRIPT=$(SCRIPT) go test -count=1 -timeout 12h -v -run TestSeeds ./integration/sim
 
 .PHONY: sweep
-sweep: ## the unit tests and the model with nothing left out (slow)
-	KVMREPLICA_MODEL=full go test -count=1 -timeout 2h $(ALL) ./integration/model/...
+sweep: ## every case of every sweep and the whole model, with counts (hours)
+	KVMREPLICA_SIM=full KVMREPLICA_MODEL=full go test -count=1 -timeout 12h -v -run '$(SWEEPS)|Model|Mutant' $(ALL) ./integration/model ./integration/sim 2>&1 \
+	  | grep -E --line-buffered 'cases|points|states|violation|SWEEP|^(ok|FAIL|panic)|--- FAIL'
+
+.PHONY: mutants
+mutants: ## plant seeded bugs one by one; shows what catches each, fails if one survives (RUN=regexp)
+	go run ./integration/mutants -run '$(RUN)'
+
+.PHONY: histories
+histories: ## N=200 random failover histories of two managers over real data planes and stores (SEED=k plays one again)
+	KVMREPLICA_HISTORIES=$(or $(N),200) SEED=$(SEED) go test -count=1 -timeout 12h -v -run TestHistories ./replicad/vm
 
 .PHONY: bench
 bench: ## all benchmarks, BENCHTIME each (1s)

@@ -1,0 +1,226 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	err := run(ctx)
+	stop()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "mutants:", err)
+		os.Exit(1)
+	}
+}
+
+func run(ctx context.Context) error {
+	pattern := flag.String("run", "", "only mutants whose name matches")
+	check := flag.Bool("check", false, "only see whether every mutant applies and compiles")
+	by := flag.String("by", "", "what to look with: empty = the mutant's own packages, sim = the simulation")
+	limit := flag.Duration("timeout", 10*time.Minute, "for the tests of one mutant")
+	flag.Parse()
+	root, err := moduleRoot()
+	if err != nil {
+		return err
+	}
+	all, err := All()
+	if err != nil {
+		return err
+	}
+	if all, err = chosen(all, *pattern); err != nil {
+		return err
+	}
+	w := &workshop{root: root, limit: *limit}
+	if w.dir, err = os.MkdirTemp("", "mutants"); err != nil {
+		return err
+	}
+	defer os.RemoveAll(w.dir)
+	if *check {
+		n, err := w.compile(ctx, all)
+		fmt.Printf("%d mutants apply; compiled in %d rounds\n", len(all), n)
+		return err
+	}
+	return w.hunt(ctx, all, *by)
+}
+
+// workshop builds and tests changed sources.
+type workshop struct {
+	root, dir string
+	limit     time.Duration
+}
+
+// hunt tests every mutant and prints a line for each.
+func (w *workshop) hunt(ctx context.Context, all []Mutant, by string) error {
+	var alive []string
+	for i, m := range all {
+		began := time.Now()
+		found, err := w.test(ctx, &m, by)
+		if err != nil {
+			return err
+		}
+		if found == "" {
+			alive = append(alive, m.Name)
+			found = "SURVIVES"
+		}
+		fmt.Printf("%3d/%d %-34s %7s  %s\n", i+1, len(all), m.Name, time.Since(began).Round(100*time.Millisecond), found)
+	}
+	fmt.Printf("%d mutants, %d caught, %d survive\n", len(all), len(all)-len(alive), len(alive))
+	if len(alive) > 0 {
+		return fmt.Errorf("no test sees: %s", strings.Join(alive, ", "))
+	}
+	return nil
+}
+
+// test returns the first test that fails with the mutant, "" when none does.
+func (w *workshop) test(ctx context.Context, m *Mutant, by string) (string, error) {
+	changed, err := m.Apply(w.root, nil)
+	if err != nil {
+		return "", err
+	}
+	overlay, err := w.overlay(changed)
+	if err != nil {
+		return "", err
+	}
+	packages, tests := m.Packages, m.Tests
+	if by == "sim" {
+		packages, tests = []string{"./integration/sim"}, "TestSeeds"
+	}
+	for _, p := range packages {
+		args := []string{"test", "-overlay", overlay, "-count=1", "-failfast", "-vet=off", "-timeout", w.limit.String()}
+		if tests != "" {
+			args = append(args, "-run", tests)
+		}
+		out, err := w.command(ctx, append(args, p)...)
+		if ctx.Err() != nil {
+			return "", ctx.Err()
+		}
+		if err == nil {
+			continue
+		}
+		var exit *exec.ExitError
+		if !errors.As(err, &exit) || strings.Contains(out, "[build failed]") || strings.Contains(out, "[setup failed]") {
+			return "", fmt.Errorf("mutant %s cannot be tested: %w\n%s", m.Name, err, out)
+		}
+		return p + " " + firstFailure(out), nil
+	}
+	return "", nil
+}
+
+// firstFailure names what went wrong in the output of go test.
+func firstFailure(out string) string {
+	if x := regexp.MustCompile(`panic: test timed out[^\n]*\n(?:[^\n]*\n)?\s*(Test\w+)`).FindStringSubmatch(out); x != nil {
+		return x[1] + " (hangs)"
+	}
+	all := regexp.MustCompile(`(?m)^\s*--- FAIL: (\S+)`).FindAllStringSubmatch(out, -1)
+	if len(all) > 0 {
+		return all[0][1]
+	}
+	if x := regexp.MustCompile(`(?m)^(panic|fatal error): .*$`).FindString(out); x != "" {
+		return x
+	}
+	return "fails: " + strings.TrimSpace(out[:min(len(out), 200)])
+}
+
+// compile builds all mutants, several of different places in one round.
+func (w *workshop) compile(ctx context.Context, all []Mutant) (rounds int, err error) {
+	for left := all; len(left) > 0; rounds++ {
+		changed := map[string]string{}
+		touched := map[string]bool{}
+		var again []Mutant
+		for _, m := range left {
+			if slices.ContainsFunc(m.Hunks, func(h Hunk) bool { return touched[h.File+"\x00"+h.Old[0]] }) {
+				again = append(again, m)
+				continue
+			}
+			if _, err := m.Apply(w.root, nil); err != nil { // on the sources as they are
+				return rounds, err
+			}
+			next, err := m.Apply(w.root, changed)
+			if err != nil { // two mutants of one place
+				again = append(again, m)
+				continue
+			}
+			for f, text := range next {
+				changed[f] = text
+			}
+			for _, h := range m.Hunks {
+				for _, l := range h.Old {
+					touched[h.File+"\x00"+l] = true
+				}
+			}
+		}
+		if len(again) == len(left) {
+			return rounds, fmt.Errorf("mutant %s applies to nothing", left[0].Name)
+		}
+		overlay, err := w.overlay(changed)
+		if err != nil {
+			return rounds, err
+		}
+		var dirs []string
+		for f := range changed {
+			dirs = append(dirs, "./"+filepath.Dir(f))
+		}
+		slices.Sort(dirs)
+		if out, err := w.command(ctx, append([]string{"build", "-overlay", overlay}, slices.Compact(dirs)...)...); err != nil {
+			return rounds, fmt.Errorf("a mutant does not compile: %w\n%s", err, out)
+		}
+		left = again
+	}
+	return rounds, nil
+}
+
+// overlay writes changed files and the list that tells the compiler of them.
+func (w *workshop) overlay(changed map[string]string) (string, error) {
+	dir, err := os.MkdirTemp(w.dir, "")
+	if err != nil {
+		return "", err
+	}
+	list := struct{ Replace map[string]string }{map[string]string{}}
+	for f, text := range changed {
+		at := filepath.Join(dir, strings.ReplaceAll(f, "/", "_"))
+		if err := os.WriteFile(at, []byte(text), 0o600); err != nil {
+			return "", err
+		}
+		list.Replace[filepath.Join(w.root, f)] = at
+	}
+	b, err := json.Marshal(list)
+	if err != nil {
+		return "", err
+	}
+	at := filepath.Join(dir, "overlay.json")
+	return at, os.WriteFile(at, b, 0o600)
+}
+
+func (w *workshop) command(ctx context.Context, args ...string) (string, error) {
+	cmd := exec.CommandContext(ctx, "go", args...)
+	cmd.Dir = w.root
+	out, err := cmd.CombinedOutput()
+	return string(out), err
+}
+
+// moduleRoot is the folder of go.mod, from the working folder up.
+func moduleRoot() (string, error) {
+	dir, err := os.Getwd()
+	if err != nil {
+		return "", err
+	}
+	for ; dir != "/"; dir = filepath.Dir(dir) {
+		if _, err := os.Stat(filepath.Join(dir, "go.mod")); err == nil {
+			return dir, nil
+		}
+	}
+	return "", errors.New("run this inside the module")
+}
