@@ -105,6 +105,13 @@ func (d *Daemon) actOn(ctx context.Context, v *vm.VM, a api.Action, request stri
 		return d.pointAction(ctx, v, a, emit)
 	case api.VMStatsReset:
 		return v.ResetStatistics()
+	case api.VMUpgrade:
+		u, err := v.Upgrade(ctx, a.DryRun, a.Force)
+		if err != nil {
+			return err
+		}
+		emit(api.Event{Upgrade: &u})
+		return nil
 	case api.VMStart:
 		return v.StartGuest(ctx, a.Force)
 	case api.Planned:

@@ -79,6 +79,9 @@ func (a *app) show(v status.VM) {
 		line("Last copy", "%s (%s old)", v.LastCommit.Format(time.DateTime), age(v.RPO))
 	}
 	line("Pending", "%s", bytesText(v.Pending))
+	if p := v.Program; p != nil {
+		line("Served by", "%s, process %d%s", p.Version, p.PID, map[bool]string{true: "; another program is installed"}[p.Outdated])
+	}
 	line("Position", "%s", v.Position)
 	if v.Job != nil {
 		line("Now", "%s", jobText(*v.Job))
@@ -165,6 +168,8 @@ func (a *app) act(ctx context.Context, act api.Action) error {
 			a.show(*e.VM)
 		case e.Mount != nil:
 			a.mount(*e.Mount)
+		case e.Upgrade != nil:
+			fmt.Fprintln(a.out, clean(upgradeText(*e.Upgrade)))
 		case e.Job != nil:
 			fmt.Fprintln(a.err, jobText(*e.Job))
 		}

@@ -30,6 +30,7 @@ const (
 	VMSync     Verb = "vm-sync"   // one cycle now
 	VMResync   Verb = "vm-resync" // compare everything by digest, send what differs
 	VMStart    Verb = "vm-start"
+	VMUpgrade  Verb = "vm-upgrade" // the installed program takes the data plane over
 	Planned    Verb = "failover-planned"
 	Unplanned  Verb = "failover-unplanned"
 	Reverse    Verb = "failover-reverse"
@@ -93,16 +94,17 @@ type Statistics = status.Measurements
 
 // Event is one line of an action's answer.
 type Event struct {
-	Step   *wire.Step    `json:"step,omitempty"`   // a step began (Result empty) or ended
-	Undo   bool          `json:"undo,omitempty"`   // the step is being taken back
-	Check  *wire.Check   `json:"check,omitempty"`  // one prerequisite
-	Note   string        `json:"note,omitempty"`   // a line for people
-	VM     *status.VM    `json:"vm,omitempty"`     // the relationship afterwards
-	Mount  *status.Mount `json:"mount,omitempty"`  // what was mounted
-	Job    *status.Job   `json:"job,omitempty"`    // how far it is
-	Error  *wire.Error   `json:"error,omitempty"`  // with Done: the action failed
-	Done   bool          `json:"done,omitempty"`   // last line
-	Asking *Question     `json:"asking,omitempty"` // the action needs a decision; it ended, repeat it with the flag
+	Step    *wire.Step      `json:"step,omitempty"`    // a step began (Result empty) or ended
+	Undo    bool            `json:"undo,omitempty"`    // the step is being taken back
+	Check   *wire.Check     `json:"check,omitempty"`   // one prerequisite
+	Note    string          `json:"note,omitempty"`    // a line for people
+	VM      *status.VM      `json:"vm,omitempty"`      // the relationship afterwards
+	Mount   *status.Mount   `json:"mount,omitempty"`   // what was mounted
+	Job     *status.Job     `json:"job,omitempty"`     // how far it is
+	Error   *wire.Error     `json:"error,omitempty"`   // with Done: the action failed
+	Upgrade *status.Upgrade `json:"upgrade,omitempty"` // what became of a data plane
+	Done    bool            `json:"done,omitempty"`    // last line
+	Asking  *Question       `json:"asking,omitempty"`  // the action needs a decision; it ended, repeat it with the flag
 }
 
 // Question is a decision only a person can take.

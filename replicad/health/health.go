@@ -66,6 +66,7 @@ type Facts struct {
 	Bypass       string // an export is missing from the guest's block graph
 	Overlay      string // a snapshot lies above our export
 	DataPlane    string // the data plane does not answer
+	Outdated     string // it runs another program than is installed
 	NoReverse    bool   // failed over, nothing replicates back
 	Trial        bool   // the failover can be taken back
 	FlattenError string // a committed failover cannot be completed
@@ -182,6 +183,9 @@ func evaluatePrimary(f Facts, now time.Time, add adder) {
 	}
 	if f.TrackingLost != "" {
 		add("tracking-lost", Critical, "check the state directory's disk", "changes cannot be recorded: %s", f.TrackingLost)
+	}
+	if f.Outdated != "" {
+		add("outdated", Warning, "replicactl vm upgrade "+f.Name+" (the guest does not notice)", "the VM's disks are served by another program than is installed: %s", f.Outdated)
 	}
 	if f.Overlay != "" {
 		add("overlay", Warning, "finish the backup (blockcommit)", "a snapshot lies above the export: %s; replication stands still until it is committed", f.Overlay)

@@ -32,6 +32,7 @@ func TestEveryFactBecomesItsConditionWithARemedy(t *testing.T) {
 		"unprotected":      {func(f *health.Facts) { f.NoCopy = true }, health.Warning},
 		"bypass":           {func(f *health.Facts) { f.Bypass = "x" }, health.Critical},
 		"tracking-lost":    {func(f *health.Facts) { f.TrackingLost = "x" }, health.Critical},
+		"outdated":         {func(f *health.Facts) { f.Outdated = "x" }, health.Warning},
 		"overlay":          {func(f *health.Facts) { f.Overlay = "x" }, health.Warning},
 		"verifying":        {func(f *health.Facts) { f.Verifying = "x" }, health.Warning},
 		"peer-unreachable": {func(f *health.Facts) { f.LinkError = "x" }, health.Warning},

@@ -330,8 +330,10 @@ func (s *Session) transfer(ctx context.Context, frames io.ReadCloser, put func(c
 		r = s.cfg.Limit(ctx, b)
 	}
 	err := put(ctx, r)
-	_ = frames.Close() // reading only; the reply decides
+	// Before the body is closed: whoever carried it may still be reading, and
+	// what the close does to that read is not the source's fault.
 	n, src := b.result()
+	_ = frames.Close() // reading only; the reply decides
 	switch {
 	case err == nil:
 		return n, nil

@@ -73,8 +73,35 @@ type VM struct {
 	Disks   []Disk        `json:"disks"`
 	Stats   Stats         `json:"stats"`
 	Plan    *Plan         `json:"plan,omitempty"`
+	Program *Program      `json:"program,omitempty"`
 	// Failover is set while a failover can be taken back, or is being completed.
 	Failover *Failover `json:"failover,omitempty"`
+}
+
+// Program is what serves the VM's disks on this host.
+type Program struct {
+	Version string `json:"version"`
+	// Outdated: another program is installed than the one that runs, as data
+	// plane or as its keeper.
+	Outdated bool `json:"outdated"`
+	PID      int  `json:"pid"`
+}
+
+// Upgrade is what became of one VM's data plane.
+type Upgrade struct {
+	VM       string `json:"vm"`
+	From     string `json:"from"` // version that ran
+	To       string `json:"to"`   // version that runs, or would
+	Program  string `json:"program,omitempty"`
+	Outdated bool   `json:"outdated"` // another program was installed than ran
+	DryRun   bool   `json:"dry_run,omitempty"`
+	// Done: the data plane was succeeded; Keeper: its keeper was replaced.
+	Done   bool `json:"done"`
+	Keeper bool `json:"keeper,omitempty"`
+	// Pause is how long the guest's requests were not read.
+	Pause       time.Duration `json:"pause_ns,omitempty"`
+	Connections int           `json:"connections,omitempty"`
+	Tries       int           `json:"tries,omitempty"`
 }
 
 // Failover is an unplanned failover on trial, or one whose images are still

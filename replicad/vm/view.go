@@ -3,6 +3,7 @@ package vm
 import (
 	"context"
 	"fmt"
+	"strconv"
 	"strings"
 	"time"
 
@@ -195,6 +196,10 @@ func (v *VM) viewPlane(ctx context.Context, c planeStatus, out *status.VM, f *he
 	if o := p.Overlay; o != nil && out.Failover != nil {
 		out.Failover.Bytes, out.Failover.Moved, out.Failover.Failure = o.Bytes, o.Moved, o.Failure
 		f.FlattenError = o.Failure
+	}
+	out.Program = &status.Program{Version: p.Version, Outdated: p.Outdated || p.KeeperOutdated, PID: p.PID}
+	if out.Program.Outdated {
+		f.Outdated = "process " + strconv.Itoa(p.PID) + " runs " + p.Version
 	}
 	for i := range out.Disks {
 		for _, d := range p.Disks {
