@@ -1,6 +1,7 @@
 // Command demo plays the product's main job on one machine: two hosts, a real
 // Linux guest, protection without a stop, planned failover, reverse
-// replication by itself, and planned failover back.
+// replication by itself, planned failover back; then the first host loses power,
+// the other goes on with what it has, and the VM returns once more.
 //
 // It prints every command it types and ends in one line of figures. The exit
 // code is not 0 when a record that the guest had made durable is missing.
@@ -57,6 +58,10 @@ type show struct {
 	miss  uint64
 	cold  int64
 	stats []status.Stats
+
+	lost uint64        // records lost in the disaster, as announced
+	rto  time.Duration // of the unplanned failover, up to the guest's start
+	back status.Stats  // of the way back
 }
 
 func run(ctx context.Context, dir string, size int64, keep, hands bool) (err error) {
@@ -91,6 +96,7 @@ func run(ctx context.Context, dir string, size int64, keep, hands bool) (err err
 		s.protect, s.cycles,
 		func(ctx context.Context) error { return s.failover(ctx, "A", "B") },
 		func(ctx context.Context) error { return s.failover(ctx, "B", "A") },
+		s.disaster,
 		s.end,
 	} {
 		sctx, cancel := context.WithTimeout(ctx, 2*stepTimeout)
@@ -276,7 +282,9 @@ func (s *show) end(ctx context.Context) error {
 		raw, sent = raw+st.RawBytes, sent+st.SentBytes
 		med, most = max(med, st.RPOMedian), max(most, st.RPOMax)
 	}
-	fmt.Printf("\ndemo: records written: %d, records missing: %d, RPO median %v max %v, failover %v and back %v, changed %d KiB, sent %d KiB, %d s in all\n",
+	fmt.Printf("\ndemo: unplanned failover %v and boot %v, records lost %d as announced, sent for the way back %d KiB for %d KiB that differed\n",
+		s.rto.Round(10*time.Millisecond), (s.moved[2] - s.rto).Round(100*time.Millisecond), s.lost, s.back.SentBytes>>10, s.back.RawBytes>>10)
+	fmt.Printf("demo: records written: %d, records missing: %d, RPO median %v max %v, failover %v and back %v, changed %d KiB, sent %d KiB, %d s in all\n",
 		s.last, s.miss, med.Round(10*time.Millisecond), most.Round(10*time.Millisecond),
 		s.moved[0].Round(100*time.Millisecond), s.moved[1].Round(100*time.Millisecond), raw>>10, sent>>10, int(time.Since(s.from).Seconds()))
 	return nil
