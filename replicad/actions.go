@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"strings"
 	"time"
 
 	"kvmreplica/replicad/api"
@@ -120,6 +119,8 @@ func (d *Daemon) actOn(ctx context.Context, v *vm.VM, a api.Action, request stri
 		return d.unplanned(ctx, v, a, request, step, emit)
 	case api.Reverse:
 		return d.reverse(ctx, v, a, request, step, emit)
+	case api.PatchList, api.PatchExport, api.PatchDelete:
+		return d.patch(ctx, v, a, emit)
 	case api.Commit, api.Cancel:
 		return d.settleTrial(ctx, v, a, request, step, emit)
 	case api.PlanResume, api.PlanUndo:
@@ -265,6 +266,59 @@ func (d *Daemon) settleTrial(ctx context.Context, v *vm.VM, a api.Action, reques
 	return d.result(ctx, v, emit)
 }
 
+// compareRate is what the time of a digest pass is estimated from, in bytes per
+// second: one side's disk or hash, whichever is slower.
+const compareRate = 200 << 20
+
+// noteReverse says what a return will send, or that everything is compared.
+func noteReverse(ctx context.Context, v *vm.VM, name string, emit func(api.Event)) {
+	p, err := v.PlanReverse(ctx)
+	switch {
+	case err != nil:
+		note(emit, "%s cannot be asked what it changed (%v); here %d bytes were changed since.", name, err, p.Own)
+	case p.Compare:
+		note(emit, "Everything is COMPARED by digest first, %d bytes, about %s: %s.", p.Size, (time.Duration(p.Size/compareRate)*time.Second + time.Second).String(), p.Why)
+		note(emit, "What %s gives up is not known block by block and is NOT kept: if you may need it, copy its images first.", name)
+	default:
+		between := fmt.Sprintf("the failover to an older point took back %d bytes", p.Between)
+		if p.Between < 0 {
+			between = "what the failover to an older point takes back is listed by its commit"
+		}
+		note(emit, "Changed: %d bytes here, %d bytes on %s; %s. Only these blocks are sent.", p.Own, p.Theirs, name, between)
+		note(emit, "What %s has in these blocks is kept there: replicactl failover patch list.", name)
+	}
+}
+
+// patch lists, exports or deletes what was given up in a return.
+func (d *Daemon) patch(ctx context.Context, v *vm.VM, a api.Action, emit func(api.Event)) error {
+	switch a.Verb {
+	case api.PatchExport:
+		n, err := v.ExportPatch(ctx, a.Patch, a.To)
+		if err == nil {
+			note(emit, "%d bytes written to %s: each block at its place in DISK.raw, the ranges in DISK.map.", n, a.To)
+		}
+		return err
+	case api.PatchDelete:
+		if a.DryRun {
+			note(emit, "The patch %s is DELETED. It may be the only copy of what it holds.", a.Patch)
+			return nil
+		}
+		return v.DeletePatch(a.Patch)
+	}
+	all, err := v.Patches()
+	for _, p := range all {
+		state := fmt.Sprintf("%s  %d bytes of generation %.8s", p.Made.Format(time.DateTime), p.Bytes, p.Generation)
+		if p.Damage != "" {
+			state = "DAMAGED: " + p.Damage
+		}
+		note(emit, "%s  %s  %s (%d bytes)", p.ID, state, p.File, p.Size)
+	}
+	if err == nil && len(all) == 0 {
+		note(emit, "Nothing that was given up is kept on this host; patches lie on the host that was the old primary.")
+	}
+	return err
+}
+
 func (d *Daemon) reverse(ctx context.Context, v *vm.VM, a api.Action, request string, step func(failover.Event), emit func(api.Event)) error {
 	name := d.peerName(v.Peer())
 	s := v.Status(ctx, name)
@@ -276,7 +330,7 @@ func (d *Daemon) reverse(ctx context.Context, v *vm.VM, a api.Action, request st
 			note(emit, "The failover becomes final: %d recovery points END.", f.Points)
 		}
 		note(emit, "%s becomes the replica. What it wrote after %s was promoted is DISCARDED.", name, d.name)
-		note(emit, "Changed here since: %s. Blocks changed on either side are sent or compared.", strings.TrimSpace(fmt.Sprintf("%d bytes", s.Pending)))
+		noteReverse(ctx, v, name, emit)
 		return nil
 	}
 	if err := v.Reverse(ctx, request, step); err != nil {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"path/filepath"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -10,7 +11,7 @@ import (
 
 func newFailover(a *app) *cobra.Command {
 	c := &cobra.Command{Use: "failover", Short: "Move a VM to the other host, planned or not", RunE: needVerb}
-	c.AddCommand(newPlanned(a), newUnplanned(a), newCommit(a), newCancel(a), newReverse(a),
+	c.AddCommand(newPlanned(a), newUnplanned(a), newCommit(a), newCancel(a), newReverse(a), newPatch(a),
 		simple(a, "resume NAME", "Continue an interrupted plan", api.PlanResume),
 		newTakeBack(a))
 	return c
@@ -128,6 +129,39 @@ func newTrialEnd(a *app, verb api.Verb, use, short, long string) *cobra.Command 
 	}
 	c.Flags().BoolVar(&act.DryRun, "dry-run", false, "only show what would happen")
 	c.Flags().BoolVarP(&yes, "yes", "y", false, "do not ask")
+	return c
+}
+
+func newPatch(a *app) *cobra.Command {
+	c := &cobra.Command{Use: "patch", Short: "What an old primary gave up in a return: list, export, delete", RunE: needVerb}
+	export := api.Action{Verb: api.PatchExport}
+	e := &cobra.Command{
+		Use: "export NAME PATCH", Short: "Write the blocks that were given up to raw files", Args: cobra.ExactArgs(2),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			act := export
+			act.VM, act.Patch = args[0], args[1]
+			dir, err := filepath.Abs(export.To)
+			if err != nil || export.To == "" {
+				return usagef("--out wants a directory")
+			}
+			act.To = dir
+			return a.act(cmd.Context(), act)
+		},
+	}
+	e.Flags().StringVar(&export.To, "out", "", "directory for DISK.raw and DISK.map; files there are never written over")
+	var yes bool
+	d := &cobra.Command{
+		Use: "delete NAME PATCH", Short: "Delete a patch for good", Args: cobra.ExactArgs(2),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			act := api.Action{Verb: api.PatchDelete, VM: args[0], Patch: args[1]}
+			if err := a.planThenAsk(cmd.Context(), act, yes); err != nil {
+				return err
+			}
+			return a.act(cmd.Context(), act)
+		},
+	}
+	d.Flags().BoolVarP(&yes, "yes", "y", false, "do not ask")
+	c.AddCommand(simple(a, "list NAME", "List what this host gave up and keeps", api.PatchList), e, d)
 	return c
 }
 

@@ -20,7 +20,9 @@ const (
 	stepRequest = "request-planned" // run a planned failover, asked by the replica
 	stepPromote = "promote"
 	stepQuery   = "query"
-	stepRelease = "release" // give up the own writes after an unplanned failover
+	// what a release would give up
+	stepReleasePlan = "release-plan"
+	stepRelease     = "release" // give up the own writes after an unplanned failover
 )
 
 // States of wire.FailoverReply.

@@ -1,9 +1,14 @@
 package vm
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
 
 	"kvmreplica/replicad/dataplane"
 	"kvmreplica/replicad/delta"
@@ -83,7 +88,7 @@ func (v *VM) askRelease(ctx context.Context, request string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	reply, err := peer.Failover(ctx, wire.FailoverRequest{VM: v.id, Step: stepRelease, Request: request, At: v.record().Lineage.Parent()})
+	reply, err := peer.Failover(ctx, wire.FailoverRequest{VM: v.id, Step: stepRelease, Request: request, At: v.record().Lineage.Parent(), Also: v.replacing(ctx)})
 	if refusal(err) && !conflict(err) {
 		return "", fmt.Errorf("ask the old primary: %w: %w", err, failover.ErrNotTaken)
 	}
@@ -119,7 +124,47 @@ func (v *VM) askRelease(ctx context.Context, request string) (string, error) {
 			return "", err
 		}
 	}
-	return fmt.Sprintf("%d bytes changed there are discarded", bytes), v.update(func(r *Record) error { r.UnionMarked = true; return nil })
+	kept := ""
+	if reply.Patch != "" {
+		kept = fmt.Sprintf("; %d bytes are kept there as patch %s", reply.Bytes, reply.Patch)
+	}
+	return fmt.Sprintf("%d bytes changed there are discarded%s", bytes, kept), v.update(func(r *Record) error { r.UnionMarked = true; return nil })
+}
+
+// replacing lists what this host has that the old primary may have otherwise:
+// what it wrote itself and what an older point took back. It is for the patch
+// alone, so that what is not known is left out.
+func (v *VM) replacing(ctx context.Context) map[wire.DiskName][]wire.Range {
+	c, err := v.plane()
+	if err != nil {
+		return nil
+	}
+	out, _, _ := v.middle()
+	if out == nil {
+		out = map[wire.DiskName][]wire.Range{}
+	}
+	disks := v.record().Disks
+	for _, d := range disks {
+		rs, err := allRanges(ctx, c, d.Name)
+		if err != nil {
+			v.log.Warn("list this host's changes for the patch", "disk", string(d.Name), "err", err)
+		}
+		out[d.Name] = fewer(append(rs, out[d.Name]...), maxAlso/len(disks))
+	}
+	return out
+}
+
+// maxAlso bounds what one request carries.
+const maxAlso = 8192
+
+// fewer sorts ranges and joins neighbours until at most n are left.
+func fewer(rs []wire.Range, n int) []wire.Range {
+	slices.SortFunc(rs, func(a, b wire.Range) int { return cmp.Compare(a.Off, b.Off) })
+	for gap := int64(1); ; gap = max(64<<10, gap*2) {
+		if rs = join(rs, gap); len(rs) <= max(n, 1) {
+			return rs
+		}
+	}
 }
 
 // markAll marks many ranges of a disk, in requests the data plane takes.
@@ -172,7 +217,7 @@ func (v *VM) release(ctx context.Context, q wire.FailoverRequest) (wire.Failover
 		// A repeated request: what was changed is not known any more.
 		return wire.FailoverReply{State: stateAccepted, All: true, Detail: "released before"}, v.up(ctx)
 	}
-	reply, err := v.giveUp(ctx)
+	reply, err := v.giveUp(ctx, q)
 	if err != nil {
 		return wire.FailoverReply{}, errors.Join(err, v.up(ctx))
 	}
@@ -190,7 +235,7 @@ func (v *VM) release(ctx context.Context, q wire.FailoverRequest) (wire.Failover
 }
 
 // giveUp ends the role and makes it durable that what this host wrote is void.
-func (v *VM) giveUp(ctx context.Context) (wire.FailoverReply, error) {
+func (v *VM) giveUp(ctx context.Context, q wire.FailoverRequest) (wire.FailoverReply, error) {
 	reply := wire.FailoverReply{State: stateAccepted}
 	v.hold("its writes are being given up")
 	// Somebody may have started it before the gate was shut.
@@ -207,6 +252,9 @@ func (v *VM) giveUp(ctx context.Context) (wire.FailoverReply, error) {
 		reply.All, reply.Dirty, reply.Detail = true, nil, why
 	}
 	err := v.stopPlane(ctx)
+	if err == nil && why == "" {
+		err = v.keepLosing(ctx, q, base, &reply)
+	}
 	if err == nil {
 		err = v.move(lineage.Change{Event: lineage.Discard}, func(r *Record) {
 			r.Incomplete, r.NoReverse, r.WantRunning = true, false, false
@@ -224,6 +272,108 @@ func (v *VM) giveUp(ctx context.Context) (wire.FailoverReply, error) {
 		}
 	}
 	return reply, v.adoptBase(delta.Pos{}, true)
+}
+
+// keepLosing keeps what the images hold in every block that the survivor may
+// replace, before the first is overwritten.
+func (v *VM) keepLosing(ctx context.Context, q wire.FailoverRequest, base delta.Pos, reply *wire.FailoverReply) error {
+	all := map[wire.DiskName][]wire.Range{}
+	for _, d := range v.record().Disks {
+		all[d.Name] = join(slices.SortedFunc(slices.Values(slices.Concat(reply.Dirty[d.Name], q.Also[d.Name])), func(a, b wire.Range) int { return cmp.Compare(a.Off, b.Off) }), 1)
+	}
+	bytes, err := v.savePatch(ctx, q.Request, base, all)
+	if errors.Is(err, unix.ENOSPC) {
+		err = &wire.Error{Kind: wire.KindNoSpace, Text: err.Error(), Hint: "there: free space below the state directory, or delete old patches: replicactl failover patch list " + v.record().Name}
+	}
+	if err != nil {
+		return err
+	}
+	reply.Bytes, reply.Patch = bytes, strings.TrimSuffix(patchName(v.record().Lineage.Generation, q.Request), patchSuffix)
+	return nil
+}
+
+// planRelease says what a release would give up, and changes nothing.
+func (v *VM) planRelease(ctx context.Context) (wire.FailoverReply, error) {
+	unlock, err := v.lock()
+	if err != nil {
+		return wire.FailoverReply{}, err
+	}
+	defer unlock()
+	reply := wire.FailoverReply{State: stateAccepted}
+	switch st := v.record().Lineage.State; st {
+	case lineage.Primary, lineage.Promoted, lineage.Demoting, lineage.Demoted:
+	default:
+		reply.Detail = "it follows already"
+		return reply, nil
+	}
+	var why string
+	if v.record().Overlay != nil {
+		why = "a failover there was not final yet"
+	} else {
+		_, _, why = v.ownChanges(ctx, &reply)
+	}
+	for _, rs := range reply.Dirty {
+		for _, r := range rs {
+			reply.Bytes += r.Len
+		}
+	}
+	if why != "" {
+		reply.All, reply.Bytes, reply.Detail = true, 0, why
+	}
+	reply.Dirty = nil
+	return reply, nil
+}
+
+// ReversePlan is what a return would send and discard, as far as it is known.
+type ReversePlan struct {
+	// Own was changed here, Theirs by the old primary, Between was taken back by
+	// the failover to an older point; in bytes, they may overlap. Between is
+	// negative before the commit: not known yet.
+	Own, Theirs, Between int64
+	// Compare: everything is compared by digest instead, Size bytes, because Why.
+	Compare bool
+	Size    int64
+	Why     string
+}
+
+// PlanReverse asks the old primary what the return would give up.
+func (v *VM) PlanReverse(ctx context.Context) (ReversePlan, error) {
+	var p ReversePlan
+	r := v.record()
+	p.Size = r.bytes()
+	if c, err := v.plane(); err == nil {
+		if st, err := c.Status(ctx); err == nil {
+			if p.Own = st.Pending; st.TrackingLost != "" || st.Suspect > 0 {
+				p.Compare, p.Why = st.TrackingLost != "", st.TrackingLost
+			}
+		}
+	}
+	between, known, why := v.middle()
+	switch {
+	case r.Overlay != nil && !r.Overlay.Committed && r.Overlay.At != r.Overlay.Newest:
+		p.Between = -1 // the commit lists it
+	case !known:
+		p.Compare, p.Why = true, why
+	}
+	for _, rs := range between {
+		for _, x := range rs {
+			p.Between += x.Len
+		}
+	}
+	ctx, cancel := context.WithTimeout(ctx, peerTimeout)
+	defer cancel()
+	peer, err := v.peer()
+	if err != nil {
+		return p, err
+	}
+	reply, err := peer.Failover(ctx, wire.FailoverRequest{VM: v.id, Step: stepReleasePlan, Request: "plan"})
+	if err != nil {
+		return p, fmt.Errorf("ask the old primary: %w", err)
+	}
+	if p.Theirs = reply.Bytes; reply.All {
+		p.Compare, p.Why = true, reply.Detail
+	}
+	return p, nil
 }
 
 // ownChanges lists what this host changed since its base.
@@ -276,7 +426,7 @@ func join(rs []wire.Range, gap int64) []wire.Range {
 	out := rs[:0]
 	for _, r := range rs {
 		if n := len(out); n > 0 && r.Off-(out[n-1].Off+out[n-1].Len) < gap {
-			out[n-1].Len = r.Off + r.Len - out[n-1].Off
+			out[n-1].Len = max(out[n-1].Len, r.Off+r.Len-out[n-1].Off)
 			continue
 		}
 		out = append(out, r)

@@ -280,6 +280,8 @@ func (m *Manager) Failover(ctx context.Context, q wire.FailoverRequest) (wire.Fa
 		return v.promoteAsked(ctx, q)
 	case stepQuery:
 		return v.declineAsked(q)
+	case stepReleasePlan:
+		return v.planRelease(ctx)
 	case stepRelease:
 		return v.release(ctx, q)
 	case stepRequest:

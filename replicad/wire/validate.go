@@ -257,8 +257,27 @@ func (r DigestRequest) Validate() error {
 	return r.VM.check()
 }
 
+// checkReleased bounds ranges by disk.
+func checkReleased(by map[DiskName][]Range) error {
+	n := 0
+	for disk, rs := range by {
+		if n += len(rs); n > MaxReleased || len(by) > MaxDisks || !disk.Valid() {
+			return invalid("%d ranges of disk %.32q and others, at most %d", len(rs), string(disk), MaxReleased)
+		}
+		for _, g := range rs {
+			if g.Off < 0 || g.Len <= 0 || g.Off > MaxDiskSize-g.Len {
+				return invalid("%d bytes at %d", g.Len, g.Off)
+			}
+		}
+	}
+	return nil
+}
+
 // Validate refuses what no honest peer sends.
 func (r FailoverRequest) Validate() error {
+	if err := checkReleased(r.Also); err != nil {
+		return err
+	}
 	return firstError(r.VM.check(), checkText("step", r.Step, 32),
 		checkText("request id", r.Request, MaxName), checkText("reason", r.Reason, MaxText))
 }

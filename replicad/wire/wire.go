@@ -296,14 +296,20 @@ type PeerVM struct {
 // Step; see docs/formats/wire.md.
 type FailoverRequest struct {
 	VM      VMID
-	Step    string // "request-planned", "promote", "query", "demoted", "release", "ask-start"
+	Step    string // "request-planned", "promote", "query", "demoted", "release-plan", "release", "ask-start"
 	Request string // correlation id
 	Reason  string
 	At      delta.Pos // the position both sides agree on
 	Start   bool      // start the VM on the new primary
 	Reverse bool      // reverse replication at once
 	Force   bool
+	// Also are ranges that the survivor will replace besides what the answering
+	// host changed by itself (step "release"): they are kept with the patch.
+	Also map[DiskName][]Range `json:",omitempty"`
 }
+
+// MaxReleased bounds the ranges of one request or reply of a release.
+const MaxReleased = 32768
 
 // FailoverReply is the durable answer.
 type FailoverReply struct {
@@ -316,6 +322,10 @@ type FailoverReply struct {
 	// (step "release"), by disk; All says that they are not known.
 	Dirty map[DiskName][]Range `json:",omitempty"`
 	All   bool                 `json:",omitempty"`
+	// Bytes are what would be, or was, kept as a patch (steps "release-plan" and
+	// "release"); Patch is its name.
+	Bytes int64  `json:",omitempty"`
+	Patch string `json:",omitempty"`
 }
 
 // Step is one executed step, for display.

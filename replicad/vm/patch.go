@@ -1,0 +1,348 @@
+package vm
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"iter"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"kvmreplica/internal/block"
+	"kvmreplica/internal/fsx"
+	"kvmreplica/replicad/delta"
+	"kvmreplica/replicad/wire"
+)
+
+// A patch is what an old primary had in the blocks that the surviving side
+// replaces: one file in the delta format, made before the first of them is
+// overwritten. Patches outlive the protection; only a person deletes them.
+
+const (
+	patchDir    = "patches"
+	patchSuffix = ".patch"
+)
+
+// Patch is one kept patch.
+type Patch struct {
+	ID string
+	// Made is when, Generation whose writes these are.
+	Made       time.Time
+	Generation delta.Generation
+	// Bytes of the disks are in it, File takes Size bytes.
+	Bytes, Size int64
+	File        string
+	// Damage is why it cannot be read; empty = it can.
+	Damage string
+}
+
+func (v *VM) patches() fsx.FS {
+	return fsx.Sub(v.mgr.fsys, patchDir+"/"+string(v.id))
+}
+
+func (v *VM) patchFile(id string) string {
+	return filepath.Join(v.deps.StateDir, patchDir, string(v.id), id+patchSuffix)
+}
+
+// savePatch keeps what the images hold in the ranges, durably. The data plane
+// is down: nobody writes. The same request again replaces its own file.
+func (v *VM) savePatch(ctx context.Context, request string, base delta.Pos, ranges map[wire.DiskName][]wire.Range) (bytes int64, err error) {
+	if err := v.mgr.fsys.MkdirAll(patchDir + "/" + string(v.id)); err != nil {
+		return 0, fmt.Errorf("keep what is given up: %w", err)
+	}
+	name := patchName(v.record().Lineage.Generation, request)
+	f, err := v.patches().Open(name+fsx.TempSuffix, os.O_RDWR|os.O_CREATE|os.O_TRUNC)
+	if err != nil {
+		return 0, fmt.Errorf("keep what is given up: %w", err)
+	}
+	bytes, err = v.writePatch(ctx, &fileWriter{f: f}, base, ranges)
+	if err == nil {
+		err = f.Sync()
+	}
+	if err = errors.Join(err, f.Close()); err == nil {
+		err = errors.Join(v.patches().Rename(name+fsx.TempSuffix, name), v.patches().SyncDir("."))
+	}
+	if err != nil {
+		return 0, errors.Join(fmt.Errorf("keep what is given up: %w", err), v.patches().Remove(name+fsx.TempSuffix))
+	}
+	return bytes, nil
+}
+
+// patchName is unique for a generation and request, and safe as a file name.
+func patchName(g delta.Generation, request string) string {
+	safe := strings.Map(func(r rune) rune {
+		if r >= 'a' && r <= 'z' || r >= '0' && r <= '9' || r == '-' {
+			return r
+		}
+		return -1
+	}, strings.ToLower(request))
+	return g.String()[:8] + "-" + safe[:min(len(safe), 64)] + patchSuffix
+}
+
+// fileWriter appends to a file.
+type fileWriter struct {
+	f  fsx.File
+	at int64
+}
+
+func (w *fileWriter) Write(p []byte) (int, error) {
+	n, err := w.f.WriteAt(p, w.at)
+	w.at += int64(n)
+	return n, err
+}
+
+func (v *VM) writePatch(ctx context.Context, w io.Writer, base delta.Pos, ranges map[wire.DiskName][]wire.Range) (_ int64, err error) {
+	vm, err := delta.ParseVM(string(v.id))
+	if err != nil {
+		return 0, err
+	}
+	disks := v.deltaDisks()
+	images := make([]block.Device, len(disks))
+	defer func() {
+		for _, d := range images {
+			if d != nil {
+				err = errors.Join(err, d.Close())
+			}
+		}
+	}()
+	for i, d := range disks {
+		if images[i], err = v.openBase(d.Name, d.Size); err != nil {
+			return 0, err
+		}
+	}
+	comp, err := delta.NewChunkEncoder(delta.ChunkOptions{})
+	if err != nil {
+		return 0, err
+	}
+	enc := delta.NewEncoder(w, nil)
+	// The epoch is one that is never frozen: a patch must not pass for one.
+	h := delta.Header{VM: vm, Generation: v.record().Lineage.Generation, Epoch: 1 << 62, Parent: base, Disks: disks}
+	if err := enc.Header(h, 0); err != nil {
+		return 0, err
+	}
+	var bytes int64
+	read := func(disk uint16, p []byte, at int64) (int, error) { return images[disk].ReadAt(p, at) }
+	for spec, err := range delta.Plan(disks, func(i int) iter.Seq[block.Range] { return blocksOf(ranges[wire.DiskName(disks[i].Name)]) }) {
+		if err == nil {
+			err = ctx.Err()
+		}
+		if err != nil {
+			return 0, err
+		}
+		c, err := comp.Encode(spec, read)
+		if err == nil {
+			err = enc.Chunk(c)
+		}
+		if err != nil {
+			return 0, err
+		}
+		bytes += c.Covered
+	}
+	_, err = enc.Manifest(delta.ManifestInfo{Cut: v.deps.Now().UTC()})
+	return bytes, err
+}
+
+// blocksOf gives ranges in ascending order.
+func blocksOf(rs []wire.Range) iter.Seq[block.Range] {
+	sorted := slices.SortedFunc(slices.Values(rs), func(a, b wire.Range) int { return cmp.Compare(a.Off, b.Off) })
+	return func(yield func(block.Range) bool) {
+		for _, r := range sorted {
+			if !yield(block.Range{Off: r.Off, Len: r.Len}) {
+				return
+			}
+		}
+	}
+}
+
+// Patches lists what was kept, oldest first.
+func (v *VM) Patches() ([]Patch, error) {
+	names, err := v.patches().List(".")
+	if absent(err) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("list patches: %w", err)
+	}
+	var out []Patch
+	for _, n := range names {
+		id, ok := strings.CutSuffix(n, patchSuffix)
+		if !ok {
+			continue
+		}
+		out = append(out, v.readPatch(id))
+	}
+	slices.SortStableFunc(out, func(a, b Patch) int { return a.Made.Compare(b.Made) })
+	return out, nil
+}
+
+// readPatch reads a whole patch, as its checksums want.
+func (v *VM) readPatch(id string) Patch {
+	p := Patch{ID: id, File: v.patchFile(id)}
+	if st, err := os.Stat(p.File); err == nil {
+		p.Size = st.Size()
+	}
+	h, m, err := walkPatch(p.File, func(*delta.Header, delta.Chunk) error { return nil })
+	if err != nil {
+		p.Damage = err.Error()
+		return p
+	}
+	p.Made, p.Generation, p.Bytes = m.Cut, h.Generation, int64(m.Covered)
+	return p
+}
+
+// walkPatch decodes and verifies a patch, chunk by chunk.
+func walkPatch(file string, each func(*delta.Header, delta.Chunk) error) (h delta.Header, m delta.Manifest, err error) {
+	f, err := os.Open(file)
+	if err != nil {
+		return h, m, err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	d := delta.NewDecoder(f)
+	if h, err = d.Header(); err != nil {
+		return h, m, err
+	}
+	cd, err := delta.NewChunkDecoder()
+	if err != nil {
+		return h, m, err
+	}
+	defer cd.Close()
+	var tally delta.Tally
+	for {
+		frame, t, err := d.Next()
+		if err != nil {
+			return h, m, fmt.Errorf("it ends early: %w", err)
+		}
+		if t == delta.FrameManifest {
+			if m, err = delta.ParseManifest(frame); err == nil {
+				err = errors.Join(m.Matches(&h), tally.Check(&m))
+			}
+			return h, m, err
+		}
+		c, err := cd.Decode(frame)
+		if err == nil {
+			err = c.Check(&h)
+		}
+		if err == nil {
+			err = tally.Add(c.Index, c.Digest, c.Covered())
+		}
+		if err == nil {
+			err = each(&h, c)
+		}
+		if err != nil {
+			return h, m, err
+		}
+	}
+}
+
+func (v *VM) findPatch(id string) (Patch, error) {
+	all, err := v.Patches()
+	if err != nil {
+		return Patch{}, err
+	}
+	for _, p := range all {
+		if p.ID == id {
+			return p, nil
+		}
+	}
+	return Patch{}, &wire.Error{Kind: wire.KindNotFound, Text: fmt.Sprintf("there is no patch %.80q", id), Hint: "replicactl failover patch list " + v.record().Name}
+}
+
+// ExportPatch writes a patch as DIR/DISK.raw, sparse, each block at its place,
+// and DIR/DISK.map, its ranges as text. It returns the bytes written. Files that
+// exist are never written over.
+func (v *VM) ExportPatch(ctx context.Context, id, dir string) (int64, error) {
+	p, err := v.findPatch(id)
+	if err != nil {
+		return 0, err
+	}
+	if p.Damage != "" {
+		return 0, &wire.Error{Kind: wire.KindCorrupt, Text: "the patch cannot be read: " + p.Damage, Hint: "replicafsck dump " + p.File}
+	}
+	if !filepath.IsAbs(dir) {
+		return 0, &wire.Error{Kind: wire.KindInvalid, Text: fmt.Sprintf("directory %.80q is not an absolute path", dir)}
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return 0, fmt.Errorf("export the patch: %w", err)
+	}
+	x := &exporting{dir: dir, files: map[uint16]*exported{}}
+	_, _, err = walkPatch(p.File, func(h *delta.Header, c delta.Chunk) error {
+		return errors.Join(ctx.Err(), x.chunk(h, c))
+	})
+	if err := errors.Join(err, x.close()); err != nil {
+		return 0, fmt.Errorf("export the patch: %w", err)
+	}
+	return p.Bytes, nil
+}
+
+// exporting is a patch being written to raw files.
+type exporting struct {
+	dir   string
+	files map[uint16]*exported
+}
+
+type exported struct{ raw, ranges *os.File }
+
+func (x *exporting) disk(h *delta.Header, i uint16) (*exported, error) {
+	if e := x.files[i]; e != nil {
+		return e, nil
+	}
+	d := h.Disks[i]
+	path := filepath.Join(x.dir, filepath.Base(d.Name))
+	raw, err := os.OpenFile(path+".raw", os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	e := &exported{raw: raw}
+	x.files[i] = e
+	if e.ranges, err = os.OpenFile(path+".map", os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600); err != nil {
+		return nil, err
+	}
+	return e, raw.Truncate(d.Size)
+}
+
+func (x *exporting) chunk(h *delta.Header, c delta.Chunk) error {
+	e, err := x.disk(h, c.Disk)
+	if err != nil {
+		return err
+	}
+	return c.Each(func(k delta.Extent, data []byte) error {
+		if _, err := fmt.Fprintf(e.ranges, "%d %d\n", k.Off, k.Len); err != nil {
+			return err
+		}
+		if data == nil {
+			return nil // zeros: the file is sparse
+		}
+		_, err := e.raw.WriteAt(data, k.Off)
+		return err
+	})
+}
+
+func (x *exporting) close() error {
+	var err error
+	for _, e := range x.files {
+		for _, f := range []*os.File{e.raw, e.ranges} {
+			if f != nil {
+				err = errors.Join(err, f.Sync(), f.Close())
+			}
+		}
+	}
+	return err
+}
+
+// DeletePatch removes a patch for good.
+func (v *VM) DeletePatch(id string) error {
+	p, err := v.findPatch(id)
+	if err != nil {
+		return err
+	}
+	if err := v.patches().Remove(p.ID + patchSuffix); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("delete the patch: %w", err)
+	}
+	return v.patches().SyncDir(".")
+}

@@ -1,0 +1,125 @@
+package vm
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// The old primary's guest wrote what never arrived. The return keeps it: every
+// block that differed is in the patch as the old primary had it.
+func TestAReturnKeepsWhatTheOldPrimaryHad(t *testing.T) {
+	t.Parallel()
+	w := newPair(t)
+	w.protect()
+	old, _ := w.point()
+	w.synced()
+	w.b.silent.Store(true)
+	w.write(w.a, 6) // nobody but A has these
+	w.powerCutA()
+	must(t, w.b.do(failoverTo(nameOf(old), UnplannedOptions{})))
+	w.lossy.Store(false)
+	w.write(w.b, 2)
+	w.b.silent.Store(false)
+	w.a.reboot()
+	w.until("A to learn of the promotion", w.primaryHeld)
+	w.forced.Store(false)
+	lost := w.a.image()
+	must(t, w.b.do(func(ctx context.Context, _ *Manager, v *VM) error {
+		p, err := v.PlanReverse(ctx)
+		if err == nil && (p.Compare || p.Theirs == 0 || p.Own == 0 || p.Between != -1) {
+			err = fmt.Errorf("the plan: %+v", p)
+		}
+		return err
+	}))
+	must(t, w.b.do(reverse))
+	if o := w.rest(); o != w.b {
+		t.Fatal("B does not own the VM")
+	}
+	now := w.a.image()
+	all, err := w.a.vm().Patches()
+	must(t, err)
+	if len(all) != 1 || all[0].Damage != "" || all[0].Bytes == 0 || all[0].Bytes > diskSize/4 {
+		t.Fatalf("patches: %+v", all)
+	}
+	dir := filepath.Join(t.TempDir(), "out")
+	if _, err := w.a.vm().ExportPatch(t.Context(), all[0].ID, dir); err != nil {
+		t.Fatal(err)
+	}
+	raw, err := os.ReadFile(filepath.Join(dir, "vda.raw"))
+	must(t, err)
+	ranges, err := os.ReadFile(filepath.Join(dir, "vda.map"))
+	must(t, err)
+	in := make([]bool, diskSize/4096)
+	for line := range strings.Lines(string(ranges)) {
+		var off, n int
+		if _, err := fmt.Sscan(line, &off, &n); err != nil {
+			t.Fatal(err)
+		}
+		for g := off / 4096; g*4096 < off+n; g++ {
+			in[g] = true
+		}
+	}
+	for g := range in {
+		was := lost[g*4096 : g*4096+4096]
+		switch {
+		case in[g] && !bytes.Equal(raw[g*4096:g*4096+4096], was):
+			t.Fatalf("block %d of the patch is not what A had", g)
+		case !in[g] && g > 64 && !bytes.Equal(now[g*4096:g*4096+4096], was):
+			t.Fatalf("block %d was replaced and is not in the patch", g)
+		}
+	}
+	if !in[0] {
+		t.Fatal("the guest's counter is not in the patch")
+	}
+	if _, err := w.a.vm().ExportPatch(t.Context(), all[0].ID, dir); !errors.Is(err, os.ErrExist) {
+		t.Fatalf("exported over an earlier export: %v", err)
+	}
+	must(t, w.a.vm().DeletePatch(all[0].ID))
+	if all, err := w.a.vm().Patches(); err != nil || len(all) != 0 {
+		t.Fatalf("after the deletion: %v %v", all, err)
+	}
+}
+
+// A patch that cannot be written keeps the old primary as it is.
+func TestAReturnWithoutRoomForThePatchGivesNothingUp(t *testing.T) {
+	t.Parallel()
+	w := newPair(t)
+	w.protect()
+	w.losePrimary()
+	w.a.reboot()
+	w.until("A to learn of the promotion", w.primaryHeld)
+	w.forced.Store(false)
+	full := true
+	w.a.refuseWrites(func(name string) error {
+		if full && strings.HasSuffix(name, patchSuffix) {
+			return errors.New("no space left on device")
+		}
+		return nil
+	})
+	before := w.a.image()
+	if err := w.b.do(reverse); err == nil {
+		t.Fatal("the return went on without a patch")
+	}
+	if !bytes.Equal(before, w.a.image()) || w.a.vm().record().Incomplete {
+		t.Fatal("something was given up")
+	}
+	w.a.refuseWrites(nil)
+	w.until("the return", func() error {
+		if !w.b.vm().record().NoReverse {
+			return nil
+		}
+		if w.b.planOpen() {
+			return errors.New("it goes on")
+		}
+		return errors.Join(w.b.do(reverse), errors.New("not yet"))
+	})
+	if o := w.rest(); o != w.b {
+		t.Fatal("B does not own the VM")
+	}
+}
