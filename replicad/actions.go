@@ -119,6 +119,8 @@ func (d *Daemon) actOn(ctx context.Context, v *vm.VM, a api.Action, request stri
 		return d.unplanned(ctx, v, a, request, step, emit)
 	case api.Reverse:
 		return d.reverse(ctx, v, a, request, step, emit)
+	case api.AuditLog:
+		return showAudit(v, emit)
 	case api.PatchList, api.PatchExport, api.PatchDelete:
 		return d.patch(ctx, v, a, emit)
 	case api.Commit, api.Cancel:
@@ -287,6 +289,17 @@ func noteReverse(ctx context.Context, v *vm.VM, name string, emit func(api.Event
 		note(emit, "Changed: %d bytes here, %d bytes on %s; %s. Only these blocks are sent.", p.Own, p.Theirs, name, between)
 		note(emit, "What %s has in these blocks is kept there: replicactl failover patch list.", name)
 	}
+}
+
+// auditShown is how many entries a person is shown; the file has more.
+const auditShown = 200
+
+func showAudit(v *vm.VM, emit func(api.Event)) error {
+	all, err := v.Audit(auditShown)
+	for _, e := range all {
+		note(emit, "%s  %-18s %-12s %-24s %s", e.At.Format(time.DateTime), e.Request, e.Who, e.What, e.Result)
+	}
+	return err
 }
 
 // patch lists, exports or deletes what was given up in a return.

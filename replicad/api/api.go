@@ -37,6 +37,12 @@ const (
 	Commit     Verb = "failover-commit"
 	Cancel     Verb = "failover-cancel"
 	PlanResume Verb = "failover-resume"
+	AuditLog   Verb = "failover-log"
+	// What an old primary gave up in a return.
+	PatchList   Verb = "failover-patch-list"
+	PatchExport Verb = "failover-patch-export"
+	PatchDelete Verb = "failover-patch-delete"
+
 	PlanUndo   Verb = "failover-take-back"
 	PeerTest   Verb = "peer-test"
 	PointPin   Verb = "point-pin"
@@ -46,29 +52,6 @@ const (
 	PointMount Verb = "point-mount"
 	// VMStatsReset begins the open window of the measurements anew.
 	VMStatsReset Verb = "vm-stats-reset"
-	VMEnable     Verb = "vm-enable"
-	VMDisable    Verb = "vm-disable"
-	VMPause      Verb = "vm-pause"
-	VMResume     Verb = "vm-resume"
-	VMSync       Verb = "vm-sync"   // one cycle now
-	VMResync     Verb = "vm-resync" // compare everything by digest, send what differs
-	VMStart      Verb = "vm-start"
-	Planned      Verb = "failover-planned"
-	Unplanned    Verb = "failover-unplanned"
-	Reverse      Verb = "failover-reverse"
-	Commit       Verb = "failover-commit"
-	Cancel       Verb = "failover-cancel"
-	// What an old primary gave up in a return.
-	PatchList   Verb = "failover-patch-list"
-	PatchExport Verb = "failover-patch-export"
-	PatchDelete Verb = "failover-patch-delete"
-	PlanResume  Verb = "failover-resume"
-	PlanUndo    Verb = "failover-take-back"
-	PeerTest    Verb = "peer-test"
-	PointPin    Verb = "point-pin"
-	PointUnpin  Verb = "point-unpin"
-	PointKeep   Verb = "point-keep" // change the retention on the replica's host
-	PointMount  Verb = "point-mount"
 	// PointUnmount ends the mount ID, or all of the VM.
 	PointUnmount Verb = "point-unmount"
 	// PointExport ends when its caller goes away: it is no plan.

@@ -41,6 +41,8 @@ type Manager struct {
 	// slots are what the VMs that ship to one peer share.
 	slots map[wire.HostID]*session.Slots // guarded by mu
 
+	auditMu sync.Mutex // held while a line is appended to the audit log
+
 	background sync.WaitGroup
 	ctx        context.Context // ends with Run
 }

@@ -54,6 +54,9 @@ func (v *VM) conduct(ctx context.Context, r *failover.Runner, event func(failove
 		v.mu.Unlock()
 	}
 	show("")
+	j := r.Journal()
+	who := v.who(j, j.Begun != "")
+	v.audit(j.Request, who, "plan "+string(j.Kind), "begun")
 	r.Event = func(e failover.Event) {
 		show(e.Name)
 		if e.Result != "" {
@@ -65,6 +68,11 @@ func (v *VM) conduct(ctx context.Context, r *failover.Runner, event func(failove
 		}
 	}
 	err := run(ctx)
+	result := string(r.Journal().Phase)
+	if err != nil {
+		result += ": " + err.Error()
+	}
+	v.audit(j.Request, who, "plan "+string(j.Kind), result)
 	return errors.Join(err, v.noteStuck())
 }
 

@@ -142,6 +142,7 @@ func (v *VM) decline(request, why string) (wire.FailoverReply, error) {
 	if err != nil {
 		return wire.FailoverReply{}, err
 	}
+	v.audit(request, "host "+v.mgr.peerName(v.record().Peer), "promotion asked for", "declined for good: "+why)
 	return wire.FailoverReply{State: stateRefused, Detail: why}, nil
 }
 

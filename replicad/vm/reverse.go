@@ -218,6 +218,7 @@ func (v *VM) release(ctx context.Context, q wire.FailoverRequest) (wire.Failover
 		return wire.FailoverReply{State: stateAccepted, All: true, Detail: "released before"}, v.up(ctx)
 	}
 	reply, err := v.giveUp(ctx, q)
+	v.audit(q.Request, "host "+v.mgr.peerName(v.record().Peer), "release asked for", released(reply, err))
 	if err != nil {
 		return wire.FailoverReply{}, errors.Join(err, v.up(ctx))
 	}
@@ -232,6 +233,17 @@ func (v *VM) release(ctx context.Context, q wire.FailoverRequest) (wire.Failover
 	v.openIntake()
 	v.hold("")
 	return reply, v.up(ctx)
+}
+
+// released is the answer to a release in words.
+func released(reply wire.FailoverReply, err error) string {
+	switch {
+	case err != nil:
+		return "failed: " + err.Error()
+	case reply.Patch != "":
+		return fmt.Sprintf("given up; %d bytes kept as patch %s", reply.Bytes, reply.Patch)
+	}
+	return "given up; nothing kept: " + reply.Detail
 }
 
 // giveUp ends the role and makes it durable that what this host wrote is void.

@@ -106,10 +106,22 @@ func (v *VM) move(c lineage.Change, also func(*Record)) error {
 		return nil
 	})
 	if err == nil {
-		v.log.Info("role changed", "event", string(c.Event), "state", string(v.record().Lineage.State))
+		l := v.record().Lineage
+		v.log.Info("role changed", "event", string(c.Event), "state", string(l.State))
+		v.audit(v.request(), "daemon", "role "+string(c.Event), fmt.Sprintf("%s in generation %.8s", l.State, l.Generation))
 		v.publishGate()
 	}
 	return err
+}
+
+// request is the correlation id of the plan that runs.
+func (v *VM) request() string {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.running == nil {
+		return ""
+	}
+	return v.running.Request
 }
 
 // lock takes the plan token, or refuses because another operation runs.
