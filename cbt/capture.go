@@ -5,7 +5,8 @@ import "sync"
 const slabSize = 1 << 20
 
 // captureStore holds old content of frozen granules, one granule per slot, in
-// slabs of 1 MiB that are kept for the next epoch.
+// slabs of 1 MiB that are kept for the next epoch. Beyond its limit it may use a
+// spill file, see spill.
 type captureStore struct {
 	mu    sync.Mutex
 	limit int      // slots
@@ -13,22 +14,31 @@ type captureStore struct {
 	free  []uint32 // guarded by mu
 	used  int      // guarded by mu
 	spare [][]byte // guarded by mu: buffers of copyRun bytes
+	spill *spill   // guarded by mu; nil: none
 }
 
-func newCaptureStore(limit int64) *captureStore {
-	return &captureStore{limit: int(limit >> granuleShift)}
+func newCaptureStore(limit int64, spillDir string) *captureStore {
+	s := &captureStore{limit: int(limit >> granuleShift)}
+	if spillDir != "" {
+		s.spill = &spill{dir: spillDir}
+	}
+	return s
 }
 
 // take reserves a slot; ok is false when the budget is exhausted.
 func (s *captureStore) take() (slot uint32, ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.used >= s.limit {
+	if s.used >= s.limit && !s.spill.room(s.used-s.limit) {
 		return 0, false
 	}
 	if len(s.free) == 0 {
 		base := uint32(len(s.slabs)) * (slabSize / GranuleSize)
-		s.slabs = append(s.slabs, make([]byte, slabSize))
+		slab := s.slab()
+		if slab == nil {
+			return 0, false
+		}
+		s.slabs = append(s.slabs, slab)
 		for i := uint32(slabSize / GranuleSize); i > 0; i-- {
 			s.free = append(s.free, base+i-1)
 		}
@@ -50,7 +60,9 @@ func (s *captureStore) at(slot uint32) []byte {
 func (s *captureStore) give(slot uint32) {
 	s.mu.Lock()
 	s.free = append(s.free, slot)
-	s.used--
+	if s.used--; s.used == 0 {
+		s.shrink()
+	}
 	s.mu.Unlock()
 }
 

@@ -40,6 +40,8 @@ const (
 	zeroPiece           = 16 << 20
 	copyRun             = 256 << 10
 	maxReason           = 127
+	spillAfter          = 2       // epochs lost in a row before the spill file is used
+	spillReserve        = 1 << 30 // what the file leaves free on its file system
 	maxName             = 31
 	maxID               = 63
 )
@@ -67,6 +69,9 @@ type Config struct {
 	// CaptureBytes bounds the memory for copy-before-write of all disks
 	// together; 0 means 64 MiB.
 	CaptureBytes int64
+	// SpillDir holds a file, without a name, that takes what the memory cannot,
+	// once spillAfter epochs in a row were lost for want of it; "" means none.
+	SpillDir string
 	// Idle and IdleEpochs say how long a clean region stays marked; 0 means 5
 	// minutes and 5 epochs, negative means not at all.
 	Idle       time.Duration

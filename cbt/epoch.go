@@ -265,8 +265,9 @@ func (e *Epoch) copyOut(d *Disk, st *diskState, buf []byte, g, n uint64) error {
 	return nil
 }
 
-// Release says that a range needs no protection any more: it was shipped and
-// will not be read again. Only granules wholly inside r count.
+// Release says that a range needs no protection any more: the replica has
+// verified it and it will not be read again. What it took of the memory for
+// copies is free for the rest of the epoch. Only granules wholly inside r count.
 func (e *Epoch) Release(disk string, r block.Range) {
 	ed := e.byName[disk]
 	if ed == nil || e.empty || block.Check(r.Off, r.Len, ed.st.size) != nil {
@@ -290,6 +291,10 @@ func (e *Epoch) Release(disk string, r block.Range) {
 	}
 }
 
+// Pressed reports that more than half of the memory for copies is in use: what
+// can be released should be.
+func (e *Epoch) Pressed() bool { return e.g.store.bytes() > e.g.cfg.CaptureBytes/2 }
+
 // lose ends the epoch because of err; the guest goes on at once. Abandon then
 // merges its bits back.
 func (e *Epoch) lose(err error) {
@@ -300,6 +305,9 @@ func (e *Epoch) lose(err error) {
 	e.failure = true
 	e.mu.Unlock()
 	e.g.abandoned.Add(1)
+	if errors.Is(err, ErrOverrun) {
+		e.g.overruns.Add(1)
+	}
 	e.g.cfg.Log.Warn("epoch lost", "epoch", e.number, "reason", err)
 }
 
@@ -352,6 +360,7 @@ func (e *Epoch) Ack(pos Position) error {
 		ed.st.done.reset()
 	}
 	g.acked, g.openEp = pos, nil
+	g.overruns.Store(0)
 	g.show()
 	return nil
 }

@@ -51,6 +51,7 @@ type Group struct {
 
 	store     *captureStore
 	abandoned atomic.Uint64
+	overruns  atomic.Uint32 // epochs lost in a row for want of memory
 
 	healMu sync.Mutex // "verify everything" is put down or taken back
 	sickMu sync.Mutex
@@ -182,6 +183,7 @@ func (g *Group) freeze(ctx context.Context, force bool) (*Epoch, error) {
 		return nil, fmt.Errorf("freeze epoch %d: %w", next-1, err)
 	}
 	e := newEpoch(g, next-1)
+	g.allowSpill()
 	g.gate.Lock()
 	e.slot = g.slot // allocated before: the gate is held for five stores
 	g.slot ^= 1
@@ -243,6 +245,7 @@ type Status struct {
 	EpochOpen      bool
 	CaptureBytes   int64 // old content held now
 	CaptureLimit   int64
+	SpilledBytes   int64 // of those, in the spill file
 	Abandoned      uint64
 	Degraded       bool // a crash now would cost a full verification
 	Held           bool // first-touch writes wait: intents cannot be recorded
@@ -261,7 +264,7 @@ func (g *Group) Status() Status {
 	st := Status{
 		State: sb.state.String(), Generation: sb.generation, Base: sb.base, Parent: sb.parent,
 		Acked: cut.acked, Highest: sb.highest, EpochOpen: cut.open,
-		CaptureLimit: g.cfg.CaptureBytes, CaptureBytes: g.store.bytes(), Abandoned: g.abandoned.Load(),
+		CaptureLimit: g.cfg.CaptureBytes, CaptureBytes: g.store.bytes(), Abandoned: g.abandoned.Load(), SpilledBytes: g.store.spilled(),
 		WritesInFlight: g.flight.n[0].Load() + g.flight.n[1].Load(),
 	}
 	g.gate.RLock()

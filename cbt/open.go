@@ -76,7 +76,7 @@ func Create(cfg Config, start Start) (*Group, error) {
 func build(cfg Config, sb *super, fill func(*Group) error) (*Group, error) {
 	g := &Group{
 		cfg: cfg, meta: newMetaStore(cfg.FS, sb), byName: map[string]*Disk{},
-		epoch: sb.highest + 1, store: newCaptureStore(cfg.CaptureBytes), stop: make(chan struct{}),
+		epoch: sb.highest + 1, store: newCaptureStore(cfg.CaptureBytes, cfg.SpillDir), stop: make(chan struct{}),
 	}
 	defer g.show()
 	if err := fill(g); err != nil {

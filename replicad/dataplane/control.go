@@ -23,7 +23,7 @@ func (p *Plane) trackerConfig() (cbt.Config, error) {
 	}
 	c := cbt.Config{
 		FS: fsx.Sub(p.state, trackerDir), SharedDir: p.cfg.SharedDir, BootID: boot, VMID: string(p.cfg.VM), Log: p.log.With("part", "cbt"),
-		CaptureBytes: p.cfg.CaptureBytes,
+		CaptureBytes: p.cfg.CaptureBytes, SpillDir: p.cfg.StateDir,
 	}
 	for _, i := range p.images {
 		c.Disks = append(c.Disks, cbt.DiskConfig{Name: string(i.cfg.Name), Device: i.dev, Identity: i.identity()})
@@ -451,6 +451,7 @@ func (p *Plane) counters() Counters {
 	c["super_syncs"] = int64(st.SuperSyncs)
 	c["capture_bytes"] = st.CaptureBytes
 	c["capture_limit"] = st.CaptureLimit
+	c["spilled_bytes"] = st.SpilledBytes
 	c["writes_in_flight"] = st.WritesInFlight
 	c["marked_regions"] = marked(st)
 	for _, d := range st.Disks {

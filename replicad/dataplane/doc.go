@@ -10,7 +10,7 @@
 // It guarantees that no export serves before the image locks are held and the
 // tracker is open, that a durable refusal keeps exports closed across restarts,
 // that an epoch's frames are the same bytes of content however often they are
-// asked for, and that Ack takes only a digest the data plane computed itself.
+// asked for (or the epoch is lost: the guest overwrote more than was kept), and that Ack takes only a digest the data plane computed itself.
 //
 // Callers talk to it through Client, on a socket only its owner may open; every
 // method may be repeated. Errors are *wire.Error. See docs/formats/control.md.

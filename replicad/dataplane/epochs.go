@@ -176,6 +176,7 @@ func (f *frozen) stream(ctx context.Context, w *streamWriter, from uint32) error
 	}
 	defer f.leave()
 	defer context.AfterFunc(ctx, w.interrupt)() // stopped before leave ends ctx
+	f.release(from)
 	enc := delta.NewEncoder(w, &f.tally)
 	if err := enc.Header(f.head, from); err != nil {
 		return err
@@ -191,6 +192,23 @@ func (f *frozen) stream(ctx context.Context, w *streamWriter, from uint32) error
 	f.pos = pos // known even if the last bytes did not get through
 	f.mu.Unlock()
 	return err
+}
+
+// release gives up what chunks before from took of the capture memory when that
+// runs short: the replica has verified them. Should it lose them again, the
+// epoch is lost.
+func (f *frozen) release(from uint32) {
+	if from == 0 || !f.cut.Pressed() {
+		return
+	}
+	for spec, err := range delta.Plan(f.head.Disks, f.ranges) {
+		if err != nil || spec.Index >= from {
+			return
+		}
+		for _, r := range spec.Ranges {
+			f.cut.Release(f.head.Disks[spec.Disk].Name, r)
+		}
+	}
 }
 
 // enter ends the stream that runs and takes its place.
