@@ -14,6 +14,7 @@ GUEST     := $(CURDIR)/.cache/guest
 LAB       ?= /tmp/kvmlab
 TESTARGS  ?=
 DEMOARGS  ?=
+FULL      ?=
 
 # Packages whose tests boot guests run one at a time: each may have two up.
 SYSTEM = $(shell go list ./integration/... 2>/dev/null)
@@ -85,9 +86,9 @@ sim: ## two simulated hosts: SEEDS=10000 random lives from FIRST=1; SEED=k (SCRI
 	SEEDS=$(or $(SEEDS),10000) FIRST=$(or $(FIRST),1) SEED=$(SEED) SCRIPT=$(SCRIPT) go test -count=1 -timeout 12h -v -run TestSeeds ./integration/sim
 
 .PHONY: sweep
-sweep: ## every case of every sweep and the whole model, with counts (hours)
-	KVMREPLICA_SIM=full KVMREPLICA_MODEL=full go test -count=1 -timeout 12h -v -run '$(SWEEPS)|Model|Mutant' $(ALL) ./integration/model ./integration/sim 2>&1 \
-	  | grep -E --line-buffered 'cases|points|states|violation|SWEEP|^(ok|FAIL|panic)|--- FAIL'
+sweep: ## every case of every sweep and the whole model, with counts (hours); FULL=1: and every byte of every file
+	KVMREPLICA_SIM=full KVMREPLICA_MODEL=full KVMREPLICA_FULL=$(FULL) go test -count=1 -timeout 12h -v -run '$(SWEEPS)|Model|Mutant' $(ALL) ./integration/model ./integration/sim 2>&1 \
+	  | grep -E --line-buffered 'cases|damages|truncations|points|states|violation|SWEEP|^(ok|FAIL|panic)|--- FAIL'
 
 .PHONY: mutants
 mutants: ## plant seeded bugs one by one; shows what catches each, fails if one survives (RUN=regexp)

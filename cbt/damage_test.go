@@ -34,10 +34,16 @@ func livedIn(t *testing.T, end string) *world {
 }
 
 // interesting offsets: everything that holds something, and a sample of the
-// padding.
+// padding. In full, every byte of every page that holds something.
 func interesting(content []byte) (offs []int64) {
+	used := map[int]bool{}
 	for i, b := range content {
-		if b != 0 || i%20011 == 0 || i < 70 {
+		if b != 0 && fsxtest.Full() {
+			used[i/4096] = true
+		}
+	}
+	for i, b := range content {
+		if b != 0 || i%20011 == 0 || i < 70 || used[i/4096] || fsxtest.Full() && i%509 == 0 {
 			offs = append(offs, int64(i))
 		}
 	}
@@ -52,13 +58,17 @@ func TestOneDamagedByteLosesNoBlock(t *testing.T) {
 		t.Run(end, func(t *testing.T) {
 			w := livedIn(t, end)
 			whole := w.h.Cut(fsxtest.Newest)
-			cases := 0
+			cases, share := 0, fsxtest.Share(1)
 			for _, name := range whole.FS.Files() {
+				before := cases
 				content, err := whole.FS.Content(name)
 				if err != nil {
 					t.Fatal(err)
 				}
 				for i, off := range interesting(content) {
+					if !share(i) {
+						continue
+					}
 					for _, fn := range damages(i, off) {
 						h := whole.Cut(fsxtest.Newest)
 						if err := h.FS.SetByte(name, off, fn); err != nil {
@@ -70,6 +80,7 @@ func TestOneDamagedByteLosesNoBlock(t *testing.T) {
 						}
 					}
 				}
+				t.Logf("%s, %d bytes: %d damages", name, len(content), cases-before)
 			}
 			t.Logf("%d damages", cases)
 		})
@@ -145,8 +156,12 @@ func TestATruncatedFileLosesNoBlock(t *testing.T) {
 		whole := w.h.Cut(fsxtest.Newest)
 		for _, name := range whole.FS.Files() {
 			content, _ := whole.FS.Content(name)
-			step := max(len(content)/97, 1)
-			for n := len(content) - 1; n >= 0; n -= step {
+			cases, share := 0, fsxtest.Share(1)
+			for i, n := range cuts(content) {
+				if !share(i) {
+					continue
+				}
+				cases++
 				h := whole.Cut(fsxtest.Newest)
 				if err := h.FS.Damage(name, func(c []byte) []byte { return c[:n] }); err != nil {
 					t.Fatal(err)
@@ -155,6 +170,7 @@ func TestATruncatedFileLosesNoBlock(t *testing.T) {
 					t.Fatalf("%s (%s) cut to %d: %v", name, end, n, err)
 				}
 			}
+			t.Logf("%s (%s), %d bytes: %d truncations", name, end, len(content), cases)
 			h := whole.Cut(fsxtest.Newest)
 			if err := h.Setup(func() error { return h.FS.Remove(name) }); err != nil {
 				t.Fatal(err)
@@ -170,6 +186,27 @@ func TestATruncatedFileLosesNoBlock(t *testing.T) {
 			}
 		}
 	}
+}
+
+// cuts are lengths a file may be cut to: a sample. In full, every length that
+// ends in a page that holds something, and every sector elsewhere.
+func cuts(content []byte) (lens []int) {
+	if !fsxtest.Full() {
+		for n := len(content) - 1; n >= 0; n -= max(len(content)/97, 1) {
+			lens = append(lens, n)
+		}
+		return lens
+	}
+	used := map[int]bool{}
+	for i, b := range content {
+		used[i/4096] = used[i/4096] || b != 0
+	}
+	for n := range content {
+		if used[n/4096] || n%512 == 0 {
+			lens = append(lens, n)
+		}
+	}
+	return lens
 }
 
 // An older version of a single file coming back (a lost write, a restored

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -83,11 +82,7 @@ func records(stateDir string) ([]vmRecord, error) {
 
 func readRecord(dir fsx.FS) (vmRecord, error) {
 	var r vmRecord
-	b, err := fsx.ReadFile(dir, recordFile, maxRecord)
-	if err != nil {
-		return r, err
-	}
-	if err := json.Unmarshal(b, &r); err != nil {
+	if err := fsx.ReadJSON(dir, recordFile, maxRecord, &r); err != nil {
 		return r, fmt.Errorf("read the VM's record: %w", err)
 	}
 	if r.Version != recordVersion {

@@ -1,7 +1,6 @@
 package dataplane
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -48,14 +47,11 @@ type choiceStore struct {
 
 func openChoices(f fsx.FS) (*choiceStore, error) {
 	s := &choiceStore{fs: f, now: choices{Version: 1}}
-	b, err := fsx.ReadFile(f, choicesFile, maxConfig)
+	err := fsx.ReadJSON(f, choicesFile, maxConfig, &s.now)
 	if errors.Is(err, fs.ErrNotExist) {
 		return s, nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("read %s: %w", choicesFile, err)
-	}
-	if err := json.Unmarshal(b, &s.now); err != nil {
 		return nil, fmt.Errorf("read %s: %w", choicesFile, err)
 	}
 	if s.now.Version != 1 {
@@ -76,11 +72,7 @@ func (s *choiceStore) change(edit func(*choices)) error {
 	defer s.mu.Unlock()
 	next := s.now.clone()
 	edit(&next)
-	b, err := json.MarshalIndent(next, "", "  ")
-	if err != nil {
-		return err
-	}
-	if err := fsx.WriteAtomic(s.fs, choicesFile, append(b, '\n')); err != nil {
+	if err := fsx.WriteJSON(s.fs, choicesFile, next); err != nil {
 		return fmt.Errorf("record the decision: %w", err)
 	}
 	s.now = next

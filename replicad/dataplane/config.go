@@ -1,6 +1,7 @@
 package dataplane
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -8,6 +9,7 @@ import (
 	"path/filepath"
 	"regexp"
 
+	"kvmreplica/internal/fsx"
 	"kvmreplica/replicad/wire"
 )
 
@@ -167,15 +169,18 @@ func (d DiskConfig) validate() error {
 // LoadConfig reads and validates a configuration file.
 func LoadConfig(path string) (Config, error) {
 	var c Config
-	f, err := os.Open(path)
+	dir, err := fsx.OS(filepath.Dir(path))
 	if err != nil {
 		return c, fmt.Errorf("read the data plane's configuration: %w", err)
 	}
-	defer f.Close()
-	if st, err := f.Stat(); err == nil && st.Size() > maxConfig {
-		return c, fmt.Errorf("%s is larger than %d bytes", path, maxConfig)
+	b, err := fsx.ReadFile(dir, filepath.Base(path), maxConfig)
+	if err != nil {
+		return c, fmt.Errorf("read the data plane's configuration: %w", err)
 	}
-	dec := json.NewDecoder(f)
+	if b, err = fsx.CheckJSON(b); err != nil {
+		return c, fmt.Errorf("read %s: %w", path, err)
+	}
+	dec := json.NewDecoder(bytes.NewReader(b))
 	dec.DisallowUnknownFields()
 	if err := dec.Decode(&c); err != nil {
 		return c, fmt.Errorf("read %s: %w", path, err)
@@ -188,11 +193,11 @@ func LoadConfig(path string) (Config, error) {
 
 // save writes the configuration for a keeper to find.
 func (c Config) save() error {
-	b, err := json.MarshalIndent(c, "", "  ")
+	b, err := fsx.EncodeJSON(c)
 	if err != nil {
 		return err
 	}
-	return replaceFile(c.configFile(), append(b, '\n'), 0o600)
+	return replaceFile(c.configFile(), b, 0o600)
 }
 
 // replaceFile is an atomic replacement in boot-scoped directories; nothing of

@@ -114,15 +114,12 @@ var ErrInterrupted = errors.New("a plan was interrupted")
 // Load reads the journal. It returns nil without error when there is none or
 // when the last plan ended.
 func Load(fsys fsx.FS, path string) (*Journal, error) {
-	b, err := fsx.ReadFile(fsys, path, maxJournal)
+	var j Journal
+	err := fsx.ReadJSON(fsys, path, maxJournal, &j)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("read plan journal: %w", err)
-	}
-	var j Journal
-	if err := json.Unmarshal(b, &j); err != nil {
 		return nil, fmt.Errorf("read plan journal %s: %w (move the file away only after `replicactl vm status` shows both roles)", path, err)
 	}
 	if j.Version != journalVersion {
@@ -301,11 +298,7 @@ func (r *Runner) emit(e Event) {
 }
 
 func (r *Runner) save() error {
-	b, err := json.MarshalIndent(&r.j, "", "  ")
-	if err != nil {
-		return fmt.Errorf("write plan journal: %w", err)
-	}
-	if err := fsx.WriteAtomic(r.FS, r.Path, append(b, '\n')); err != nil {
+	if err := fsx.WriteJSON(r.FS, r.Path, &r.j); err != nil {
 		return fmt.Errorf("write plan journal: %w", err)
 	}
 	return nil

@@ -1,6 +1,7 @@
 package peer
 
 import (
+	"bytes"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -110,6 +111,9 @@ func OpenIdentity(dir fsx.FS, name string, now time.Time) (*Identity, error) {
 	if i.anchor, err = parseOne(ca); err != nil {
 		return nil, fmt.Errorf("host authority %s: %w", caCertFile, err)
 	}
+	if err := i.anchor.CheckSignature(i.anchor.SignatureAlgorithm, i.anchor.RawTBSCertificate, i.anchor.Signature); err != nil {
+		return nil, fmt.Errorf("host authority %s is damaged (%w): restore it from a backup, or remove the directory %s and pair again", caCertFile, err, identityRoot)
+	}
 	if i.host, err = hostOf(i.anchor); err != nil {
 		return nil, fmt.Errorf("host authority %s: %w", caCertFile, err)
 	}
@@ -134,12 +138,17 @@ func (i *Identity) loadLeaf(now time.Time) error {
 	}
 	if err == nil {
 		pair, perr := tls.X509KeyPair(data, data)
-		if perr == nil && pair.Leaf.CheckSignatureFrom(i.anchor) == nil && now.Before(pair.Leaf.NotAfter.Add(-renewBefore)) {
+		if perr == nil && i.whole(&pair) && now.Before(pair.Leaf.NotAfter.Add(-renewBefore)) {
 			i.leaf.Store(&pair)
 			return nil
 		}
 	}
 	return i.makeLeaf(now)
+}
+
+// whole tells a leaf with its authority, as makeLeaf wrote them.
+func (i *Identity) whole(pair *tls.Certificate) bool {
+	return len(pair.Certificate) == 2 && bytes.Equal(pair.Certificate[1], i.anchor.Raw) && pair.Leaf.CheckSignatureFrom(i.anchor) == nil
 }
 
 // createIdentity makes the key first and the certificate that names it last,

@@ -177,6 +177,9 @@ func readRecord(dir fsx.FS, file string) (Record, error) {
 	if err != nil {
 		return Record{}, err
 	}
+	if data, err = fsx.CheckJSON(data); err != nil {
+		return Record{}, err
+	}
 	var rec Record
 	if err := decodeStrict(bytes.NewReader(data), &rec); err != nil {
 		return Record{}, err
@@ -335,7 +338,7 @@ func (s *Store) change(h wire.HostID, f func(Record, bool) (Record, error)) erro
 	if err != nil {
 		return err
 	}
-	data, err := json.MarshalIndent(rec, "", "  ")
+	data, err := fsx.EncodeJSON(rec)
 	if err != nil {
 		return fmt.Errorf("encode peer record: %w", err)
 	}
@@ -343,7 +346,7 @@ func (s *Store) change(h wire.HostID, f func(Record, bool) (Record, error)) erro
 		// Trust ends now, whatever the disk says about it.
 		s.show(rec)
 	}
-	if err := fsx.WriteAtomic(s.dir, recordFile(h), append(data, '\n')); err != nil {
+	if err := fsx.WriteAtomic(s.dir, recordFile(h), data); err != nil {
 		return fmt.Errorf("record peer %s: %w", h, err)
 	}
 	s.show(rec)

@@ -8,6 +8,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+
 	"kvmreplica/internal/block/blocktest"
 	"kvmreplica/internal/fsx/fsxtest"
 	"kvmreplica/replicad/delta"
@@ -110,10 +112,16 @@ func damageRun(t *testing.T, every int, damages func(h *blocktest.Host, name str
 	for _, clean := range []bool{false, true} {
 		p := &primary{}
 		h := aged(t, p, clean)
-		cases, found := 0, 0
+		share := fsxtest.Share(every)
+		kinds := map[string]*[2]int{} // cases and detected, by kind of file
+		all := 0
 		for _, name := range h.FS.Files() {
+			kind, _, _ := strings.Cut(name, "/")
+			if kinds[kind] == nil {
+				kinds[kind] = new([2]int)
+			}
 			for i, d := range damages(h, name) {
-				if i%every != 0 {
+				if all++; !share(i) {
 					continue
 				}
 				hurt := h.Kill(fsxtest.Newest)
@@ -122,13 +130,16 @@ func damageRun(t *testing.T, every int, damages func(h *blocktest.Host, name str
 				if err != nil {
 					t.Errorf("%s, damage %d (clean %v): %v", name, i, clean, err)
 				}
-				cases++
+				kinds[kind][0]++
 				if det {
-					found++
+					kinds[kind][1]++
 				}
 			}
 		}
-		t.Logf("clean %v: %d cases, %d detected, the rest harmless", clean, cases, found)
+		for kind, n := range kinds {
+			t.Logf("clean %v, %s: %d cases, %d detected, the rest harmless", clean, kind, n[0], n[1])
+		}
+		t.Logf("clean %v: there are %d cases", clean, all)
 	}
 }
 
@@ -194,12 +205,55 @@ func TestTruncatedFilesAreDetectedOrHarmless(t *testing.T) {
 		b, err := h.FS.Content(name)
 		must(t, err)
 		var out []func(*fsxtest.Mem) error
-		for n := int64(0); n < int64(len(b)); n += 1361 {
+		step := int64(1361)
+		if fsxtest.Full() {
+			step = 1
+		}
+		for n := int64(0); n < int64(len(b)); n += step {
 			out = append(out, func(m *fsxtest.Mem) error { return m.TruncateAt(name, n) })
 		}
 		out = append(out, func(m *fsxtest.Mem) error { return m.Remove(name) })
 		return out
 	})
+}
+
+// What was rolled back decides which blocks travel on the way back.
+func TestADamagedListOfRolledBackGranulesIsDetectedOrHarmless(t *testing.T) {
+	p, h, s := started(t, 33)
+	must(t, p.epochs(s, 6, 20*time.Second, true))
+	to := s.Points()[1].Pos
+	_, err := s.PromoteAt(t.Context(), to, delta.Generation{8})
+	must(t, err)
+	want, err := s.ChangedSince(to)
+	must(t, err)
+	must(t, s.Close())
+	const name = "rolled-back"
+	whole, err := h.FS.Content(name)
+	must(t, err)
+	share := fsxtest.Share(11)
+	i, refused := 0, 0
+	for what, damaged := range fsxtest.Damages(whole) {
+		if i++; !share(i) {
+			continue
+		}
+		hurt := h.Kill(fsxtest.Newest)
+		must(t, hurt.FS.Damage(name, func([]byte) []byte { return damaged }))
+		s, err := points.Open(p.config(hurt))
+		if err != nil {
+			refused++
+			continue
+		}
+		got, err := s.ChangedSince(to)
+		must(t, s.Close())
+		if err != nil {
+			refused++
+			continue
+		}
+		if d := cmp.Diff(want, got); d != "" {
+			t.Errorf("%s is believed: %s", what, d)
+		}
+	}
+	t.Logf("%d bytes: %d damages refused", len(whole), refused)
 }
 
 func TestB24DamagedMiddleSegmentRefusesItsPointsOnly(t *testing.T) {

@@ -212,6 +212,13 @@ func (r *replica) Digests(ctx context.Context, q wire.DigestRequest) (wire.Diges
 	return wire.DigestReply{Digests: ds}, mapped(err)
 }
 
+// counted is how many epochs were committed and how many bytes were hashed.
+func (r *replica) counted() (commits int, digests int64) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.commits, r.digests
+}
+
 // content reads a disk at the committed position.
 func (r *replica) content(disk string) []byte {
 	r.t.Helper()
@@ -245,7 +252,7 @@ type line struct {
 	// after runs after the n-th transfer.
 	after func(n int)
 	n     int
-	bytes int64 // carried
+	bytes int64 // carried; guarded by mu
 }
 
 var errCut = errors.New("connection reset")
@@ -272,6 +279,15 @@ func (c *cutReader) Read(p []byte) (int, error) {
 	c.l.bytes += int64(n)
 	c.l.mu.Unlock()
 	return n, err
+}
+
+// carried is how many bytes went over the line; it counts on from n.
+func (l *line) carried(n int64) int64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	was := l.bytes
+	l.bytes = n
+	return was
 }
 
 func (l *line) begin(body io.Reader) (int, *cutReader) {

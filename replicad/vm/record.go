@@ -135,11 +135,7 @@ const (
 // loadRecord reads and validates a VM's record. Absence is fs.ErrNotExist.
 func loadRecord(fsys fsx.FS) (Record, error) {
 	var r Record
-	b, err := fsx.ReadFile(fsys, recordFile, maxRecord)
-	if err != nil {
-		return r, fmt.Errorf("read the VM's record: %w", err)
-	}
-	if err := json.Unmarshal(b, &r); err != nil {
+	if err := fsx.ReadJSON(fsys, recordFile, maxRecord, &r); err != nil {
 		return r, fmt.Errorf("read the VM's record: %w", err)
 	}
 	if r.Version != recordVersion {
@@ -156,11 +152,7 @@ func saveRecord(fsys fsx.FS, r Record) error {
 	if len(r.Refused) > maxRefused {
 		r.Refused = r.Refused[len(r.Refused)-maxRefused:]
 	}
-	b, err := json.MarshalIndent(r, "", "  ")
-	if err != nil {
-		return fmt.Errorf("write the VM's record: %w", err)
-	}
-	if err := fsx.WriteAtomic(fsys, recordFile, append(b, '\n')); err != nil {
+	if err := fsx.WriteJSON(fsys, recordFile, r); err != nil {
 		return fmt.Errorf("write the VM's record: %w", err)
 	}
 	return nil
