@@ -313,14 +313,15 @@ func (w *pair) rest() *side {
 	})
 	o := w.owner()
 	w.write(o, 2)
+	wrote := time.Now()
 	w.until("the last writes to be copied", func() error {
 		w.revive()
 		if err := w.settled(); err != nil {
 			return err
 		}
 		n := o.vm().session().Status()
-		if n.Pending > 0 {
-			return fmt.Errorf("%d pending: %+v", n.Pending, n)
+		if n.Pending > 0 || n.LastCut.Before(wrote) { // what is pending is as of the last cycle
+			return fmt.Errorf("%d pending, the last cut %v after the last write", n.Pending, n.LastCut.Sub(wrote))
 		}
 		return w.settled()
 	})
