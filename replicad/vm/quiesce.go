@@ -22,6 +22,7 @@ const (
 	quiesceHold   = 5 * time.Second  // the watchdog
 	quiesceWithin = 15 * time.Second // the guest has flushed and frozen by then
 	frozenFile    = "frozen.json"
+	frozenPoint   = "quiesce/frozen/acted" // for Deps.Failpoint
 )
 
 // frozenRecord is the journal: the guest may be frozen.
@@ -50,6 +51,9 @@ func (v *VM) quiesce(ctx context.Context) (func() (bool, error), error) {
 			v.thawLater()
 		}
 		return nil, err
+	}
+	if f := v.deps.Failpoint; f != nil {
+		f(frozenPoint)
 	}
 	return func() (bool, error) {
 		held, err := thaw()
