@@ -103,6 +103,9 @@ type NIC struct {
 	Kind    string // "network", "bridge", "direct", "user", "other"
 	Network string // network or bridge name
 	Alias   string
+	// Device is the tap on this host and Bridge what it is plugged into (live
+	// only).
+	Device, Bridge string
 }
 
 // Firmware says what the guest boots with.
@@ -323,12 +326,15 @@ func nicOf(x *libvirtxml.DomainInterface) NIC {
 	if x.Alias != nil {
 		n.Alias = x.Alias.Name
 	}
+	if x.Target != nil {
+		n.Device = x.Target.Dev
+	}
 	if s := x.Source; s != nil {
 		switch {
 		case s.Network != nil:
-			n.Kind, n.Network = "network", s.Network.Network
+			n.Kind, n.Network, n.Bridge = "network", s.Network.Network, s.Network.Bridge
 		case s.Bridge != nil:
-			n.Kind, n.Network = "bridge", s.Bridge.Bridge
+			n.Kind, n.Network, n.Bridge = "bridge", s.Bridge.Bridge, s.Bridge.Bridge
 		case s.Direct != nil:
 			n.Kind, n.Network = "direct", s.Direct.Dev
 		case s.User != nil:

@@ -3,6 +3,7 @@ package libvirt
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -137,7 +138,11 @@ func (r *renderer) domain() error {
 		return err
 	}
 	for _, n := range []string{"sysinfo", "features", "clock", "on_poweroff", "on_reboot", "on_crash", "pm"} {
-		if h := r.hw[n]; h != nil {
+		h := r.hw[n]
+		if h != nil && n == "sysinfo" && p.UUID != "" {
+			h = withoutSystemUUID(h)
+		}
+		if h != nil {
 			w.node(h)
 		}
 	}
@@ -146,6 +151,19 @@ func (r *renderer) domain() error {
 	}
 	w.close("domain")
 	return nil
+}
+
+// withoutSystemUUID leaves the UUID out of the SMBIOS data of a domain under
+// another UUID: libvirt insists that they are equal.
+func withoutSystemUUID(n *SpecNode) *SpecNode {
+	out := *n
+	out.Kids = slices.Clone(n.Kids)
+	for i, b := range out.Kids {
+		if b.Name == "system" {
+			out.Kids[i].Kids = slices.DeleteFunc(slices.Clone(b.Kids), func(e SpecNode) bool { return e.Attrs["name"] == "uuid" })
+		}
+	}
+	return &out
 }
 
 func (r *renderer) osElement() error {
@@ -362,11 +380,14 @@ func pick(m map[string]string, names ...string) []at {
 
 func (r *renderer) nic(n *SpecNIC) error {
 	w := r.w
+	own := r.p.NICs[n.MAC]
 	net, ok := r.p.Networks[n.Network]
-	if !ok {
-		if r.p.DefaultNetwork == nil {
-			return fmt.Errorf("network %q is mapped to none of this host's networks", n.Network)
-		}
+	switch {
+	case own.Network != nil:
+		net = *own.Network
+	case !ok && r.p.DefaultNetwork == nil:
+		return fmt.Errorf("network %q is mapped to none of this host's networks", n.Network)
+	case !ok:
 		net = *r.p.DefaultNetwork
 	}
 	switch {
@@ -381,8 +402,8 @@ func (r *renderer) nic(n *SpecNIC) error {
 	default:
 		return fmt.Errorf("network %q is mapped to nothing", n.Network)
 	}
-	if !r.p.NewMACs {
-		w.empty("mac", at{"address", n.MAC})
+	if own.MAC != "" || !r.p.NewMACs {
+		w.empty("mac", at{"address", or(own.MAC, n.MAC)})
 	}
 	if n.Model != "" {
 		w.empty("model", at{"type", n.Model})

@@ -216,6 +216,8 @@ type Policy struct {
 	DefaultNetwork *PolicyNetwork
 	// NewMACs leaves the NICs' addresses out, so that libvirt makes new ones.
 	NewMACs bool
+	// NICs says more of single NICs, by the description's MAC address.
+	NICs map[string]PolicyNIC
 	// Firmware files; both are needed for a UEFI guest unless AutoFirmware,
 	// which lets libvirt choose them.
 	Loader, SecureLoader, NVRAM, NVRAMTemplate string
@@ -252,6 +254,14 @@ type PolicyNetwork struct {
 	User bool
 	// Down plugs the NIC in with its link down.
 	Down bool
+}
+
+// PolicyNIC is what this host decides for one NIC.
+type PolicyNIC struct {
+	// Network, when set, is used whatever Networks says.
+	Network *PolicyNetwork
+	// MAC, when set, replaces the description's address.
+	MAC string
 }
 
 // PolicyKernel are the files of one label.

@@ -83,7 +83,7 @@ func refusedBy(failed *wire.Check) error {
 
 // result ends an action with the relationship as it is now.
 func (d *Daemon) result(ctx context.Context, v *vm.VM, emit func(api.Event)) error {
-	s := v.Status(ctx, d.peerName(v.Peer()))
+	s := d.view(ctx, v)
 	emit(api.Event{VM: &s})
 	return nil
 }
@@ -125,6 +125,12 @@ func (d *Daemon) actOn(ctx context.Context, v *vm.VM, a api.Action, request stri
 		return d.patch(ctx, v, a, emit)
 	case api.Commit, api.Cancel:
 		return d.settleTrial(ctx, v, a, request, step, emit)
+	case api.FailoverTest:
+		return d.testFailover(ctx, v, a, request, step, emit)
+	case api.TestStop:
+		return d.testStop(ctx, v, a, step, emit)
+	case api.Drill:
+		return d.drill(ctx, v, a, request, step, emit)
 	case api.PlanResume, api.PlanUndo:
 		if err := v.Settle(ctx, a.Verb == api.PlanUndo, a.Force); err != nil {
 			return err

@@ -37,7 +37,7 @@ func (d *Daemon) Host(ctx context.Context) (status.Host, error) {
 func (d *Daemon) VMs(ctx context.Context) ([]status.VM, error) {
 	out := []status.VM{}
 	for _, v := range d.vms.All() {
-		out = append(out, v.Status(ctx, d.peerName(v.Peer())))
+		out = append(out, d.view(ctx, v))
 	}
 	for dir, err := range d.vms.Broken() {
 		out = append(out, status.VM{Name: dir, ID: wire.VMID(dir), State: status.Error, Health: "critical", Reason: err.Error(), RPO: -1})
@@ -51,7 +51,7 @@ func (d *Daemon) VM(ctx context.Context, name string) (status.VM, error) {
 	if err != nil {
 		return status.VM{}, err
 	}
-	return v.Status(ctx, d.peerName(v.Peer())), nil
+	return d.view(ctx, v), nil
 }
 
 // Statistics are a VM's measurements.

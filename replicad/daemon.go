@@ -32,6 +32,7 @@ import (
 	"kvmreplica/replicad/peer"
 	"kvmreplica/replicad/points"
 	"kvmreplica/replicad/stats"
+	"kvmreplica/replicad/testcopy"
 	"kvmreplica/replicad/vm"
 	"kvmreplica/replicad/wire"
 )
@@ -46,6 +47,7 @@ type Daemon struct {
 	pair  *peer.Pairing
 	hyper *lazyHost
 	vms   *vm.Manager
+	tests *testcopy.Manager
 	name  string
 
 	mu      sync.Mutex
@@ -119,7 +121,14 @@ func (d *Daemon) load() error {
 	if err != nil {
 		return err
 	}
-	d.vms, err = vm.Open(state, deps)
+	if d.vms, err = vm.Open(state, deps); err != nil {
+		return err
+	}
+	tests, err := d.testDeps(deps)
+	if err != nil {
+		return err
+	}
+	d.tests, err = testcopy.Open(state, tests)
 	return err
 }
 
@@ -147,7 +156,7 @@ func (d *Daemon) deps() (vm.Deps, error) {
 		Hyper: d.hyper, Dial: d.dial, Grant: d.grant, Fence: d.cfg.Fence, SilentAfter: d.cfg.SilentPeerAfter,
 		CaptureBytes: d.cfg.Limits.CaptureMemory, DirtyBytes: d.cfg.Limits.DirtyPageCache, MaxVMs: d.cfg.Limits.MaxVMs, Store: points.Limits{BacklogBytes: d.cfg.Limits.Backlog, Reserve: d.cfg.Limits.FreeSpaceReserve}, MaxPoints: d.cfg.Limits.MaxPoints, ShippingSlots: d.cfg.ShippingSlots, Statistics: stats.Schedule{Start: d.cfg.StatisticsStart, Length: d.cfg.StatisticsWindow},
 		LibvirtState: d.cfg.LibvirtState, Kernels: map[string]libvirt.PolicyKernel{}, DomainType: d.cfg.DomainType,
-		Emulator: d.cfg.Emulator, ConsoleDir: d.cfg.ConsoleDir, Now: time.Now, Log: d.log, Failpoint: crashAt(os.Getenv(crashEnv), d.log),
+		Emulator: d.cfg.Emulator, Networks: d.network, ConsoleDir: d.cfg.ConsoleDir, Now: time.Now, Log: d.log, Failpoint: crashAt(os.Getenv(crashEnv), d.log),
 	}
 	for label, k := range d.cfg.Kernels {
 		deps.Kernels[label] = libvirt.PolicyKernel{Kernel: k.Kernel, Initrd: k.Initrd}
@@ -201,7 +210,11 @@ func (d *Daemon) Run(ctx context.Context) error {
 		defer cancel()
 		return local.Shutdown(sctx)
 	})
-	g.Go(func() error { return d.vms.Run(ctx) })
+	// Test copies read from the VMs' stores: these are closed after them.
+	vms, endVMs := context.WithCancel(context.WithoutCancel(ctx))
+	defer endVMs()
+	g.Go(func() error { return d.vms.Run(vms) })
+	g.Go(func() error { defer endVMs(); return d.tests.Run(ctx) })
 	g.Go(func() error { d.keepTime(ctx); return nil })
 	d.log.Info("replicad runs", "host", string(d.id.Host()), "name", d.name, "listen", d.cfg.Listen, "receiving", d.cfg.Receiving)
 	notifyReady()

@@ -128,3 +128,39 @@ func (l *lazyHost) InsertDisks(ctx context.Context, uuid string, reqs []libvirt.
 func (l *lazyHost) RemoveDisks(ctx context.Context, uuid string, reqs []libvirt.InsertRequest) error {
 	return with0(ctx, l, func(h *libvirt.Host) error { return h.RemoveDisks(ctx, uuid, reqs) })
 }
+
+func (l *lazyHost) Resume(ctx context.Context, uuid string) error {
+	return with0(ctx, l, func(h *libvirt.Host) error { return h.Resume(ctx, uuid) })
+}
+
+func (l *lazyHost) AgentPing(ctx context.Context, uuid string) error {
+	return with0(ctx, l, func(h *libvirt.Host) error { return h.AgentPing(ctx, uuid) })
+}
+
+func (l *lazyHost) GuestInfo(ctx context.Context, uuid string) (map[string]string, error) {
+	return with1(ctx, l, func(h *libvirt.Host) (map[string]string, error) { return h.GuestInfo(ctx, uuid) })
+}
+
+func (l *lazyHost) CreateIsolated(ctx context.Context, name, bridge string) error {
+	return with0(ctx, l, func(h *libvirt.Host) error { return h.CreateIsolated(ctx, name, bridge) })
+}
+
+func (l *lazyHost) DestroyNetwork(ctx context.Context, name string) error {
+	return with0(ctx, l, func(h *libvirt.Host) error { return h.DestroyNetwork(ctx, name) })
+}
+
+func (l *lazyHost) Networks(ctx context.Context) ([]string, error) {
+	return with1(ctx, l, func(h *libvirt.Host) ([]string, error) { return h.Networks(ctx) })
+}
+
+func (l *lazyHost) Network(ctx context.Context, name string) (libvirt.Network, error) {
+	return with1(ctx, l, func(h *libvirt.Host) (libvirt.Network, error) { return h.Network(ctx, name) })
+}
+
+func (l *lazyHost) Reserve(ctx context.Context, network string, r libvirt.Reservation) error {
+	return with0(ctx, l, func(h *libvirt.Host) error { return h.Reserve(ctx, network, r) })
+}
+
+func (l *lazyHost) Unreserve(ctx context.Context, network string, r libvirt.Reservation) error {
+	return with0(ctx, l, func(h *libvirt.Host) error { return h.Unreserve(ctx, network, r) })
+}

@@ -10,8 +10,8 @@ import (
 )
 
 func newFailover(a *app) *cobra.Command {
-	c := &cobra.Command{Use: "failover", Short: "Move a VM to the other host, planned or not", RunE: needVerb}
-	c.AddCommand(newPlanned(a), newUnplanned(a), newCommit(a), newCancel(a), newReverse(a), newPatch(a),
+	c := &cobra.Command{Use: "failover", Short: "Try, or do, a move of a VM to the other host", RunE: needVerb}
+	c.AddCommand(newTest(a), newTestStop(a), newPlanned(a), newUnplanned(a), newCommit(a), newCancel(a), newReverse(a), newPatch(a),
 		simple(a, "log NAME", "Who changed the roles of a VM, when, with what result; the id is the same on both hosts", api.AuditLog),
 		simple(a, "resume NAME", "Continue an interrupted plan", api.PlanResume),
 		newTakeBack(a))

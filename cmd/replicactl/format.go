@@ -107,6 +107,7 @@ func (a *app) show(v status.VM) {
 	if s.LastError != "" {
 		line("Last error", "%s", s.LastError)
 	}
+	a.showTests(v, line)
 	for _, c := range v.Conditions {
 		fmt.Fprintf(a.out, "  [%s] %s: %s\n      -> %s\n", c.Severity, c.Code, clean(c.Text), clean(c.Remedy))
 	}

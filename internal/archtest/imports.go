@@ -23,6 +23,8 @@ func allowed() map[string][]string {
 		"replicad/points":    {"replicad/delta", "internal"},
 		"replicad/overlay":   {"replicad/delta", "internal"},
 		"replicad/standby":   {"replicad/delta", "replicad/overlay", "replicad/points", "internal"},
+		"replicad/isolate":   {},
+		"replicad/testcopy":  {"nbd", "libvirt", "replicad/delta", "replicad/wire", "replicad/failover", "replicad/lineage", "replicad/points", "replicad/overlay", "replicad/isolate", "replicad/status", "replicad/health", "internal"},
 		"replicad/peer":      {"replicad/delta", "replicad/wire", "internal"},
 		"replicad/mount":     {"nbd", "replicad/overlay", "internal"},
 		"replicad/dataplane": {"nbd", "cbt", "replicad/delta", "replicad/overlay", "replicad/points", "replicad/standby", "replicad/wire", "internal"},
@@ -73,7 +75,7 @@ func homes() []home {
 		{module: "github.com/pojntfx/go-nbd", files: []string{"nbd/proto.go", "nbd/gonbd.go"}, tests: true},
 		{module: "github.com/spf13/cobra", folders: []string{"cmd"}},
 		{module: "github.com/prometheus/client_golang", folders: []string{"replicad/metrics"}},
-		{module: "github.com/vishvananda", folders: []string{"libvirt", "replicad/peer", "integration"}},
+		{module: "github.com/vishvananda", folders: []string{"libvirt", "replicad/isolate", "replicad/peer", "integration"}},
 	}
 }
 

@@ -26,6 +26,7 @@ type Fake struct {
 	rules    []*Rule
 	calls    []Call
 	watchers map[chan libvirt.Event]context.Context
+	networks map[string]*network
 }
 
 // domain is one machine of a Fake.

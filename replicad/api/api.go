@@ -56,6 +56,10 @@ const (
 	PointUnmount Verb = "point-unmount"
 	// PointExport ends when its caller goes away: it is no plan.
 	PointExport Verb = "point-export"
+
+	FailoverTest Verb = "failover-test"
+	TestStop     Verb = "failover-test-stop"
+	Drill        Verb = "drill"
 )
 
 // Action asks the daemon to do something to a VM (or a peer). Fields that a
@@ -94,6 +98,17 @@ type Action struct {
 	Within   time.Duration `json:"within_ns,omitempty"` // unplanned: time of trial
 	Then     string        `json:"then,omitempty"`      // unplanned: commit or cancel after it
 	Patch    string        `json:"patch,omitempty"`     // patch-export, patch-delete: its name
+	// Of tests and drills.
+	Network  string `json:"network,omitempty"` // of this host
+	Isolated bool   `json:"isolated,omitempty"`
+	Name     string `json:"name,omitempty"` // of the copy
+	All      bool   `json:"all,omitempty"`
+	Proof    string `json:"proof,omitempty"` // that the guest works
+}
+
+// Text is a document for people.
+type Text struct {
+	Text string `json:"text"`
 }
 
 // Statistics are a VM's measurements on the host that ships it.
@@ -112,6 +127,7 @@ type Event struct {
 	Upgrade *status.Upgrade `json:"upgrade,omitempty"` // what became of a data plane
 	Done    bool            `json:"done,omitempty"`    // last line
 	Asking  *Question       `json:"asking,omitempty"`  // the action needs a decision; it ended, repeat it with the flag
+	Drill   *status.Drill   `json:"drill,omitempty"`   // a drill that ended
 }
 
 // Question is a decision only a person can take.
@@ -168,6 +184,8 @@ type Backend interface {
 	// Mounts lists the recovery points that are mounted on this host.
 	Mounts(ctx context.Context) ([]status.Mount, error)
 	Peers(ctx context.Context) ([]status.Peer, error)
+	Drills(ctx context.Context, name string) ([]status.Drill, error)
+	DrillReport(ctx context.Context, name, when string) (Text, error)
 	Invite(ctx context.Context, r InviteRequest) (InviteReply, error)
 	Join(ctx context.Context, r JoinRequest) (status.Peer, error)
 	Allow(ctx context.Context, r AllowRequest) error

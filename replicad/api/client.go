@@ -66,6 +66,16 @@ func (c *Client) Mounts(ctx context.Context) (v []status.Mount, err error) {
 	return v, c.call(ctx, http.MethodGet, "/v1/mounts", nil, &v)
 }
 
+// Drills lists the kept reports of a VM's drills, oldest first.
+func (c *Client) Drills(ctx context.Context, name string) (v []status.Drill, err error) {
+	return v, c.call(ctx, http.MethodGet, "/v1/vms/"+url.PathEscape(name)+"/drills", nil, &v)
+}
+
+// DrillReport returns one of them as text; empty when = the newest.
+func (c *Client) DrillReport(ctx context.Context, name, when string) (v Text, err error) {
+	return v, c.call(ctx, http.MethodGet, "/v1/vms/"+url.PathEscape(name)+"/drills/report?when="+url.QueryEscape(when), nil, &v)
+}
+
 // Peers lists paired hosts.
 func (c *Client) Peers(ctx context.Context) (v []status.Peer, err error) {
 	return v, c.call(ctx, http.MethodGet, "/v1/peers", nil, &v)

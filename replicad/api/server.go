@@ -44,6 +44,10 @@ func NewServer(back Backend, log *slog.Logger) *Server {
 	mux.HandleFunc("GET /v1/vms/{name}/points", reply(func(r *http.Request) (any, error) { return back.Points(r.Context(), r.PathValue("name")) }))
 	mux.HandleFunc("GET /v1/vms/{name}/statistics", reply(func(r *http.Request) (any, error) { return back.Statistics(r.Context(), r.PathValue("name")) }))
 	mux.HandleFunc("GET /v1/mounts", reply(func(r *http.Request) (any, error) { return back.Mounts(r.Context()) }))
+	mux.HandleFunc("GET /v1/vms/{name}/drills", reply(func(r *http.Request) (any, error) { return back.Drills(r.Context(), r.PathValue("name")) }))
+	mux.HandleFunc("GET /v1/vms/{name}/drills/report", reply(func(r *http.Request) (any, error) {
+		return back.DrillReport(r.Context(), r.PathValue("name"), r.URL.Query().Get("when"))
+	}))
 	mux.HandleFunc("GET /v1/peers", reply(func(r *http.Request) (any, error) { return back.Peers(r.Context()) }))
 	mux.HandleFunc("GET /v1/doctor", reply(func(r *http.Request) (any, error) { return back.Doctor(r.Context()) }))
 	mux.HandleFunc("DELETE /v1/peers/{name}", reply(func(r *http.Request) (any, error) {

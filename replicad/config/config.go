@@ -74,6 +74,9 @@ type Config struct {
 	// Bandwidth is the weekly schedule for what is sent to peers; the last
 	// window that holds the present minute counts, outside of all there is no limit.
 	Bandwidth []Window
+	Tests     Tests
+	Networks  []NetworkMap
+	Drills    []DrillPlan
 }
 
 // TLS names certificate files made elsewhere. All empty = the host makes its own.
@@ -111,6 +114,7 @@ func Default() Config {
 		StorageRoots: []string{"/var/lib/replicad/replicas"},
 		LogLevel:     slog.LevelInfo, LogFormat: "text",
 		Domain:       Domain{DomainType: "kvm"},
+		Tests:        Tests{Name: "%s-test", Quota: 10 << 30, Max: 8},
 		OnSilentPeer: Start, SilentPeerAfter: 120 * time.Second, ShippingSlots: 4,
 		StatisticsStart: 9 * time.Hour, StatisticsWindow: 12 * time.Hour,
 		Limits: Limits{

@@ -52,6 +52,8 @@ func TestTheExampleShowsEveryKeyWithItsDefault(t *testing.T) {
 	want.TLS = TLS{Cert: "/etc/replicad/host.crt", Key: "/etc/replicad/host.key", CA: "/etc/replicad/ca.crt"}
 	want.Bandwidth = []Window{{Days: dayNames("workdays"), From: 8 * time.Hour, To: 18 * time.Hour, Rate: 20e6}}
 	want.Kernels = map[string]Kernel{"example": {Kernel: "/boot/vmlinuz", Initrd: "/boot/initrd.img"}}
+	want.Networks = []NetworkMap{{From: "default", To: "default"}}
+	want.Drills = []DrillPlan{{VM: "web", Every: 168 * time.Hour, At: 3 * time.Hour, Point: "latest", Proof: "agent", Timeout: 10 * time.Minute}}
 	if d := cmp.Diff(want, got); d != "" {
 		t.Error(d)
 	}
@@ -98,6 +100,15 @@ func TestEveryComplaintComesAtOnceWithItsLine(t *testing.T) {
 		/* 20 */ `from = "18:00"`,
 		/* 21 */ `to = "08:00"`,
 		/* 22 */ `rate = "fast"`,
+		/* 23 */ `[test]`,
+		/* 24 */ `name = "copy"`,
+		/* 25 */ `[[network]]`,
+		/* 26 */ `to = "bridge:br0"`,
+		/* 27 */ `vm = "web"`,
+		/* 28 */ `ip = "10.0.0.1"`,
+		/* 29 */ `[[drill]]`,
+		/* 30 */ `at = "26:00"`,
+		/* 31 */ `every = "1s"`,
 	}, "\n")))
 	if err == nil {
 		t.Fatal("accepted")
@@ -108,6 +119,7 @@ func TestEveryComplaintComesAtOnceWithItsLine(t *testing.T) {
 		"line 6: silent_peer_after: ", "line 7: storage_roots: write it as /b", "line 8: log_level: ", "line 10: limits.connections: ",
 		"line 11: limits.capture_memory: ", "line 12: limits.backlog: ", "line 13: limits.memory: unknown key",
 		"line 14: tls: ", "line 15: tls.cert: ", "line 17: bandwidth.1.days: ", "line 21: bandwidth.2.to: ", "line 22: bandwidth.2.rate: ",
+		"line 24: test.name: ", "line 28: network.1.ip: ", "drill.1.vm: is missing", "line 30: drill.1.at: ", "line 31: drill.1.every: ",
 	} {
 		if !strings.Contains(got, want) {
 			t.Errorf("missing %q", want)

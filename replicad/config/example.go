@@ -61,6 +61,7 @@ func Example() string {
 	p("")
 	exampleDomain(p, d.Domain)
 	exampleLimits(p, l)
+	exampleTests(p, d.Tests)
 	return b.String()
 }
 

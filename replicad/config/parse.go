@@ -16,24 +16,27 @@ import (
 // file is the schema as written. Sizes and times are text with a unit, so that
 // nobody has to guess it.
 type file struct {
-	StateDir        *string      `toml:"state_dir"`
-	RunDir          *string      `toml:"run_dir"`
-	HostName        *string      `toml:"host_name"`
-	Listen          *string      `toml:"listen"`
-	Advertise       *string      `toml:"advertise"`
-	Receiving       *bool        `toml:"receiving"`
-	StorageRoots    *[]string    `toml:"storage_roots"`
-	LibvirtSocket   *string      `toml:"libvirt_socket"`
-	LogLevel        *string      `toml:"log_level"`
-	LogFormat       *string      `toml:"log_format"`
-	OnSilentPeer    *string      `toml:"on_silent_peer"`
-	SilentPeerAfter *string      `toml:"silent_peer_after"`
-	ShippingSlots   *int         `toml:"shipping_slots"`
-	TLS             fileTLS      `toml:"tls"`
-	Statistics      fileStats    `toml:"statistics"`
-	Limits          fileLimits   `toml:"limits"`
-	Domain          fileDomain   `toml:"domain"`
-	Bandwidth       []fileWindow `toml:"bandwidth"`
+	StateDir        *string       `toml:"state_dir"`
+	RunDir          *string       `toml:"run_dir"`
+	HostName        *string       `toml:"host_name"`
+	Listen          *string       `toml:"listen"`
+	Advertise       *string       `toml:"advertise"`
+	Receiving       *bool         `toml:"receiving"`
+	StorageRoots    *[]string     `toml:"storage_roots"`
+	LibvirtSocket   *string       `toml:"libvirt_socket"`
+	LogLevel        *string       `toml:"log_level"`
+	LogFormat       *string       `toml:"log_format"`
+	OnSilentPeer    *string       `toml:"on_silent_peer"`
+	SilentPeerAfter *string       `toml:"silent_peer_after"`
+	ShippingSlots   *int          `toml:"shipping_slots"`
+	TLS             fileTLS       `toml:"tls"`
+	Statistics      fileStats     `toml:"statistics"`
+	Limits          fileLimits    `toml:"limits"`
+	Domain          fileDomain    `toml:"domain"`
+	Bandwidth       []fileWindow  `toml:"bandwidth"`
+	Test            fileTests     `toml:"test"`
+	Network         []fileNetwork `toml:"network"`
+	Drill           []fileDrill   `toml:"drill"`
 }
 
 type fileStats struct {
@@ -101,6 +104,7 @@ func Parse(data []byte) (Config, error) {
 	p.top(&c, f)
 	p.limits(&c.Limits, f.Limits)
 	p.domain(&c.Domain, f.Domain)
+	p.tests(&c, f)
 	for i, w := range f.Bandwidth {
 		c.Bandwidth = append(c.Bandwidth, p.window(i, w))
 	}

@@ -75,6 +75,7 @@ func (c Config) complaints(say func(key, format string, args ...any)) {
 		}
 	}
 	c.Domain.complaints(say)
+	c.complainTests(say)
 	c.complainNumbers(say)
 }
 

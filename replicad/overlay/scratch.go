@@ -28,6 +28,8 @@ type Scratch struct {
 	in    presence
 	locks stripes
 	shut  atomic.Bool
+	end   func() error // more to close; may be nil
+	room  func() error // whether the data may grow; may be nil
 }
 
 var (
@@ -97,7 +99,11 @@ func (s *Scratch) Close() error {
 	if s.shut.Swap(true) {
 		return block.ErrClosed
 	}
-	return s.data.Close()
+	err := s.data.Close()
+	if s.end != nil {
+		err = errors.Join(err, s.end())
+	}
+	return err
 }
 
 // enter checks a request and locks its range.
@@ -172,6 +178,11 @@ func (s *Scratch) WriteAt(p []byte, off int64) (int, error) {
 // reserve takes the quota of all granules of a range that have no data yet.
 func (s *Scratch) reserve(off, n int64) error {
 	need := s.missing(off, off+n)
+	if need > 0 && s.room != nil {
+		if err := s.room(); err != nil {
+			return fmt.Errorf("write %d bytes: %w", n, err)
+		}
+	}
 	if used := s.used.Add(need); s.quota > 0 && used > s.quota && need > 0 {
 		s.used.Add(-need)
 		return fmt.Errorf("write %d bytes: %w (%d of %d bytes)", n, ErrQuota, used-need, s.quota)

@@ -103,6 +103,7 @@ func (m *Manager) checkRender(ctx context.Context, c *checklist, q wire.CheckReq
 		return
 	}
 	c.add("Description", wire.OK, "", "can be defined on %s", m.deps.HostName)
+	m.checkNetworks(ctx, c, s, q.For == "planned")
 	if known {
 		return
 	}

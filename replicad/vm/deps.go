@@ -34,6 +34,8 @@ type Hypervisor interface {
 	Graph(ctx context.Context, uuid string, exports map[string]libvirt.NBDSource) (map[string]libvirt.DiskGraph, error)
 	InsertDisks(ctx context.Context, uuid string, reqs []libvirt.InsertRequest) error
 	RemoveDisks(ctx context.Context, uuid string, reqs []libvirt.InsertRequest) error
+	Network(ctx context.Context, name string) (libvirt.Network, error)
+	Reserve(ctx context.Context, network string, r libvirt.Reservation) error
 }
 
 // Grant is what an authorisation entry lets a peer do here.
@@ -90,6 +92,9 @@ type Deps struct {
 	// host; the peer's paths are never used. Without the label such a guest is
 	// refused.
 	Kernels map[string]libvirt.PolicyKernel
+	// Networks is the configured place of a replica's network card; nil, and
+	// cards without an entry: the network of the primary's name.
+	Networks func(vm string, nic libvirt.SpecNIC) (NetworkTo, bool)
 	// DomainType is "kvm" or "qemu", for rendered domains.
 	DomainType string
 	// Emulator for rendered domains; empty = libvirt's default.

@@ -49,8 +49,9 @@ func (v *VM) policy(s libvirt.Spec) libvirt.Policy {
 		}
 		p.Disks[string(d.Name)] = src
 	}
-	for _, n := range s.NICs {
-		p.Networks[n.Network] = libvirt.PolicyNetwork{Network: n.Network}
+	v.plugIn(s, &p)
+	if s.GenID && r.Lineage.MayServe() {
+		p.GenID = genID(r.Lineage.Generation)
 	}
 	if v.deps.ConsoleDir != "" {
 		p.ConsoleLog = filepath.Join(v.deps.ConsoleDir, string(v.id)+".log")
@@ -170,6 +171,13 @@ func (v *VM) placeDomain(ctx context.Context) (string, error) {
 		}
 		_, err = v.defineReplica(ctx)
 		return "defined again", err
+	}
+	if v.pluggedElsewhere(d) {
+		_, err = v.defineReplica(ctx)
+		return "defined again: its networks were mapped anew", err
+	}
+	if doc, err = libvirt.SetGenID(doc, genID(v.record().Lineage.Generation)); err != nil {
+		return "", err
 	}
 	if doc, err = libvirt.InsertMetadata(doc, metadata(v.record())); err == nil {
 		_, err = v.deps.Hyper.Define(lctx, doc)

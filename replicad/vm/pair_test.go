@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"kvmreplica/libvirt"
 	"kvmreplica/libvirt/libvirttest"
 	"kvmreplica/nbd"
 	"kvmreplica/replicad/delta"
@@ -143,15 +144,17 @@ func newPair(t testing.TB) *pair {
 
 // domainDoc is a definition with one disk.
 func domainDoc(name string, id wire.VMID, image string) []byte {
-	return []byte("<domain type='qemu'><name>" + name + "</name><uuid>" + string(id) + "</uuid><memory>1048576</memory><vcpu>1</vcpu>" +
+	return []byte("<domain type='qemu'><name>" + name + "</name><uuid>" + string(id) + "</uuid><genid>11111111-1111-4111-8111-111111111111</genid><memory>1048576</memory><vcpu>1</vcpu>" +
 		"<os><type arch='x86_64' machine='pc'>hvm</type></os><devices><disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='" +
-		image + "'/><target dev='vda' bus='virtio'/></disk></devices></domain>")
+		image + "'/><target dev='vda' bus='virtio'/></disk>" +
+		"<interface type='network'><mac address='52:54:00:00:00:01'/><source network='lan'/><model type='virtio'/></interface></devices></domain>")
 }
 
 func newSide(t testing.TB, w *pair, dir, name string) *side {
 	s := &side{t: t, w: w, name: name, host: wire.HostID("00000000-0000-4000-8000-00000000000" + name), dir: filepath.Join(dir, name)}
 	s.root = filepath.Join(s.dir, "images")
 	s.hyper = &guestHost{Fake: libvirttest.New(), s: s}
+	s.hyper.SetNetwork(libvirt.Network{Name: "lan", Bridge: "virbr0", Forward: "nat", Active: true, DHCP: true})
 	s.grant = Grant{Name: "peer", MaySend: true, Root: s.root}
 	for _, d := range []string{"state", "run"} {
 		if err := os.MkdirAll(filepath.Join(s.dir, d), 0o700); err != nil {

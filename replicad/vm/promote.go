@@ -190,7 +190,13 @@ func (v *VM) promoteSteps(r *failover.Runner, p *promoteVars, kind failover.Kind
 		}},
 		failover.Step{Name: "store", Title: "Close the replica's history", Do: func(context.Context) (string, error) { return v.sealStore(p) }},
 		failover.Step{Name: "tracker", Title: "Serve and track the disks", Do: func(ctx context.Context) (string, error) { return v.serveAs(ctx, p) }},
-		failover.Step{Name: "define", Title: "Define the virtual machine", Do: func(ctx context.Context) (string, error) { return v.placeDomain(ctx) }},
+		failover.Step{Name: "define", Title: "Define the virtual machine", Do: func(ctx context.Context) (string, error) {
+			detail, err := v.placeDomain(ctx)
+			if ips := v.reserveAddresses(ctx); err == nil && ips != "" {
+				detail += "; " + ips
+			}
+			return detail, err
+		}},
 		failover.Step{Name: "firmware", Title: "Restore firmware state", Do: func(ctx context.Context) (string, error) { return v.restoreFirmware(ctx) }},
 		failover.Step{Name: "start", Title: "Start the virtual machine", Do: func(ctx context.Context) (string, error) {
 			switch {

@@ -1,0 +1,198 @@
+package replicad
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"strings"
+	"time"
+
+	"kvmreplica/libvirt"
+	"kvmreplica/replicad/api"
+	"kvmreplica/replicad/failover"
+	"kvmreplica/replicad/health"
+	"kvmreplica/replicad/status"
+	"kvmreplica/replicad/testcopy"
+	"kvmreplica/replicad/vm"
+	"kvmreplica/replicad/wire"
+)
+
+var _ testcopy.Hypervisor = (*lazyHost)(nil)
+
+// testDeps is what test copies need, from the configuration.
+func (d *Daemon) testDeps(v vm.Deps) (testcopy.Deps, error) {
+	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return testcopy.Deps{}, fmt.Errorf("read the boot id: %w", err)
+	}
+	deps := testcopy.Deps{
+		StateDir: d.cfg.StateDir, RunDir: d.cfg.RunDir, BootID: strings.TrimSpace(string(boot)), Hyper: d.hyper,
+		Find: func(id wire.VMID) (testcopy.Subject, bool) {
+			s, ok := d.vms.Find(id)
+			return s, ok
+		},
+		Named: func(name string) (testcopy.Subject, bool) {
+			s, err := d.vms.Lookup(name)
+			return s, err == nil
+		},
+		Networks: d.testNetwork, Name: d.cfg.Tests.Name, Quota: d.cfg.Tests.Quota, Max: d.cfg.Tests.Max, Reserve: d.cfg.Limits.FreeSpaceReserve,
+		LibvirtState: d.cfg.LibvirtState, QEMUUID: v.QEMUUID, QEMUGID: v.QEMUGID, Now: time.Now, Failpoint: v.Failpoint, Log: d.log,
+	}
+	for _, p := range d.cfg.Drills {
+		if _, err := testcopy.ParseProof(p.Proof); err != nil {
+			return deps, fmt.Errorf("the drill of %s in the configuration: %w", p.VM, err)
+		}
+		deps.Drills = append(deps.Drills, testcopy.Schedule{VM: p.VM, Every: p.Every, At: p.At, Point: p.Point, Network: p.Network, Proof: p.Proof, Timeout: p.Timeout})
+	}
+	return deps, nil
+}
+
+// testNetwork is where the configuration plugs a test copy's card in.
+func (d *Daemon) testNetwork(name string, nic libvirt.SpecNIC) testcopy.Mapping {
+	n, ok := d.cfg.NetworkFor(name, nic.MAC, nic.Network)
+	if !ok || n.Test == "" {
+		return testcopy.Mapping{}
+	}
+	net := policyNetwork(n.Test)
+	return testcopy.Mapping{Network: &net, IP: n.TestIP}
+}
+
+// network is where the configuration plugs a replica's card in.
+func (d *Daemon) network(name string, nic libvirt.SpecNIC) (vm.NetworkTo, bool) {
+	n, ok := d.cfg.NetworkFor(name, nic.MAC, nic.Network)
+	if !ok || n.To == "" {
+		return vm.NetworkTo{}, false
+	}
+	return vm.NetworkTo{Network: policyNetwork(n.To), IP: n.IP}, true
+}
+
+func policyNetwork(s string) libvirt.PolicyNetwork {
+	if b, ok := strings.CutPrefix(s, "bridge:"); ok {
+		return libvirt.PolicyNetwork{Bridge: b}
+	}
+	return libvirt.PolicyNetwork{Network: s}
+}
+
+// view is a VM's status with what its tests add to it.
+func (d *Daemon) view(ctx context.Context, v *vm.VM) status.VM {
+	s := v.Status(ctx, d.peerName(v.Peer()))
+	s.Tests, s.LastTest = d.tests.Show(v.ID())
+	s.LastDrill, s.Proven = d.tests.ShowDrills(v.ID())
+	f := health.TestFacts{Name: s.Name}
+	for _, t := range s.Tests {
+		if t.Trouble != "" {
+			f.Trouble = append(f.Trouble, t.Name+": "+t.Trouble)
+		}
+	}
+	if l := s.LastDrill; l != nil && !l.OK {
+		f.DrillFailed, f.Report = l.Failure, l.Report
+	}
+	s.Conditions, s.Health = health.WithTests(s.Conditions, f)
+	if s.Reason == "" && len(s.Conditions) > 0 {
+		s.Reason = s.Conditions[0].Text
+	}
+	return s
+}
+
+func testOptions(a api.Action, request string) testcopy.Options {
+	o := testcopy.Options{Point: a.Point, Network: a.Network, Isolated: a.Isolated, Name: a.Name, Request: request}
+	if a.Quota != nil {
+		o.Quota = max(*a.Quota, 1) // 0 is refused as too little
+	}
+	return o
+}
+
+func (d *Daemon) testFailover(ctx context.Context, v *vm.VM, a api.Action, request string, step func(failover.Event), emit func(api.Event)) error {
+	o := testOptions(a, request)
+	p, err := d.tests.Prepare(ctx, v, o)
+	if err != nil {
+		return d.replicaHost(v, err)
+	}
+	note(emit, "Test failover of %s:", a.VM)
+	if failed := emitChecks(p.Checks, emit); failed != nil || a.DryRun {
+		return refusedBy(failed)
+	}
+	c, err := d.tests.Start(ctx, v, o, step)
+	if err != nil {
+		return err
+	}
+	note(emit, "The copy is called %s. To take it away: replicactl failover test-stop %s --test %q", c.Name, a.VM, c.Name)
+	return d.result(ctx, v, emit)
+}
+
+// replicaHost says on which host a test is started.
+func (d *Daemon) replicaHost(v *vm.VM, err error) error {
+	if v.HoldsReplica() {
+		return err
+	}
+	return &wire.Error{
+		Kind: wire.KindRefused, Text: "this host is the primary of " + v.Name() + "; its recovery points are on " + d.peerName(v.Peer()),
+		Hint: "type it on " + d.peerName(v.Peer()),
+	}
+}
+
+func (d *Daemon) testStop(ctx context.Context, v *vm.VM, a api.Action, step func(failover.Event), emit func(api.Event)) error {
+	if a.Name == "" && !a.All {
+		if tests, _ := d.tests.Show(v.ID()); len(tests) > 1 {
+			return &wire.Error{Kind: wire.KindInvalid, Text: fmt.Sprintf("%s has %d test copies", a.VM, len(tests)), Hint: "name one with --test, or end all: --all"}
+		}
+	}
+	ended, err := d.tests.Stop(ctx, v.ID(), a.Name, step)
+	if err != nil {
+		return err
+	}
+	if len(ended) == 0 {
+		note(emit, "There is no such test copy; nothing had to be taken away.")
+	}
+	for _, n := range ended {
+		note(emit, "The test copy %s is gone.", n)
+	}
+	return nil
+}
+
+func (d *Daemon) drill(ctx context.Context, v *vm.VM, a api.Action, request string, step func(failover.Event), emit func(api.Event)) error {
+	if !v.HoldsReplica() {
+		return d.replicaHost(v, nil)
+	}
+	o := testcopy.DrillOptions{Options: testOptions(a, request), Proof: a.Proof, Timeout: a.Timeout}
+	note(emit, "Drill of %s:", a.VM)
+	r, err := d.tests.Drill(ctx, v, o, step)
+	if r.File != "" {
+		note(emit, "Report: %s", r.File)
+	}
+	if err != nil {
+		return err
+	}
+	note(emit, "The copy of %s worked %s after the command (%s).", a.VM, r.RTO.Round(time.Millisecond), r.Proof)
+	s := r.Show()
+	emit(api.Event{Drill: &s})
+	return nil
+}
+
+// Drills are the kept reports of a VM, oldest first.
+func (d *Daemon) Drills(_ context.Context, name string) ([]status.Drill, error) {
+	v, err := d.vms.Lookup(name)
+	if err != nil {
+		return nil, err
+	}
+	out := []status.Drill{}
+	for _, r := range d.tests.Drills(v.ID()) {
+		out = append(out, r.Show())
+	}
+	return out, nil
+}
+
+// DrillReport is one of them as text; empty when = the newest.
+func (d *Daemon) DrillReport(_ context.Context, name, when string) (api.Text, error) {
+	v, err := d.vms.Lookup(name)
+	if err != nil {
+		return api.Text{}, err
+	}
+	all := d.tests.Drills(v.ID())
+	for i := len(all) - 1; i >= 0; i-- {
+		if r := all[i]; when == "" || strings.HasPrefix(r.Started.UTC().Format(time.RFC3339), when) {
+			return api.Text{Text: r.Markdown()}, nil
+		}
+	}
+	return api.Text{}, &wire.Error{Kind: wire.KindNotFound, Text: "no such drill of " + name, Hint: "replicactl drill list " + name + "; to run one: replicactl drill " + name}
+}

@@ -1,0 +1,109 @@
+package vm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"kvmreplica/libvirt"
+	"kvmreplica/replicad/delta"
+	"kvmreplica/replicad/lineage"
+	"kvmreplica/replicad/points"
+	"kvmreplica/replicad/wire"
+)
+
+// Name is what the VM is called here.
+func (v *VM) Name() string { return v.record().Name }
+
+// HoldsReplica reports whether this host keeps recovery points of the VM now.
+func (v *VM) HoldsReplica() bool { return v.record().Lineage.State == lineage.Replica }
+
+// TestSource is what a test copy of the VM is made from: the description, this
+// host's policy for it, and the disks. Disk sources and networks of the policy
+// are those of the real VM, for the caller to replace. It refuses where there is no replica.
+func (v *VM) TestSource() (libvirt.Spec, libvirt.Policy, error) {
+	r := v.record()
+	if r.Lineage.State != lineage.Replica {
+		return libvirt.Spec{}, libvirt.Policy{}, &wire.Error{
+			Kind: wire.KindRefused, Text: fmt.Sprintf("this host is %s for %s and holds no recovery points", r.Lineage.State, r.Name),
+			Hint: "type the command on the replica host; which one that is: replicactl vm status " + r.Name,
+		}
+	}
+	if r.Incomplete {
+		return libvirt.Spec{}, libvirt.Policy{}, &wire.Error{Kind: wire.KindRefused, Text: "the replica holds no complete copy now", Hint: "replicactl vm watch " + r.Name}
+	}
+	s, err := libvirt.ParseSpec(r.Spec)
+	if err != nil {
+		return s, libvirt.Policy{}, err
+	}
+	return s, v.policy(s), nil
+}
+
+// OpenView opens a recovery point for reading. It ends when the role does; when
+// the store is opened anew it must be opened anew, too.
+func (v *VM) OpenView(pos delta.Pos) (*points.View, error) {
+	s, err := v.store()
+	if err != nil {
+		return nil, err
+	}
+	return s.View(pos)
+}
+
+// HoldPoint keeps a recovery point from being thinned, durably. already says
+// that somebody else had pinned it before. The newest state becomes a recovery
+// point for that, which it does only while a view of it is open.
+func (v *VM) HoldPoint(ctx context.Context, pos delta.Pos) (already bool, err error) {
+	s, err := v.store()
+	if err != nil {
+		return false, err
+	}
+	for _, p := range s.Points() {
+		if p.Pos == pos && p.Pinned {
+			return true, nil
+		}
+	}
+	if err = s.Pin(pos); !errors.Is(err, points.ErrNoPoint) {
+		return false, err
+	}
+	if err := s.ApplyAll(ctx); err != nil {
+		return false, err
+	}
+	if _, err := s.Step(ctx); err != nil { // what is viewed and applied becomes a point
+		return false, err
+	}
+	return false, s.Pin(pos)
+}
+
+// ReleasePoint lets go of it. A point that is gone is fine.
+func (v *VM) ReleasePoint(pos delta.Pos) error {
+	s, err := v.store()
+	if err != nil {
+		return err
+	}
+	if err := s.Unpin(pos); !errors.Is(err, points.ErrPromoted) {
+		return err
+	}
+	return nil
+}
+
+// PointFirmware is the NVRAM and TPM state of a recovery point.
+func (v *VM) PointFirmware(pos delta.Pos) (libvirt.FirmwareState, error) {
+	s, err := v.store()
+	if err != nil {
+		return libvirt.FirmwareState{}, err
+	}
+	blobs, err := s.Firmware(pos)
+	if err != nil {
+		return libvirt.FirmwareState{}, err
+	}
+	var out libvirt.FirmwareState
+	for _, b := range blobs {
+		switch b.Kind {
+		case delta.BlobNVRAM:
+			out.NVRAM = b.Data
+		case delta.BlobTPM:
+			out.TPM = b.Data
+		}
+	}
+	return out, nil
+}
