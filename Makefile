@@ -15,6 +15,7 @@ LAB       ?= /tmp/kvmlab
 TESTARGS  ?=
 DEMOARGS  ?=
 FULL      ?=
+BENCHARGS ?=
 
 # Packages whose tests boot guests run one at a time: each may have two up.
 SYSTEM = $(shell go list ./integration/... 2>/dev/null)
@@ -28,7 +29,7 @@ SWEEPS = LosesABlock|LosesNoBlock|Crash|EveryFail|EveryFault|Truncated|Damage|Sw
 
 .PHONY: help
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 .PHONY: deps
 deps: ## install packages, Go and linters, where they are missing
@@ -37,7 +38,7 @@ deps: ## install packages, Go and linters, where they are missing
 .PHONY: build
 build: ## the programs, static, into bin/
 	@mkdir -p bin
-	@for c in ./cmd/* ./integration/lab/cmd/kvmlab ./integration/demo; do \
+	@for c in ./cmd/* ./integration/lab/cmd/kvmlab ./integration/demo ./integration/bench; do \
 	  ls $$c/*.go >/dev/null 2>&1 || continue; \
 	  echo "build $$c"; CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o bin/ $$c || exit 1; \
 	done
@@ -99,7 +100,11 @@ histories: ## N=200 random failover histories of two managers over real data pla
 	KVMREPLICA_HISTORIES=$(or $(N),200) SEED=$(SEED) go test -count=1 -timeout 12h -v -run TestHistories ./replicad/vm
 
 .PHONY: bench
-bench: ## all benchmarks, BENCHTIME each (1s)
+bench: deps build ## our speed beside qemu-nbd's and nbdkit's: BENCHARGS=-quick, -json FILE, -h
+	bin/bench $(BENCHARGS)
+
+.PHONY: microbench
+microbench: ## the benchmarks of single packages, BENCHTIME each (1s)
 	go test -run '^$$' -bench . -benchmem -benchtime $(BENCHTIME) $(ALL)
 
 .PHONY: demo
