@@ -196,15 +196,21 @@ func (c *conn) transmit() (graceful bool, err error) {
 	}
 }
 
-// half is where, in a batch of requests, the replies so far are sent: the client
-// then makes its next requests while we work on the rest, and neither waits for
-// the other to wake up.
+// half is where, in a batch of small requests, the replies so far are sent: the
+// client then makes its next requests while we work on the rest, and neither
+// waits for the other to wake up. Large requests keep both busy anyway.
 func (c *conn) half() int {
 	if c.w-c.r < 4*requestSize {
 		return len(c.in)
 	}
+	if h, ok := parseHeader(c.in[c.r:c.w]); !ok || h.length > smallRequest {
+		return len(c.in)
+	}
 	return c.r + (c.w-c.r)/2
 }
+
+// smallRequest costs less than waking somebody up.
+const smallRequest = 16 << 10
 
 // request decides and executes, parks, or refuses one request.
 func (c *conn) request(h header) error {

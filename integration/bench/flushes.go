@@ -32,7 +32,6 @@ func flushLoads() []load {
 	return []load{
 		{Kind: writeFlush, Size: 4 << 10, Depth: 1},
 		{Kind: writeFlush, Size: 4 << 10, Depth: 16},
-		{Kind: writes, Size: 4 << 10, Depth: 16},
 	}
 }
 
@@ -138,7 +137,7 @@ func (r *rig) readsBesideOf(ctx context.Context, o *options, rep *report, name s
 func (r *rig) startSlow(ctx context.Context, o *options, name, img string) (s *server, stop func() error, err error) {
 	slow := slowSyncs(5 * time.Millisecond)
 	if name == tracked {
-		p, err := startPlane(ctx, r.dir, o.replicad, img, slow...)
+		p, err := startPlane(ctx, r.dir, o.replicad, img, r.pinned(slow)...)
 		stop = func() error { return p.end(ctx) }
 		if err != nil {
 			return nil, stop, err

@@ -92,16 +92,23 @@ func (r *rig) command(name, img, socket string) []string {
 	return []string{r.replicad, "nbd", img, "--socket", socket}
 }
 
+// pinned puts a command on the servers' CPU.
+func (r *rig) pinned(argv []string) []string {
+	cpu := serverCPU
+	switch r.pin {
+	case "free":
+		return argv
+	case "same":
+		cpu = clientCPU
+	}
+	return append([]string{"taskset", "-c", strconv.Itoa(cpu)}, argv...)
+}
+
 // start starts a server on an image. wrap is put in front of its command.
 func (r *rig) start(ctx context.Context, name, img string, wrap ...string) (*server, error) {
 	s := &server{name: name, socket: filepath.Join(r.dir, name+".sock")}
 	argv := slices.Concat(wrap, r.command(name, img, s.socket))
-	switch r.pin {
-	case "split":
-		argv = append([]string{"taskset", "-c", strconv.Itoa(serverCPU)}, argv...)
-	case "same":
-		argv = append([]string{"taskset", "-c", strconv.Itoa(clientCPU)}, argv...)
-	}
+	argv = r.pinned(argv)
 	s.cmd = exec.Command(argv[0], argv[1:]...)
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	log, err := os.Create(filepath.Join(r.dir, name+".log"))

@@ -209,7 +209,8 @@ func (s *shipping) change(rng *rand.Rand) ([]block.Range, error) {
 	return ranges, nil
 }
 
-// cycle ships what changed; cpu is what data plane and replica used.
+// cycle ships what changed; took is the time from cut to commit, cpu what data
+// plane and replica used.
 func (s *shipping) cycle(ctx context.Context) (took, cpu time.Duration, err error) {
 	st, err := s.plane.Status(ctx)
 	if err != nil {
@@ -220,8 +221,12 @@ func (s *shipping) cycle(ctx context.Context) (took, cpu time.Duration, err erro
 	begun := time.Now()
 	s.sess.TriggerNow()
 	err = s.until(ctx, func(st session.Status) bool { return st.Stats.Cycles > was.Cycles && st.Phase == session.Waiting })
-	took = time.Since(begun)
-	if got := s.sess.Status().Stats.RawBytes - was.RawBytes; err == nil && got != shipBlocks*shipBlock {
+	now := s.sess.Status().Stats
+	took = now.TotalLatency - was.TotalLatency
+	if whole := time.Since(begun); err == nil && (took <= 0 || took > whole) {
+		err = fmt.Errorf("cut to commit took %v within %v", took, whole)
+	}
+	if got := now.RawBytes - was.RawBytes; err == nil && got != shipBlocks*shipBlock {
 		err = fmt.Errorf("%d bytes were shipped, %d had changed", got, shipBlocks*shipBlock)
 	}
 	return took, cpuOf(st.PID) + cpuOf(s.replica.Process.Pid) - used, err
