@@ -270,6 +270,15 @@ func TestTheWayBackFromAnOlderPointSendsWhatLiesBetweenAndNothingElse(t *testing
 		}
 		return nil
 	})
+	w.until("everything to be compared once", func() error {
+		if !w.b.vm().session().Status().Verified {
+			return errors.New("the scrub goes on")
+		}
+		return nil
+	})
+	if n := w.b.vm().session().Status().Mismatched; n != 0 {
+		t.Fatalf("%d bytes differed without being marked: the scrub had to find them", n)
+	}
 	if got := w.b.vm().session().Status().Stats.RawBytes; got > want || got == 0 {
 		t.Fatalf("%d bytes were sent, %d lie between", got, want)
 	}
