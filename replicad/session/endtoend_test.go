@@ -270,7 +270,7 @@ func TestSuspectRangesAreComparedNotCopied(t *testing.T) {
 	if sent > mib {
 		t.Fatalf("%d bytes were sent for 100 kB of changes", sent)
 	}
-	_, digests := p.rep.counted()
+	digests := p.rep.Hashed()
 	if digests < 32*mib {
 		t.Fatalf("only %d bytes were compared", digests)
 	}
@@ -397,8 +397,7 @@ func TestFirmwareAloneMakesAnEpochAndIsCommittedWithIt(t *testing.T) {
 	idle := func() int { // the commits once nothing is under way
 		want := p.sess.Status().Stats.Empty + 3
 		p.until("idle", func(s session.Status) bool { return s.Stats.Empty >= want })
-		commits, _ := p.rep.counted()
-		return commits
+		return int(p.rep.Commits())
 	}
 	if n, again := idle(), idle(); n != again {
 		t.Fatalf("%d commits although nothing changed, %d before", again, n)

@@ -3,7 +3,6 @@ package session_test
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"sync"
 	"testing"
@@ -14,6 +13,7 @@ import (
 	"kvmreplica/replicad/delta"
 	"kvmreplica/replicad/points"
 	"kvmreplica/replicad/session"
+	"kvmreplica/replicad/session/sessiontest"
 	"kvmreplica/replicad/wire"
 )
 
@@ -22,15 +22,12 @@ type replica struct {
 	t     testing.TB
 	fs    *fsxtest.Mem
 	bases map[string]*block.Mem
-	gen   delta.Generation
 
-	mu      sync.Mutex
-	store   *points.Store // guarded by mu; nil while down
-	commits int           // guarded by mu
-	digests int64         // guarded by mu; bytes hashed
+	*sessiontest.Replica
+
+	mu    sync.Mutex
+	store *points.Store // guarded by mu; nil while down
 }
-
-var _ session.Replica = (*replica)(nil)
 
 // kept is a base whose Close leaves it usable for the next run of the store.
 type kept struct{ block.Device }
@@ -52,7 +49,8 @@ func (r *replica) config() points.Config {
 
 func newReplica(t testing.TB, gen delta.Generation, disks ...delta.Disk) *replica {
 	t.Helper()
-	r := &replica{t: t, fs: fsxtest.NewMem(), bases: map[string]*block.Mem{}, gen: gen}
+	r := &replica{t: t, fs: fsxtest.NewMem(), bases: map[string]*block.Mem{}}
+	r.Replica = &sessiontest.Replica{Get: r.get, Generation: gen}
 	s, err := points.Create(r.config(), disks)
 	if err != nil {
 		t.Fatal(err)
@@ -97,126 +95,6 @@ func (r *replica) get() (*points.Store, error) {
 		return nil, errDown
 	}
 	return r.store, nil
-}
-
-func mapped(err error) error {
-	var pm *delta.PosMismatchError
-	switch {
-	case err == nil:
-		return nil
-	case errors.As(err, &pm):
-		return &wire.Error{Kind: wire.KindPosMismatch, Text: err.Error(), Have: &pm.Have}
-	case errors.Is(err, delta.ErrChecksum), errors.Is(err, delta.ErrFormat):
-		return &wire.Error{Kind: wire.KindCorrupt, Text: err.Error()}
-	}
-	return err
-}
-
-func (r *replica) Handshake(_ context.Context, q wire.HandshakeRequest) (wire.HandshakeReply, error) {
-	s, err := r.get()
-	if err != nil {
-		return wire.HandshakeReply{}, err
-	}
-	st := s.Status()
-	h := wire.HandshakeReply{VM: q.VM, Role: "replica", Generation: r.gen, VerifyAll: st.VerifyAll}
-	if st.State == points.Seeding {
-		h.Seeding = map[wire.DiskName]int64{}
-		for d, c := range st.Seeded {
-			h.Seeding[wire.DiskName(d)] = c
-		}
-		return h, nil
-	}
-	h.Committed, h.Generation = st.Committed, st.Committed.Generation
-	return h, nil
-}
-
-func (r *replica) PutSeed(_ context.Context, q wire.SeedRequest, body io.Reader) (wire.SeedReply, error) {
-	s, err := r.get()
-	if err != nil {
-		return wire.SeedReply{}, err
-	}
-	d := delta.NewDecoder(body)
-	h, err := d.Header()
-	for err == nil {
-		var frame []byte
-		if frame, _, err = d.Next(); err == nil {
-			err = s.SeedChunk(&h, frame)
-		}
-	}
-	if errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
-		err = nil
-	}
-	cursors, ferr := s.SeedFlush()
-	return wire.SeedReply{Cursor: cursors[string(q.Disk)]}, mapped(errors.Join(err, ferr))
-}
-
-func (r *replica) EpochProgress(_ context.Context, k wire.EpochKey) (uint32, error) {
-	s, err := r.get()
-	if err != nil {
-		return 0, err
-	}
-	return s.Progress(k.Generation, k.Epoch, k.Nonce), nil
-}
-
-func (r *replica) PutEpoch(ctx context.Context, _ wire.EpochKey, from uint32, body io.Reader) (delta.Pos, error) {
-	s, err := r.get()
-	if err != nil {
-		return delta.Pos{}, err
-	}
-	d := delta.NewDecoder(body)
-	h, err := d.Header()
-	if err != nil {
-		return delta.Pos{}, mapped(err)
-	}
-	rcv, err := s.Begin(h)
-	if err != nil {
-		return delta.Pos{}, mapped(err)
-	}
-	if n := rcv.Next(); n != from {
-		return delta.Pos{}, fmt.Errorf("stream from chunk %d, want %d", from, n)
-	}
-	p, err := rcv.Stream(ctx, d)
-	if err != nil {
-		return p, mapped(err)
-	}
-	r.mu.Lock()
-	r.commits++
-	r.mu.Unlock()
-	return p, nil
-}
-
-func (r *replica) Beat(_ context.Context, b wire.Beat) error {
-	s, err := r.get()
-	if err != nil {
-		return err
-	}
-	if have := s.Committed(); have != b.Pos {
-		return &wire.Error{Kind: wire.KindPosMismatch, Text: "beat elsewhere", Have: &have}
-	}
-	return nil
-}
-
-func (r *replica) Digests(ctx context.Context, q wire.DigestRequest) (wire.DigestReply, error) {
-	s, err := r.get()
-	if err != nil {
-		return wire.DigestReply{}, err
-	}
-	rs := make([]block.Range, len(q.Ranges))
-	for i, x := range q.Ranges {
-		rs[i] = block.Range{Off: x.Off, Len: x.Len}
-		r.mu.Lock()
-		r.digests += x.Len
-		r.mu.Unlock()
-	}
-	ds, err := s.Digests(ctx, q.Pos, string(q.Disk), q.Key, rs)
-	return wire.DigestReply{Digests: ds}, mapped(err)
-}
-
-// counted is how many epochs were committed and how many bytes were hashed.
-func (r *replica) counted() (commits int, digests int64) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.commits, r.digests
 }
 
 // content reads a disk at the committed position.
