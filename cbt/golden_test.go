@@ -2,12 +2,17 @@ package cbt
 
 import (
 	"bytes"
+	"encoding/binary"
 	"flag"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 
 	"kvmreplica/internal/block"
+	"kvmreplica/internal/boundtest"
+	"kvmreplica/internal/fsx"
+	"kvmreplica/internal/fsx/fsxtest"
 )
 
 var update = flag.Bool("update", false, "write the golden files of this version")
@@ -174,6 +179,7 @@ func FuzzDecodeSuper(f *testing.F) {
 	goldenSuper().encode(b)
 	f.Add(b, []byte{3}, uint16(100))
 	f.Fuzz(func(t *testing.T, b, patch []byte, at uint16) {
+		defer boundtest.Input(t)()
 		if len(b) != superSize {
 			return
 		}
@@ -199,11 +205,57 @@ func FuzzDecodeExact(f *testing.F) {
 	}
 	f.Add(good)
 	f.Fuzz(func(t *testing.T, b []byte) {
+		defer boundtest.Input(t)()
 		sb := goldenSuper()
 		_ = decodeExact(newReader(b), sb, func(i int, s span) {
 			if n := uint64(sb.disks[i].size+GranuleSize-1) >> granuleShift; s.lo >= s.hi || s.hi > n {
 				t.Fatal("run outside the disk", s)
 			}
 		})
+	})
+}
+
+// FuzzDecodePage mends the checksum, so that the fuzzer reaches what is behind.
+func FuzzDecodePage(f *testing.F) {
+	good, err := os.ReadFile("testdata/page.v1")
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(good, uint32(0), uint32(0))
+	f.Fuzz(func(t *testing.T, b []byte, copyNo, page uint32) {
+		defer boundtest.Input(t)()
+		if len(b) != pageSize {
+			return
+		}
+		binary.LittleEndian.PutUint32(b[pageHead-4:], pageCRC(b))
+		var id id16
+		copy(id[:], b[8:])
+		words := make([]uint64, pageWords)
+		seq, err := decodePage(b, id, int(copyNo), int(page), words)
+		if err != nil {
+			return
+		}
+		again := make([]byte, pageSize)
+		encodePage(again, id, int(copyNo), int(page), seq, words)
+		got := make([]uint64, pageWords)
+		if _, err := decodePage(again, id, int(copyNo), int(page), got); err != nil || !slices.Equal(got, words) {
+			t.Fatal("what was read cannot be written:", err)
+		}
+	})
+}
+
+// FuzzMarker: a marker that is there distrusts, whatever it holds.
+func FuzzMarker(f *testing.F) {
+	f.Add([]byte("the image was recovered\n"))
+	f.Add([]byte{})
+	f.Fuzz(func(t *testing.T, b []byte) {
+		defer boundtest.Input(t)()
+		m := fsxtest.NewMem()
+		if err := fsx.WriteAtomic(m, markerName("vm"), b); err != nil {
+			t.Fatal(err)
+		}
+		if readDistrust(m, "vm") == "" {
+			t.Fatalf("%q is no marker", b)
+		}
 	})
 }

@@ -10,6 +10,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"pgregory.net/rapid"
+
+	"kvmreplica/internal/boundtest"
 )
 
 func testSource() NBDSource {
@@ -242,6 +244,7 @@ func FuzzSwap(f *testing.F) {
 		f.Add(b, "sda")
 	}
 	f.Fuzz(func(t *testing.T, doc []byte, target string) {
+		defer boundtest.Input(t)()
 		in, orig, err := SwapIn(doc, target, testSource())
 		if err != nil {
 			return

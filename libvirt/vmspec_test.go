@@ -8,6 +8,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"pgregory.net/rapid"
+
+	"kvmreplica/internal/boundtest"
 )
 
 func readDoc(t testing.TB, name string) []byte {
@@ -374,6 +376,7 @@ func FuzzSpecFromXML(f *testing.F) {
 	f.Add(readDoc(f, "testdata/q35-windows.xml"))
 	f.Add(readDoc(f, "testdata/pc-plain.xml"))
 	f.Fuzz(func(t *testing.T, doc []byte) {
+		defer boundtest.Input(t)()
 		s, _, err := SpecFromXML(doc)
 		if err != nil {
 			return
@@ -399,6 +402,7 @@ func FuzzParseSpec(f *testing.F) {
 		f.Add(b)
 	}
 	f.Fuzz(func(t *testing.T, doc []byte) {
+		defer boundtest.Input(t)()
 		s, err := ParseSpec(doc)
 		if err != nil {
 			return

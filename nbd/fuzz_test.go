@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"kvmreplica/internal/block"
+	"kvmreplica/internal/boundtest"
 	"kvmreplica/nbd"
 )
 
@@ -73,6 +74,7 @@ func well(t *testing.T, srv *nbd.Server) {
 func FuzzConversation(f *testing.F) {
 	captures(f, ".client")
 	f.Fuzz(func(t *testing.T, p []byte) {
+		defer boundtest.Input(t)()
 		srv := nbd.NewServer(nbd.Options{ParkedRequests: 4, ParkedBytes: 1 << 20})
 		must(t, srv.Add(nbd.Export{Device: block.NewMem(fuzzSize)}))
 		converse(t, srv, p)
@@ -98,6 +100,7 @@ func FuzzRequests(f *testing.F) {
 		}
 	}
 	f.Fuzz(func(t *testing.T, structured bool, p []byte) {
+		defer boundtest.Input(t)()
 		dev := block.NewMem(fuzzSize)
 		want := bytes.Repeat([]byte{0xa5}, fuzzSize)
 		_, err := dev.WriteAt(want, 0)
@@ -131,6 +134,7 @@ func FuzzRequests(f *testing.F) {
 func FuzzServerAnswers(f *testing.F) {
 	captures(f, ".server")
 	f.Fuzz(func(t *testing.T, p []byte) {
+		defer boundtest.Input(t)()
 		ours, theirs := net.Pipe()
 		heard := make(chan struct{})
 		go func() { defer close(heard); _, _ = io.Copy(io.Discard, theirs) }()

@@ -5,6 +5,7 @@ import (
 	"os"
 	"testing"
 
+	"kvmreplica/internal/boundtest"
 	"kvmreplica/internal/fsx"
 	"kvmreplica/internal/fsx/fsxtest"
 )
@@ -27,6 +28,7 @@ func FuzzLogOfAnyBytes(f *testing.F) {
 	f.Add(append(bytes.Clone(good), good[512:1024]...))
 	f.Add([]byte{})
 	f.Fuzz(func(t *testing.T, data []byte) {
+		defer boundtest.Input(t)()
 		m := fsxtest.NewMem()
 		w, err := m.Open("log", os.O_RDWR|os.O_CREATE)
 		must(t, err)

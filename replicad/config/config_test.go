@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+
+	"kvmreplica/internal/boundtest"
 )
 
 const examplePath = "../../packaging/replicad.toml"
@@ -222,9 +224,24 @@ func FuzzParse(f *testing.F) {
 	f.Add([]byte(Example()))
 	f.Add([]byte(uncommented()))
 	f.Fuzz(func(t *testing.T, data []byte) {
+		defer boundtest.Input(t)()
 		c, err := Parse(data)
 		if err == nil && c.Validate() != nil {
 			t.Fatalf("accepted %+v: %v", c, c.Validate())
+		}
+	})
+}
+
+// FuzzParseSize: a size is never negative and never without its unit.
+func FuzzParseSize(f *testing.F) {
+	for _, s := range []string{"0", "512MiB", "10GiB", "4611686018427387904B", "9TiB", "1"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		defer boundtest.Input(t)()
+		n, err := ParseSize(s)
+		if err == nil && (n < 0 || n > 0 && strings.Trim(s, "0123456789") == "") {
+			t.Fatalf("%q became %d", s, n)
 		}
 	})
 }

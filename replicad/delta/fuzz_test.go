@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"testing"
 
+	"kvmreplica/internal/boundtest"
 	"kvmreplica/replicad/delta"
 )
 
@@ -22,7 +23,10 @@ func seeds(f *testing.F) *delta.Built {
 
 func FuzzStream(f *testing.F) {
 	seeds(f)
-	f.Fuzz(func(_ *testing.T, b []byte) { _ = drain(bytes.NewReader(b)) })
+	f.Fuzz(func(t *testing.T, b []byte) {
+		defer boundtest.Input(t)()
+		_ = drain(bytes.NewReader(b))
+	})
 }
 
 // FuzzFrame mends lengths and CRC, so that the fuzzer reaches what is behind.
@@ -34,6 +38,7 @@ func FuzzFrame(f *testing.F) {
 	h, err := delta.ParseHeader(b.Header)
 	must(f, err)
 	f.Fuzz(func(t *testing.T, frame []byte) {
+		defer boundtest.Input(t)()
 		if len(frame) < 16 || len(frame) > 1<<20 {
 			return
 		}

@@ -6,7 +6,10 @@ import (
 	"net/url"
 	"strings"
 	"testing"
+	"time"
 
+	"kvmreplica/internal/boundtest"
+	"kvmreplica/internal/fsx/fsxtest"
 	"kvmreplica/replicad/wire"
 )
 
@@ -19,6 +22,7 @@ func FuzzParseRoute(f *testing.F) {
 	f.Add("PUT", "/v1/epoch", epochQuery(key(), 3)+"&epoch=1")
 	f.Add("PUT", "/v1/seed", "vm=%zz&;")
 	f.Fuzz(func(t *testing.T, method, path, query string) {
+		defer boundtest.Input(t)()
 		rt, err := parseRoute(method, path, query)
 		if err != nil {
 			if k := kindOf(err); k != wire.KindInvalid && k != wire.KindNotFound {
@@ -61,6 +65,7 @@ func FuzzRequests(f *testing.F) {
 	seed(Record{Host: "11111111-0000-4000-8000-000000000001", Name: "x", Allow: all()})
 	seed(pairRequest{Name: "x", Nonce: make([]byte, 16), Proof: make([]byte, 32)})
 	f.Fuzz(func(t *testing.T, data []byte) {
+		defer boundtest.Input(t)()
 		for _, v := range []validator{
 			&wire.HelloRequest{}, &wire.CheckRequest{}, &wire.Offer{}, &wire.Withdraw{}, &wire.HandshakeRequest{},
 			&wire.HandshakeReply{}, &wire.SeedRequest{}, &wire.EpochKey{}, &wire.Beat{}, &wire.DigestRequest{},
@@ -98,6 +103,7 @@ func FuzzRemoteError(f *testing.F) {
 	f.Add([]byte(`{"Kind":3,"Text":"no","Hint":"x"}`))
 	f.Add([]byte(`{"Kind":-1,"Text":"\u001b[2J"}`))
 	f.Fuzz(func(t *testing.T, data []byte) {
+		defer boundtest.Input(t)()
 		err := remoteError(bytes.NewReader(data), 500)
 		if k := kindOf(err); k < wire.KindInternal || k > wire.KindVersion {
 			t.Fatalf("kind %d", k)
@@ -112,8 +118,38 @@ func FuzzRemoteError(f *testing.F) {
 func FuzzCode(f *testing.F) {
 	f.Add("0000-0000-0000-0000")
 	f.Fuzz(func(t *testing.T, s string) {
+		defer boundtest.Input(t)()
 		if _, err := codeKey(s); err == nil && len(s) < codeLength {
 			t.Fatalf("%q made a key", s)
+		}
+	})
+}
+
+// FuzzIdentity: nothing in a certificate file brings us down.
+func FuzzIdentity(f *testing.F) {
+	dir := fsxtest.NewMem()
+	now := time.Unix(1_700_000_000, 0)
+	if _, err := OpenIdentity(dir, "host", now); err != nil {
+		f.Fatal(err)
+	}
+	for _, name := range dir.Files() {
+		b, err := dir.Content(name)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(b, b, b)
+	}
+	f.Fuzz(func(t *testing.T, cert, key, bundle []byte) {
+		defer boundtest.Input(t)()
+		i, err := LoadIdentity(cert, key, bundle, "x", now)
+		if err == nil && i.Host() == "" {
+			t.Fatal("an identity without a host")
+		}
+		var p Pin
+		if p.UnmarshalText(cert) == nil {
+			if again, err := p.MarshalText(); err != nil || !bytes.EqualFold(bytes.TrimSpace(cert), again) {
+				t.Fatalf("%q is read as %q", cert, again)
+			}
 		}
 	})
 }

@@ -6,6 +6,7 @@ import (
 	"testing"
 	"time"
 
+	"kvmreplica/internal/boundtest"
 	"kvmreplica/replicad/delta"
 	"kvmreplica/replicad/points"
 )
@@ -79,6 +80,7 @@ func FuzzChooseNeverPanics(f *testing.F) {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) {
+		defer boundtest.Input(t)()
 		if p, err := points.Choose(choosable(), s); err == nil && p.Ordinal == 0 {
 			t.Errorf("%q is no point and no error", s)
 		}

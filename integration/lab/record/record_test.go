@@ -6,6 +6,8 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+
+	"kvmreplica/internal/boundtest"
 )
 
 // logs builds what a guest with so many disks has written up to record n.
@@ -88,6 +90,7 @@ func TestRecordsOfTwoBootsAreCounted(t *testing.T) {
 func FuzzVerifyNeverPanics(f *testing.F) {
 	f.Add(bytes.Join(logs(2, 4), nil), 2)
 	f.Fuzz(func(t *testing.T, b []byte, cut int) {
+		defer boundtest.Input(t)()
 		cut = max(0, min(cut, len(b)))
 		v, err := Verify([]io.Reader{bytes.NewReader(b[:cut]), bytes.NewReader(b[cut:])})
 		if err != nil {
