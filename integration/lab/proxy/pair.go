@@ -76,7 +76,7 @@ func (p *Proxy) relay(c *pair, d Direction, from, to net.Conn) {
 			return
 		}
 		if errors.Is(err, io.EOF) {
-			if t, ok := to.(*net.TCPConn); ok {
+			if t, ok := to.(interface{ CloseWrite() error }); ok {
 				_ = t.CloseWrite() // the other direction notices if this failed
 			}
 			return
