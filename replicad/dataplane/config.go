@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"time"
 
 	"kvmreplica/internal/fsx"
 	"kvmreplica/replicad/wire"
@@ -61,6 +62,10 @@ type Config struct {
 	SocketMode uint32 `json:"socket_mode,omitempty"`
 	// CaptureBytes bounds the memory that copy-before-write may use; 0 = 64 MiB.
 	CaptureBytes int64 `json:"capture_bytes,omitempty"`
+	// Idle is how long the tracker keeps a clean region marked; 0 = 5 minutes
+	// and 5 epochs, negative = not at all, which costs a sync for every region
+	// that is written to again.
+	Idle time.Duration `json:"idle,omitempty"`
 	// DirtyBytes bounds the guest data per disk that the kernel may hold
 	// unwritten; 0 = 64 MiB.
 	DirtyBytes int64 `json:"dirty_bytes,omitempty"`

@@ -23,7 +23,10 @@ func (p *Plane) trackerConfig() (cbt.Config, error) {
 	}
 	c := cbt.Config{
 		FS: fsx.Sub(p.state, trackerDir), SharedDir: p.cfg.SharedDir, BootID: boot, VMID: string(p.cfg.VM), Log: p.log.With("part", "cbt"),
-		CaptureBytes: p.cfg.CaptureBytes, SpillDir: p.cfg.StateDir,
+		CaptureBytes: p.cfg.CaptureBytes, SpillDir: p.cfg.StateDir, Idle: p.cfg.Idle,
+	}
+	if c.Idle < 0 {
+		c.IdleEpochs = -1
 	}
 	for _, i := range p.images {
 		c.Disks = append(c.Disks, cbt.DiskConfig{Name: string(i.cfg.Name), Device: i.dev, Identity: i.identity()})
