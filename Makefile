@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/bin/tools:$(PATH):/usr/local/go/bin
 export CGO_ENABLED ?= 0
 export GOTOOLCHAIN ?= auto
 
-FUZZTIME  ?= 20s
+FUZZTIME  ?= 60s
 BENCHTIME ?= 1s
 GUEST     := $(CURDIR)/.cache/guest
 LAB       ?= /tmp/kvmlab
@@ -74,13 +74,36 @@ unit: ## unit tests alone, without installing anything
 	go test -shuffle=on $(TESTARGS) $(ALL)
 
 .PHONY: fuzz
-fuzz: ## every fuzz target for FUZZTIME (20s)
+fuzz: ## every fuzz target for FUZZTIME (60s)
 	@grep -rl --include='*_test.go' '^func Fuzz' . | grep -v -e /testdata/ -e '^./internal/tools/' | sort | while read -r f; do \
 	  grep -oE '^func Fuzz[A-Za-z0-9_]*' $$f | cut -c6- | while read -r name; do \
 	    echo "fuzz $$(dirname $$f) $$name"; \
-	    go test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) $$(dirname $$f) </dev/null || exit 1; \
+	    KVMREPLICA_FUZZ_CPU=100ms go test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) $$(dirname $$f) </dev/null || exit 1; \
 	  done || exit 1; \
 	done
+
+# Campaigns. Seeds, and the totals of "powerfail", outlive a run.
+N        ?= 15
+DURATION ?= 1h
+CAMPAIGN ?= $(CURDIR)/.cache/powerfail.jsonl
+SYSTEMTEST = KVMREPLICA_LAB=1 go test -count=1 -v
+
+.PHONY: powerfail
+powerfail: deps ## N further power cuts (15) of a kernel with the product in it; adds to the file CAMPAIGN
+	@mkdir -p $(dir $(CAMPAIGN))
+	KVMREPLICA_POWERFAIL=$(N) KVMREPLICA_CAMPAIGN=$(CAMPAIGN) $(SYSTEMTEST) -timeout 24h ./integration/powerfail
+
+.PHONY: kernel
+kernel: deps ## the kernel's NBD client on our exports, nbd-server below us
+	KVMREPLICA_KERNEL=full $(SYSTEMTEST) -timeout 2h ./integration/kernel
+
+.PHONY: faults
+faults: deps ## failing system calls of the real data plane, the whole table
+	KVMREPLICA_FAULTS=full $(SYSTEMTEST) -timeout 2h ./integration/faults
+
+.PHONY: soak
+soak: deps ## three VMs over a bad line for DURATION (1h)
+	KVMREPLICA_SOAK=$(DURATION) $(SYSTEMTEST) -timeout 100h ./integration/soak
 
 .PHONY: sim
 sim: ## two simulated hosts: SEEDS=10000 random lives from FIRST=1; SEED=k (SCRIPT='..') plays one again

@@ -1,0 +1,4 @@
+// Package kernel shows the product to a Linux kernel of its own, in a throw-away
+// machine: the kernel's NBD client on our exports, attached by generic netlink,
+// and nbd-server as the image of our data plane.
+package kernel
