@@ -94,7 +94,7 @@ powerfail: deps ## N further power cuts (15) of a kernel with the product in it;
 	KVMREPLICA_POWERFAIL=$(N) KVMREPLICA_CAMPAIGN=$(CAMPAIGN) $(SYSTEMTEST) -timeout 24h ./integration/powerfail
 
 .PHONY: kernel
-kernel: deps ## the kernel's NBD client on our exports, nbd-server below us
+kernel: deps ## the kernel's NBD client on our exports, nbd-server below us, a database at every point
 	KVMREPLICA_KERNEL=full $(SYSTEMTEST) -timeout 2h ./integration/kernel
 
 .PHONY: faults

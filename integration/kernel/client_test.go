@@ -1,7 +1,6 @@
 package kernel_test
 
 import (
-	"os"
 	"strings"
 	"testing"
 
@@ -12,9 +11,7 @@ import (
 // nbd-server; the kernel's client writes through us, and what it wrote is in
 // nbd-server's file.
 func TestNbdServerHoldsAProtectedDisk(t *testing.T) {
-	if os.Getenv("KVMREPLICA_KERNEL") != "full" {
-		t.Skip("takes a minute: make kernel")
-	}
+	long(t)
 	m := boot(t, map[string]string{"/bin/nbd-server": "nbd-server"})
 	m.sh("truncate -s 16777216 /data/up.raw && touch /etc/passwd")
 	must(t, m.Put(m.ctx, "/etc/nbd.conf", []byte("[generic]\nunixsock = /run/up\n[disk]\nexportname = /data/up.raw\nflush = true\nfua = true\n"), 0o644))

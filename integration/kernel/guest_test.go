@@ -35,13 +35,21 @@ type machine struct {
 	cfg   dataplane.Config
 }
 
+// long skips what only "make kernel" runs.
+func long(t *testing.T) {
+	t.Helper()
+	if os.Getenv("KVMREPLICA_KERNEL") != "full" {
+		t.Skip("takes a minute: make kernel")
+	}
+}
+
 // boot starts a machine, or skips where none can be booted.
 func boot(t *testing.T, tools map[string]string, disks ...string) *machine {
 	t.Helper()
 	if os.Getenv("KVMREPLICA_LAB") == "" {
 		t.Skip("boots guests: KVMREPLICA_LAB=1")
 	}
-	for _, tool := range []string{"qemu-system-x86_64", "busybox", "mke2fs", "nbd-server"} {
+	for _, tool := range []string{"qemu-system-x86_64", "busybox", "mke2fs", "nbd-server", "sqlite3"} {
 		if _, err := exec.LookPath(tool); err != nil {
 			t.Skipf("needs %s: %v", tool, err)
 		}

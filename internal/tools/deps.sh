@@ -11,7 +11,7 @@ packages="
   qemu-system-x86 qemu-utils ovmf
   libvirt-daemon-system libvirt-daemon libvirt-clients dnsmasq-base iptables
   libnbd-bin python3-libnbd nbdkit nbd-client nbd-server fio
-  busybox-static e2fsprogs e2fsck-static xfsprogs btrfs-progs qemu-guest-agent swtpm swtpm-tools
+  busybox-static e2fsprogs e2fsck-static xfsprogs btrfs-progs sqlite3 qemu-guest-agent swtpm swtpm-tools
   iproute2 util-linux procps strace debootstrap
 "
 [ "${1:-}" = --list ] && { printf '%s\n' $packages; exit 0; }
