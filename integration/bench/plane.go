@@ -26,7 +26,7 @@ type plane struct {
 // startPlane starts one in dir. launcher is put in front of the keeper.
 func startPlane(ctx context.Context, dir, program, image string, launcher ...string) (*plane, error) {
 	p := &plane{cfg: dataplane.Config{
-		VM: planeVM, Name: "bench", Binary: program, Launcher: launcher,
+		VM: planeVM, Name: "bench", AnyClient: true, Binary: program, Launcher: launcher,
 		Disks:    []dataplane.DiskConfig{{Name: planeDisk, Kind: dataplane.Raw, Path: image}},
 		StateDir: filepath.Join(dir, "state"), SharedDir: filepath.Join(dir, "shared"), RunDir: filepath.Join(dir, "run"),
 	}}

@@ -89,7 +89,7 @@ func (w *world) serve(argv ...string) {
 // device replicates, fails over and comes back; a server that cannot read is
 // an alarm, and its recovery is noticed.
 func TestDisksOnNBDServersAndBlockDevicesAreProtected(t *testing.T) {
-	w := up(t, estate.Options{})
+	w := up(t, estate.Options{Config: anyClient})
 	u := w.upstreams(50)
 	d := u.guest
 	w.must(w.Define(w.step(), "A", d))

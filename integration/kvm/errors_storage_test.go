@@ -12,6 +12,9 @@ import (
 	"kvmreplica/replicad/status"
 )
 
+// anyClient lets qemu-io stand in for a guest.
+const anyClient = "any_client = true\n"
+
 // poke writes a pattern into a protected disk through its export, as the guest
 // would.
 func (w *world) poke(host string, d guest.Domain, disk string, off, n int, pattern byte) {
@@ -54,7 +57,7 @@ func (w *world) onReplica(d guest.Domain, disk string) string {
 // nothing, and goes on by itself when there is room: during the initial copy,
 // while changes arrive, and while they are applied.
 func TestAFullReplicaGoesOnByItselfWhenThereIsRoomAgain(t *testing.T) {
-	w := up(t, estate.Options{})
+	w := up(t, estate.Options{Config: anyClient})
 	w.small("B", replicaRoot, "3m")
 	w.small("B", stateDir, "48m")
 	d := w.smallGuest("full", 30, 4<<20)
@@ -102,7 +105,7 @@ func (w *world) well(host, vm string) {
 // A full disk below the primary's state is an error of the command that needs
 // it; the guest's writes go on, and nothing of them is missing afterwards.
 func TestAFullStateDiskOfThePrimaryDoesNotStopTheGuest(t *testing.T) {
-	w := up(t, estate.Options{})
+	w := up(t, estate.Options{Config: anyClient})
 	w.small("A", stateDir, "16m")
 	d := w.smallGuest("state", 31, 4<<20)
 	image := w.Lab.Host("A").Path(d.Disks[0].File)
@@ -121,7 +124,7 @@ func TestAFullStateDiskOfThePrimaryDoesNotStopTheGuest(t *testing.T) {
 // An image that was cut off or made longer behind our back is an alarm that
 // says so and how to mend it; when it is mended replication goes on.
 func TestAnImageOfTheWrongSizeIsAnAlarmWithItsRemedy(t *testing.T) {
-	w := up(t, estate.Options{})
+	w := up(t, estate.Options{Config: anyClient})
 	d := w.smallGuest("size", 32, 4<<20)
 	image := w.Lab.Host("A").Path(d.Disks[0].File)
 	w.must(w.Define(w.step(), "A", d))

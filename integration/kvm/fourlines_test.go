@@ -88,7 +88,7 @@ type siege struct {
 // legal cut, and nothing is copied whole. KVMREPLICA_KILLS=N makes it N rounds
 // of two kills.
 func TestKillsUnderFourConnectionsLeaveLegalCuts(t *testing.T) {
-	w := up(t, estate.Options{})
+	w := up(t, estate.Options{Config: anyClient})
 	seed := seeded(t)
 	s := &siege{world: w, rng: rand.New(rand.NewPCG(seed, 4)), kills: map[string]int{}}
 	s.prepare()

@@ -132,7 +132,7 @@ func (h *host) images(d dataplane.DiskConfig) (block.Device, func() (block.Ident
 // planeConfig is the data plane's; the folders are never opened.
 func (h *host) planeConfig() dataplane.Config {
 	c := dataplane.Config{
-		VM: vmID, Name: "web", StateDir: "/none", SharedDir: "/none", RunDir: "/none",
+		AnyClient: true, VM: vmID, Name: "web", StateDir: "/none", SharedDir: "/none", RunDir: "/none",
 		BootID: fmt.Sprintf("%s-boot-%d", h.name, h.boot), CaptureBytes: h.w.opt.Capture,
 	}
 	for _, d := range disks() {

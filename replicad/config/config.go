@@ -64,6 +64,9 @@ type Config struct {
 	// ShippingSlots is the number of VMs that copy, compare or ship to one peer
 	// at once.
 	ShippingSlots int
+	// AnyClient lets every process that may open the sockets of QEMU's user
+	// write to a VM's exports, not only the VM's own QEMU.
+	AnyClient bool
 	// Statistics are the windows of what is measured: their first beginning on a
 	// day, and their length.
 	StatisticsStart, StatisticsWindow time.Duration

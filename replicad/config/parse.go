@@ -29,6 +29,7 @@ type file struct {
 	OnSilentPeer    *string       `toml:"on_silent_peer"`
 	SilentPeerAfter *string       `toml:"silent_peer_after"`
 	ShippingSlots   *int          `toml:"shipping_slots"`
+	AnyClient       *bool         `toml:"any_client"`
 	TLS             fileTLS       `toml:"tls"`
 	Statistics      fileStats     `toml:"statistics"`
 	Limits          fileLimits    `toml:"limits"`
@@ -161,6 +162,7 @@ func (p *parser) top(c *Config, f file) {
 	take(&c.LogFormat, f.LogFormat)
 	take((*string)(&c.OnSilentPeer), f.OnSilentPeer)
 	take(&c.ShippingSlots, f.ShippingSlots)
+	take(&c.AnyClient, f.AnyClient)
 	take(&c.TLS.Cert, f.TLS.Cert)
 	take(&c.TLS.Key, f.TLS.Key)
 	take(&c.TLS.CA, f.TLS.CA)

@@ -66,6 +66,9 @@ type Config struct {
 	// and 5 epochs, negative = not at all, which costs a sync for every region
 	// that is written to again.
 	Idle time.Duration `json:"idle,omitempty"`
+	// AnyClient lets every process that may open the socket write, not only the
+	// QEMU of VM.
+	AnyClient bool `json:"any_client,omitempty"`
 	// DirtyBytes bounds the guest data per disk that the kernel may hold
 	// unwritten; 0 = 64 MiB.
 	DirtyBytes int64 `json:"dirty_bytes,omitempty"`

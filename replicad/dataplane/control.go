@@ -162,10 +162,14 @@ func (p *Plane) addExport(g *cbt.Group, i *image) error {
 	if d == nil {
 		return fmt.Errorf("disk %s is not tracked", i.cfg.Name)
 	}
-	err := p.server.Add(nbd.Export{
+	e := nbd.Export{
 		Name: string(i.cfg.Name), Device: d, ReadOnly: i.cfg.ReadOnly,
 		Description: p.cfg.Name, SingleClient: !i.cfg.ReadOnly,
-	})
+	}
+	if !i.cfg.ReadOnly {
+		e.AllowPID = p.admit
+	}
+	err := p.server.Add(e)
 	if err != nil {
 		return err
 	}

@@ -70,6 +70,9 @@ type Deps struct {
 	SilentAfter time.Duration
 	// CaptureBytes bounds the copy-before-write memory of each VM; 0 = default.
 	CaptureBytes int64
+	// AnyClient lets every process that may open the sockets write to a VM's
+	// exports, not only its QEMU.
+	AnyClient bool
 	// DirtyBytes bounds the unwritten guest data per disk; 0 = default.
 	DirtyBytes int64
 	// MaxVMs bounds protected and received VMs together; 0 = unlimited.

@@ -157,7 +157,7 @@ func (v *VM) planeConfig() dataplane.Config {
 		StateDir:  filepath.Join(v.deps.StateDir, "vms", string(r.VM), "track"),
 		SharedDir: filepath.Join(v.deps.RunDir, "shm", string(r.VM)),
 		RunDir:    filepath.Join(v.deps.RunDir, "vm", string(r.VM)),
-		Binary:    v.deps.Binary, CaptureBytes: v.deps.CaptureBytes, DirtyBytes: v.deps.DirtyBytes,
+		Binary:    v.deps.Binary, CaptureBytes: v.deps.CaptureBytes, DirtyBytes: v.deps.DirtyBytes, AnyClient: v.deps.AnyClient,
 		SocketUID: v.deps.QEMUUID, SocketGID: v.deps.QEMUGID,
 	}
 	for _, d := range r.Disks {

@@ -38,6 +38,7 @@ func Config(t testing.TB, sizes ...int64) dataplane.Config {
 	c := dataplane.Config{
 		VM: ID, Name: "test", StateDir: filepath.Join(dir, "state"), SharedDir: filepath.Join(dir, "shm"),
 		RunDir: filepath.Join(dir, "run"), BootID: "boot-1",
+		AnyClient: true, // tests are no QEMU
 	}
 	for _, d := range []string{c.StateDir, c.SharedDir, c.RunDir} {
 		if err := os.Mkdir(d, 0o700); err != nil {
