@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"time"
 
 	"kvmreplica/internal/block"
@@ -51,7 +52,7 @@ type primary struct {
 
 func newPrimary(seed uint64) *primary {
 	p := &primary{
-		rng: rand.New(rand.NewPCG(seed, 9)), vm: delta.VM{1}, gen: delta.Generation{7}, disks: disksAB,
+		rng: rand.New(rand.NewPCG(seed, 9)), vm: delta.VM{1}, gen: delta.Generation{7}, disks: slices.Clone(disksAB),
 		cuts: map[delta.Pos][][]byte{}, blobs: map[delta.Pos][]byte{}, apps: map[delta.Pos]bool{}, now: time.Unix(1_700_000_000, 0).UTC(),
 	}
 	for _, d := range p.disks {
