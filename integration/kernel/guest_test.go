@@ -123,7 +123,8 @@ func (m *machine) until(file, text string) {
 func (m *machine) serve(disks ...dataplane.DiskConfig) {
 	m.t.Helper()
 	m.cfg = dataplane.Config{
-		VM: vmID, Name: "guest", StateDir: "/data/track", SharedDir: "/dev/shm/vm", RunDir: "/run/vm", Disks: disks,
+		AnyClient: true,
+		VM:        vmID, Name: "guest", StateDir: "/data/track", SharedDir: "/dev/shm/vm", RunDir: "/run/vm", Disks: disks,
 	}
 	b, err := json.Marshal(m.cfg)
 	must(m.t, err)

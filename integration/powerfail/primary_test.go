@@ -99,7 +99,8 @@ func (l *primaryLife) serve(first bool) error {
 	ctx, cancel := context.WithTimeout(l.ctx, patience)
 	defer cancel()
 	cfg := dataplane.Config{
-		VM: vmID, Name: "guest", StateDir: "/data/track", SharedDir: "/dev/shm/vm", RunDir: "/run/vm",
+		AnyClient: true,
+		VM:        vmID, Name: "guest", StateDir: "/data/track", SharedDir: "/dev/shm/vm", RunDir: "/run/vm",
 		Disks: []dataplane.DiskConfig{{Name: "vda", Kind: dataplane.Raw, Path: "/data/vda.raw"}},
 		Idle:  -1, // forget marks as early as can be
 	}
