@@ -397,7 +397,15 @@ func (v *VM) ownChanges(ctx context.Context, reply *wire.FailoverReply) (base de
 	if err != nil {
 		return base, false, err.Error()
 	}
+	// An epoch that is frozen and not acknowledged holds changes that are not in
+	// the ranges: they return when it is given back.
+	v.stopShipping()
 	s, err := c.Status(ctx)
+	if err == nil && s.Frozen != nil {
+		if err = c.Abandon(ctx, s.Frozen.Epoch); err == nil {
+			s, err = c.Status(ctx)
+		}
+	}
 	if err != nil {
 		return base, false, err.Error()
 	}
