@@ -158,8 +158,19 @@ func (h *host) disturb() {
 	w.busy = true
 	w.restless--
 	w.count("guest wrote during a read")
-	_ = h.guest.step(w.restlessRand)
-	w.busy = false
+	// In a goroutine of its own, as the guest's requests are: a write that is
+	// held for good must not hold the read as well.
+	g, done := h.guest, make(chan struct{})
+	go func() {
+		defer close(done)
+		_ = g.step(w.restlessRand)
+	}()
+	select {
+	case <-done:
+		w.busy = false
+	case <-h.heldNow:
+		h.straggler, w.restless = done, 0
+	}
 }
 
 // WriteAt implements block.Device.

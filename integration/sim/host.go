@@ -68,11 +68,14 @@ type host struct {
 	hist   *oracle.History // of the images while this host owns them
 	doubt  bool            // a sync of an image failed: nobody knows what it holds
 	wanted bool            // writes of the guest are held and the tracker must be ended
-	saved  map[string][]byte
-	arm    *armed
-	copy   *blocktest.Host // what opSnapshot kept
-	frozen map[delta.Generation]map[uint64]cutMark
-	acks   *oracle.Acks
+	// heldNow is closed with that; straggler ends with a write that was held in
+	// the middle of a read.
+	heldNow, straggler chan struct{}
+	saved              map[string][]byte
+	arm                *armed
+	copy               *blocktest.Host // what opSnapshot kept
+	frozen             map[delta.Generation]map[uint64]cutMark
+	acks               *oracle.Acks
 }
 
 // armed is a crash that waits for its moment.
@@ -85,7 +88,7 @@ type armed struct {
 var errDown = errors.New("the host is down")
 
 func newHost(w *World, name string) *host {
-	h := &host{w: w, name: name, id: wire.HostID("00000000-0000-4000-8000-00000000000" + name), m: blocktest.NewHost(), boot: 1, acks: oracle.NewAcks()}
+	h := &host{w: w, name: name, id: wire.HostID("00000000-0000-4000-8000-00000000000" + name), m: blocktest.NewHost(), boot: 1, acks: oracle.NewAcks(), heldNow: make(chan struct{})}
 	if w.opt.Shared {
 		h.shm = filepath.Join(w.dir, name)
 		if err := os.Mkdir(h.shm, 0o700); err != nil {
@@ -270,6 +273,11 @@ func (h *host) crash(kill bool, seed uint64) error {
 func (h *host) bury() {
 	h.up, h.closed, h.allowed, h.succession, h.ship, h.held = false, false, delta.Generation{}, nil, nil, ""
 	_ = h.closePlane() // fails: the power is off
+	if h.straggler != nil {
+		<-h.straggler
+		h.straggler, h.w.busy = nil, false
+	}
+	h.heldNow = make(chan struct{})
 	_ = h.closeStore()
 	h.frozen = nil
 }
@@ -346,6 +354,7 @@ func (l heldHandler) WithGroup(string) slog.Handler { return l }
 func (l heldHandler) Handle(_ context.Context, r slog.Record) error {
 	if r.Message == "writes are held" && l.h.plane != nil && !l.h.wanted {
 		l.h.wanted = true
+		close(l.h.heldNow)
 		l.h.m.Power.Cut()
 		p := l.h.plane
 		go func() { _ = p.Close() }() // frees the write that waits

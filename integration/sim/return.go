@@ -111,6 +111,9 @@ func (h *host) giveUp() (wire.FailoverReply, error) {
 	tracked := false
 	if err := h.openPlane(); err == nil {
 		st, err := h.client.Status(context.Background())
+		if err == nil && st.Frozen != nil { // its changes are not in the ranges
+			err = h.client.Abandon(context.Background(), st.Frozen.Epoch)
+		}
 		if err == nil {
 			base = st.Base
 			if dirty, err := h.dirty(); err == nil && st.TrackingLost == "" {

@@ -158,7 +158,7 @@ func (w *World) promoted(h *host, v *planVars, forced bool) {
 	if err := h.acks.Check(name(v.At)); err != nil {
 		_ = w.fail(fmt.Errorf("promotion: %w", err))
 	}
-	if o := h.other(); forced && o.rec.Lineage.MayServe() {
+	if forced {
 		w.forced = true
 	}
 }
