@@ -78,6 +78,9 @@ func (s *show) disaster(ctx context.Context) error {
 	}
 	tl := watchRecords(watch)
 	defer tl.stop()
+	if err := s.rehearse(ctx, tl); err != nil {
+		return err
+	}
 	v, err := s.e.Status(ctx, "A", vmName)
 	if err != nil {
 		return err
@@ -129,6 +132,10 @@ func (s *show) disaster(ctx context.Context) error {
 	return s.comeBack(ctx)
 }
 
+// blur is how many records a guest makes durable between two looks at its
+// console.
+const blur = 10
+
 // found compares what the guest found on B with what the last copy held. A
 // record may have been durable a moment before its announcement was read.
 func (s *show) found(ctx context.Context, dst *console.Console, covered, written uint64) error {
@@ -139,7 +146,6 @@ func (s *show) found(ctx context.Context, dst *console.Console, covered, written
 	s.last = boot.Uint("highest")
 	s.lost = written - min(written, s.last)
 	fmt.Printf("guest: record %d is the highest on B, bad %s; %d records lost, %d were announced\n", s.last, boot.Args["bad"], s.lost, written-covered)
-	const blur = 10 // records a guest makes durable between two looks at its console
 	switch bad := boot.Int("bad"); {
 	case bad >= 0:
 		return fmt.Errorf("record %d is damaged on the new host: %s", bad, boot.Raw)
