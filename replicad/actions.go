@@ -218,7 +218,7 @@ func (d *Daemon) unplanned(ctx context.Context, v *vm.VM, a api.Action, request 
 	if v.Serves() {
 		return &wire.Error{Kind: wire.KindRefused, Text: "this host is the primary of " + a.VM + ": there is no replica here to fail over to", Hint: "replicactl failover planned " + a.VM + ", or type it on the replica host"}
 	}
-	l, err := v.Loss(ctx, a.Point)
+	l, err := v.Loss(ctx, a.Point, a.Force)
 	if err != nil {
 		return err
 	}

@@ -2,6 +2,7 @@ package vm
 
 import (
 	"context"
+	"time"
 
 	"kvmreplica/replicad/failover"
 	"kvmreplica/replicad/wire"
@@ -63,4 +64,25 @@ func (v *VM) runAsked(q wire.FailoverRequest) wire.FailoverReply {
 		return refused(steps, err.Error())
 	}
 	return wire.FailoverReply{State: stateAccepted, Steps: steps}
+}
+
+// How long the primary may take to answer before an unplanned failover: with
+// --force, when it was silent a moment ago (a command asks more than once), and
+// otherwise.
+const (
+	forcedAsk   = time.Second
+	repeatedAsk = 250 * time.Millisecond
+	justNow     = 30 * time.Second
+)
+
+func (v *VM) askFor(force bool) time.Duration {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	switch silent := v.facts.unanswered; {
+	case !force:
+		return peerTimeout
+	case !silent.IsZero() && v.deps.Now().Sub(silent) < justNow:
+		return repeatedAsk
+	}
+	return forcedAsk
 }

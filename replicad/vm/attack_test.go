@@ -591,3 +591,36 @@ func TestAHostTakesNoMoreVMsThanItsLimit(t *testing.T) {
 		w.rest()
 	}
 }
+
+// A dead host swallows the question; a person who is sure does not wait long,
+// and not three times.
+func TestAForcedFailoverDoesNotWaitForADeadPrimary(t *testing.T) {
+	t.Parallel()
+	w := newPair(t)
+	w.protect()
+	ask := func(force bool) time.Duration {
+		t.Helper()
+		w.inject("B/Status", hangs)
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		if !force {
+			time.AfterFunc(100*time.Millisecond, cancel)
+		}
+		l, err := w.b.vm().Loss(ctx, "", force)
+		must(t, err)
+		if l.Primary.Result != wire.Unknown {
+			t.Fatalf("%+v", l.Primary)
+		}
+		return time.Duration(w.waited.Load())
+	}
+	if d := ask(false); d > peerTimeout || d < peerTimeout/2 {
+		t.Errorf("without force it would wait %v", d)
+	}
+	w.b.vm().facts.unanswered = time.Time{}
+	if d := ask(true); d > forcedAsk {
+		t.Errorf("with force it would wait %v", d)
+	}
+	if d := ask(true); d > repeatedAsk {
+		t.Errorf("the second time it would wait %v", d)
+	}
+}

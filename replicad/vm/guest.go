@@ -18,6 +18,8 @@ import (
 
 // guestFacts is what was seen of the guest and of the peer.
 type guestFacts struct {
+	unanswered time.Time // the last question before an unplanned failover went unanswered then
+
 	running  bool
 	state    libvirt.State
 	bypass   string // an export is missing from the block graph

@@ -36,6 +36,8 @@ type pair struct {
 	lossy atomic.Bool
 	// forced: an operator forced a promotion; two guests may run.
 	forced atomic.Bool
+	// waited is how long a caller meant to wait for an answer that hung.
+	waited atomic.Int64
 
 	mu     sync.Mutex
 	faults map[string]fault // guarded by mu; one-shot, by SIDE/METHOD

@@ -332,12 +332,20 @@ const (
 	lostRequest
 	lostReply
 	twice
+	hangs // until the caller gives up
 )
 
 func carry[R any](l *link, ctx context.Context, method string, f func(ctx context.Context, m *Manager) (R, error)) (R, error) {
 	var zero R
 	w := l.from.w
 	what := w.fault(l.from.name + "/" + method)
+	if what == hangs {
+		if d, ok := ctx.Deadline(); ok {
+			w.waited.Store(int64(time.Until(d)))
+		}
+		<-ctx.Done()
+		return zero, ctx.Err()
+	}
 	if l.me.dead.Load() || l.from.silent.Load() || l.to.silent.Load() || what == lostRequest {
 		return zero, errLink
 	}

@@ -344,8 +344,9 @@ type Loss struct {
 }
 
 // Loss asks the peer and reports what an unplanned failover would lose.
-// point chooses the state as UnplannedOptions.Point does.
-func (v *VM) Loss(ctx context.Context, point string) (Loss, error) {
+// point chooses the state as UnplannedOptions.Point does. With force a person is
+// sure that the primary is dead: it is not waited for long.
+func (v *VM) Loss(ctx context.Context, point string, force bool) (Loss, error) {
 	st, err := v.storeStatus()
 	if err != nil {
 		return Loss{}, err
@@ -360,7 +361,7 @@ func (v *VM) Loss(ctx context.Context, point string) (Loss, error) {
 	if l.At, l.Cut, err = v.choose(point, st); err != nil {
 		return Loss{}, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, peerTimeout)
+	ctx, cancel := context.WithTimeout(ctx, v.askFor(force))
 	defer cancel()
 	p, err := v.peer()
 	if err == nil {
@@ -379,6 +380,11 @@ func (v *VM) Loss(ctx context.Context, point string) (Loss, error) {
 		l.Primary.Detail = "it does not answer: " + err.Error()
 		l.Primary.Remedy = "make sure that it is off, then repeat with --force"
 	}
+	v.mu.Lock()
+	if v.facts.unanswered = (time.Time{}); err != nil {
+		v.facts.unanswered = v.deps.Now()
+	}
+	v.mu.Unlock()
 	return l, nil
 }
 
@@ -404,7 +410,7 @@ func (v *VM) Unplanned(ctx context.Context, o UnplannedOptions, event func(failo
 	if why := v.mayPromote(delta.Pos{}); why != "" {
 		return &wire.Error{Kind: wire.KindRefused, Text: why, Hint: "replicactl vm status " + v.record().Name}
 	}
-	loss, err := v.Loss(ctx, o.Point)
+	loss, err := v.Loss(ctx, o.Point, o.Force)
 	if err != nil {
 		return err
 	}
