@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"slices"
 	"time"
@@ -72,7 +73,9 @@ func (p *primary) fill(b []byte) {
 // copy is a primary with content of its own.
 func (p *primary) copy() *primary {
 	c := *p
-	c.content = nil
+	c.content, c.disks = nil, slices.Clone(p.disks)
+	// What the copy goes on to cut is forgotten with it: a sweep makes thousands.
+	c.cuts, c.blobs, c.apps = maps.Clone(p.cuts), maps.Clone(p.blobs), maps.Clone(p.apps)
 	for _, b := range p.content {
 		c.content = append(c.content, bytes.Clone(b))
 	}

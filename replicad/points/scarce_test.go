@@ -71,9 +71,9 @@ func scarceLife(p *primary) func(h *blocktest.Host) error {
 
 func TestSweepRetentionPinsAndSacrifice(t *testing.T) {
 	p := &primary{}
-	every := 3
-	if testing.Short() {
-		every = 11
+	every := 11
+	if fsxtest.Full() {
+		every = 1
 	}
 	blocktest.SweepWith(t, blocktest.Options{MaxAll: 8, Random: 4, Every: every}, scarceLife(p), p.recheck)
 }
