@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -87,7 +88,20 @@ func (l *replicaLife) serve() error {
 	l.http = &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return (&net.Dialer{}).DialContext(ctx, "unix", sock)
 	}, DisableKeepAlives: true}}
-	return nil
+	// The socket's name is there a moment before anybody listens.
+	tick := time.NewTicker(50 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		_, err := l.state()
+		if err == nil || errors.Is(err, errRefused) {
+			return nil // what it says is judged by others
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("the store does not answer: %w", err)
+		case <-tick.C:
+		}
+	}
 }
 
 // call makes one request and returns the reply's body.
