@@ -59,11 +59,14 @@ func readSuper(fsys fsx.FS) (s *super, alarms []string, err error) {
 	}
 	defer func() { err = errors.Join(err, f.Close()) }()
 	b := make([]byte, superSize)
+	var unread error // what cannot be read now may be read later: it is not lost
 	for i, off := range []int64{superSlotA, superSlotB} {
 		n, rerr := f.ReadAt(b, off)
 		if n != superSize {
 			if rerr == nil || rerr == io.EOF {
 				rerr = fmt.Errorf("%w: superblock cut short", errDamaged)
+			} else {
+				unread = rerr
 			}
 			alarms = append(alarms, fmt.Sprintf("superblock %d: %v", i, rerr))
 			continue
@@ -79,6 +82,9 @@ func readSuper(fsys fsx.FS) (s *super, alarms []string, err error) {
 		if s == nil || v.seq > s.seq {
 			s = v
 		}
+	}
+	if s == nil && unread != nil {
+		return nil, alarms, fmt.Errorf("read superblock: %w", unread)
 	}
 	if s == nil {
 		return nil, alarms, fmt.Errorf("%w (%s)", ErrCorrupt, strings.Join(alarms, "; "))

@@ -624,3 +624,36 @@ func TestAForcedFailoverDoesNotWaitForADeadPrimary(t *testing.T) {
 		t.Errorf("the second time it would wait %v", d)
 	}
 }
+
+// The line stood still in the middle of an epoch when the old primary was given
+// up: what that epoch holds was changed there, too.
+func TestAReleaseNamesTheBlocksOfAnEpochUnderWay(t *testing.T) {
+	t.Parallel()
+	w := newPair(t)
+	w.protect()
+	w.rest()
+	w.inject("A/PutEpoch", hangs)
+	w.write(w.a, 1)
+	w.until("an epoch to be under way", func() error {
+		c, err := w.a.vm().plane()
+		if err != nil {
+			return err
+		}
+		if st, err := c.Status(t.Context()); err != nil || st.Frozen == nil {
+			return fmt.Errorf("frozen: %+v, %w", st.Frozen, err)
+		}
+		return nil
+	})
+	w.a.hyper.halt()
+	w.a.hyper.SetState(string(testVM), libvirt.StateOff, libvirt.ReasonNone)
+	var reply wire.FailoverReply
+	must(t, w.a.do(func(ctx context.Context, _ *Manager, v *VM) error {
+		if _, tracked, why := v.ownChanges(ctx, &reply); !tracked || why != "" {
+			return fmt.Errorf("tracked %t, %s", tracked, why)
+		}
+		return nil
+	}))
+	if len(reply.Dirty["vda"]) == 0 {
+		t.Fatal("the blocks of the frozen epoch are not named")
+	}
+}
