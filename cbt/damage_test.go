@@ -4,10 +4,12 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"syscall"
 	"testing"
 
 	"kvmreplica/cbt"
 	"kvmreplica/internal/block/blocktest"
+	"kvmreplica/internal/fsx"
 	"kvmreplica/internal/fsx/fsxtest"
 )
 
@@ -317,6 +319,38 @@ func TestAMarkInThePageCacheOnlyIsNotBelieved(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := w.judge(next.Cut(fsxtest.Oldest), false); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// unreadableFS cannot read one file's content, now.
+type unreadableFS struct {
+	fsx.FS
+	name string
+}
+
+func (u unreadableFS) Open(name string, flag int) (fsx.File, error) {
+	f, err := u.FS.Open(name, flag)
+	if err == nil && name == u.name {
+		f = unreadableFile{f}
+	}
+	return f, err
+}
+
+type unreadableFile struct{ fsx.File }
+
+func (unreadableFile) ReadAt([]byte, int64) (int, error) { return 0, syscall.EIO }
+
+// A disk that hiccups has lost nothing: the tracker must not be replaced.
+func TestASuperblockThatCannotBeReadNowIsNotLost(t *testing.T) {
+	w := livedIn(t, "in use")
+	h := w.h.Cut(fsxtest.Newest)
+	cfg := w.config(h)
+	cfg.FS = unreadableFS{h.FS, "super"}
+	if _, _, err := cbt.Open(cfg); !errors.Is(err, syscall.EIO) || errors.Is(err, cbt.ErrCorrupt) || errors.Is(err, cbt.ErrNoTracker) {
+		t.Fatal(err)
+	}
+	if err := w.judge(h, false); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -18,7 +18,8 @@ const maxCmdline = 1 << 20
 // away, and whoever else writes through an export is a second writer. libvirt
 // starts QEMU with "-uuid UUID", at a migration's destination too. A process
 // that this one cannot see (another PID namespace) is admitted: nothing can be
-// said of it.
+// said of it. It keeps mistakes out, not an enemy: QEMU's user, who may open
+// the socket, can write any command line.
 func (p *Plane) admit(pid int) error {
 	if p.cfg.AnyClient || pid == 0 {
 		return nil
