@@ -125,7 +125,8 @@ type Dirty int
 const (
 	// DirtyAll is the safe zero value: nothing is known to be equal.
 	DirtyAll Dirty = iota
-	// DirtyNone is for a side just promoted, whose disks are exactly Base.
+	// DirtyNone is for a side just promoted, whose disks are exactly Base, and
+	// for a tracker without a replica, which counts from its creation.
 	DirtyNone
 )
 

@@ -28,7 +28,7 @@ const (
 )
 
 func (f *trackingFlags) register(flags *pflag.FlagSet) {
-	flags.StringVar(&f.state, "state", "", "directory of a change tracker to keep (default: no tracking)")
+	flags.StringVar(&f.state, "state", "", "directory of a change tracker to keep; it counts from its first start on (default: no tracking)")
 }
 
 // wrap returns the device to serve and what closes the tracker; call it before
@@ -55,8 +55,10 @@ func (f *trackingFlags) wrap(src *source, readOnly bool, log *slog.Logger) (bloc
 	}, nil
 }
 
-// open continues the tracker in the directory, or starts one with everything
-// dirty.
+// open continues the tracker in the directory, or starts one. Nobody holds a
+// copy that has to become equal, so what it records is what was written since
+// it began: with everything dirty from the start it would record nothing, and
+// no write would ever have to wait for a mark.
 func (f *trackingFlags) open(src *source, log *slog.Logger) (*cbt.Group, error) {
 	if err := os.MkdirAll(f.state, 0o700); err != nil {
 		return nil, fmt.Errorf("make the state directory: %w", err)
@@ -73,9 +75,9 @@ func (f *trackingFlags) open(src *source, log *slog.Logger) (*cbt.Group, error) 
 	group, report, err := cbt.Open(cfg)
 	switch {
 	case errors.Is(err, cbt.ErrNoTracker):
-		start := cbt.Start{Dirty: cbt.DirtyAll}
+		start := cbt.Start{Dirty: cbt.DirtyNone}
 		_, _ = rand.Read(start.Generation[:]) // never fails
-		log.Info("new change tracker, everything is dirty", "state", f.state)
+		log.Info("new change tracker, counting from now on", "state", f.state)
 		return cbt.Create(cfg, start)
 	case err != nil:
 		return nil, err
