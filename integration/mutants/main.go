@@ -94,29 +94,51 @@ func (w *workshop) test(ctx context.Context, m *Mutant, by string) (string, erro
 	if err != nil {
 		return "", err
 	}
+	defer os.RemoveAll(filepath.Dir(overlay))
 	packages, tests := m.Packages, m.Tests
 	if by == "sim" {
 		packages, tests = []string{"./integration/sim"}, "TestSeeds"
 	}
 	for _, p := range packages {
-		args := []string{"test", "-overlay", overlay, "-count=1", "-failfast", "-vet=off", "-timeout", w.limit.String()}
-		if tests != "" {
-			args = append(args, "-run", tests)
+		binary, err := w.build(ctx, m, overlay, p)
+		if err != nil {
+			return "", err
 		}
-		out, err := w.command(ctx, append(args, p)...)
-		if ctx.Err() != nil {
-			return "", ctx.Err()
+		for _, which := range rounds(tests) {
+			out, err := w.command(ctx, filepath.Join(w.root, p), binary,
+				append([]string{"-test.failfast", "-test.timeout", w.limit.String()}, which...)...)
+			if ctx.Err() != nil {
+				return "", ctx.Err()
+			}
+			if err != nil {
+				return p + " " + firstFailure(out), nil
+			}
 		}
-		if err == nil {
-			continue
-		}
-		var exit *exec.ExitError
-		if !errors.As(err, &exit) || strings.Contains(out, "[build failed]") || strings.Contains(out, "[setup failed]") {
-			return "", fmt.Errorf("mutant %s cannot be tested: %w\n%s", m.Name, err, out)
-		}
-		return p + " " + firstFailure(out), nil
 	}
 	return "", nil
+}
+
+// slow are the tests that take most of a package's time: the sweeps, and those
+// that play long. Most mutants are caught without them.
+const slow = "LosesABlock|LosesNoBlock|Crash|EveryFail|EveryFault|Truncated|Damage|Detected|Sweep|EveryCell|CutAnywhere|" +
+	"RandomLives|Histories|KillCosts|HandedOn|FailingFileCall|WhileEverythingRuns|AtEvery|DiesAt"
+
+// rounds are the arguments of a test program's runs: quick tests first.
+func rounds(tests string) [][]string {
+	if tests != "" {
+		return [][]string{{"-test.run", tests}}
+	}
+	return [][]string{{"-test.skip", slow}, {"-test.run", slow}}
+}
+
+// build makes a package's test program with the mutant in it.
+func (w *workshop) build(ctx context.Context, m *Mutant, overlay, p string) (string, error) {
+	at := filepath.Join(filepath.Dir(overlay), filepath.Base(p)+".test")
+	out, err := w.command(ctx, w.root, "go", "test", "-c", "-o", at, "-vet=off", "-overlay", overlay, p)
+	if err != nil {
+		return "", fmt.Errorf("mutant %s cannot be tested: %w\n%s", m.Name, err, out)
+	}
+	return at, nil
 }
 
 // firstFailure names what went wrong in the output of go test.
@@ -174,7 +196,7 @@ func (w *workshop) compile(ctx context.Context, all []Mutant) (rounds int, err e
 			dirs = append(dirs, "./"+filepath.Dir(f))
 		}
 		slices.Sort(dirs)
-		if out, err := w.command(ctx, append([]string{"build", "-overlay", overlay}, slices.Compact(dirs)...)...); err != nil {
+		if out, err := w.command(ctx, w.root, "go", append([]string{"build", "-overlay", overlay}, slices.Compact(dirs)...)...); err != nil {
 			return rounds, fmt.Errorf("a mutant does not compile: %w\n%s", err, out)
 		}
 		left = again
@@ -204,9 +226,9 @@ func (w *workshop) overlay(changed map[string]string) (string, error) {
 	return at, os.WriteFile(at, b, 0o600)
 }
 
-func (w *workshop) command(ctx context.Context, args ...string) (string, error) {
-	cmd := exec.CommandContext(ctx, "go", args...)
-	cmd.Dir = w.root
+func (w *workshop) command(ctx context.Context, dir, program string, args ...string) (string, error) {
+	cmd := exec.CommandContext(ctx, program, args...)
+	cmd.Dir = dir
 	out, err := cmd.CombinedOutput()
 	return string(out), err
 }
