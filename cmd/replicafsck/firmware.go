@@ -2,26 +2,14 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"io/fs"
 
 	"kvmreplica/internal/fsx"
 	"kvmreplica/libvirt"
 	"kvmreplica/replicad/delta"
+	"kvmreplica/replicad/firmware"
 	"kvmreplica/replicad/points"
 )
-
-// The firmware state of a promotion lies in these files, beside the record,
-// until it is written where libvirt looks for it. The daemon uses the same.
-const (
-	nvramFile = "promoted.nvram"
-	tpmFile   = "promoted.tpm"
-)
-
-func blobFile(k delta.BlobKind) string {
-	return map[delta.BlobKind]string{delta.BlobNVRAM: nvramFile, delta.BlobTPM: tpmFile}[k]
-}
 
 // keepFirmware saves the firmware state of the position that is about to be
 // promoted: sealing ends it. A guest that has none leaves nothing.
@@ -37,18 +25,12 @@ func (c *command) keepFirmware(s *points.Store, pos delta.Pos) error {
 	if err != nil {
 		return err
 	}
-	for _, n := range []string{nvramFile, tpmFile} { // of an earlier promotion
-		if err := dir.Remove(n); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
+	fw, err := firmware.Keep(dir, blobs)
+	if err != nil {
+		return err
 	}
-	for _, b := range blobs {
-		if name := blobFile(b.Kind); name != "" {
-			if err := fsx.WriteAtomic(dir, name, b.Data); err != nil {
-				return fmt.Errorf("keep the firmware state: %w", err)
-			}
-			fmt.Fprintf(c.out, "firmware    %d bytes kept in %s/%s; release writes them back\n", len(b.Data), c.vmDir, name)
-		}
+	if !fw.None() {
+		fmt.Fprintf(c.out, "firmware    %d bytes kept in %s/%s; release writes them back\n", len(fw.NVRAM)+len(fw.TPM), c.vmDir, firmware.File)
 	}
 	return nil
 }
@@ -61,19 +43,11 @@ func (c *command) writeFirmware(ctx context.Context, h hypervisor, r vmRecord) e
 		return err
 	}
 	dir := fsx.Sub(state, "vms/"+string(r.VM))
-	var fw libvirt.FirmwareState
-	for _, f := range []struct {
-		name  string
-		limit int64
-		to    *[]byte
-	}{{nvramFile, libvirt.MaxNVRAM, &fw.NVRAM}, {tpmFile, libvirt.MaxTPM, &fw.TPM}} {
-		b, err := fsx.ReadFile(dir, f.name, f.limit)
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("read the kept firmware state: %w", err)
-		}
-		*f.to = b
+	fw, err := firmware.Kept(dir)
+	if err != nil {
+		return err
 	}
-	if fw.NVRAM == nil && fw.TPM == nil {
+	if fw.None() {
 		return nil
 	}
 	d, err := h.Domain(ctx, string(r.VM))
@@ -84,13 +58,11 @@ func (c *command) writeFirmware(ctx context.Context, h hypervisor, r vmRecord) e
 	if err != nil {
 		return err
 	}
-	if err := libvirt.WriteFirmware(paths, fw); err != nil {
+	if err := libvirt.WriteFirmware(paths, libvirt.FirmwareState(fw)); err != nil {
 		return fmt.Errorf("write the firmware state back: %w", err)
 	}
-	for _, n := range []string{nvramFile, tpmFile} {
-		if err := dir.Remove(n); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
+	if err := firmware.Drop(dir); err != nil {
+		return err
 	}
 	fmt.Fprintf(c.out, "firmware    %d bytes written back\n", len(fw.NVRAM)+len(fw.TPM))
 	return nil

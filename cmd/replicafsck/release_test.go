@@ -16,6 +16,7 @@ import (
 	"kvmreplica/internal/fsx"
 	"kvmreplica/libvirt"
 	"kvmreplica/replicad/delta"
+	"kvmreplica/replicad/firmware"
 	"kvmreplica/replicad/lineage"
 	"kvmreplica/replicad/vm"
 	"kvmreplica/replicad/wire"
@@ -265,7 +266,13 @@ func TestARecoveredGuestGetsItsFirmwareStateOnce(t *testing.T) {
 	vars := s.path("vars.fd")
 	s.host.doc = []byte(strings.Replace(testDoc, "<devices>", "<os><type arch='x86_64'>hvm</type><loader readonly='yes' type='pflash'>/ovmf</loader><nvram>"+vars+"</nvram></os><devices>", 1))
 	s.write("vars.fd", "old")
-	s.write("state/vms/"+testID+"/"+nvramFile, "recovered")
+	vmDir, err := fsx.OS(s.path("state/vms/" + testID))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := firmware.Keep(vmDir, []delta.Blob{{Kind: delta.BlobNVRAM, Data: []byte("recovered")}}); err != nil {
+		t.Fatal(err)
+	}
 	all, err := records(s.cmd.stateDir)
 	if err != nil {
 		t.Fatal(err)

@@ -21,6 +21,7 @@ func allowed() map[string][]string {
 		"replicad/wire":      {"replicad/delta"},
 		"replicad/lineage":   {"replicad/delta", "replicad/wire"},
 		"replicad/points":    {"replicad/delta", "internal"},
+		"replicad/firmware":  {"replicad/delta", "internal"},
 		"replicad/overlay":   {"replicad/delta", "internal"},
 		"replicad/standby":   {"replicad/delta", "replicad/overlay", "replicad/points", "internal"},
 		"replicad/isolate":   {},

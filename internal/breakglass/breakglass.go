@@ -9,7 +9,6 @@
 package breakglass
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -38,11 +37,7 @@ type Mark struct {
 // Set makes the mark durable.
 func Set(fsys fsx.FS, m Mark) error {
 	m.Version = markVersion
-	b, err := json.MarshalIndent(m, "", "  ")
-	if err != nil {
-		return fmt.Errorf("mark the VM as released: %w", err)
-	}
-	if err := fsx.WriteAtomic(fsys, File, append(b, '\n')); err != nil {
+	if err := fsx.WriteJSON(fsys, File, m); err != nil {
 		return fmt.Errorf("mark the VM as released: %w", err)
 	}
 	return nil
@@ -50,13 +45,10 @@ func Set(fsys fsx.FS, m Mark) error {
 
 // Read returns the mark and whether there is one.
 func Read(fsys fsx.FS) (Mark, bool) {
-	b, err := fsx.ReadFile(fsys, File, maxMark)
+	m := Mark{}
+	err := fsx.ReadJSON(fsys, File, maxMark, &m)
 	if errors.Is(err, fs.ErrNotExist) {
 		return Mark{}, false
-	}
-	m := Mark{}
-	if err == nil {
-		err = json.Unmarshal(b, &m)
 	}
 	if err != nil {
 		return Mark{By: "somebody (the mark cannot be read: " + err.Error() + ")"}, true

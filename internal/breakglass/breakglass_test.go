@@ -1,6 +1,7 @@
 package breakglass_test
 
 import (
+	"strings"
 	"testing"
 	"time"
 
@@ -41,5 +42,31 @@ func TestAMarkSurvivesAPowerCutAndADamagedOneStillCounts(t *testing.T) {
 	}
 	if _, ok := breakglass.Read(mem.CrashClone(fsxtest.Oldest)); ok {
 		t.Error("the mark came back")
+	}
+}
+
+// The mark counts whatever it holds; what it says is shown to people.
+func TestNoDamageOfAMarkHidesItOrIsShownAsItsWord(t *testing.T) {
+	t.Parallel()
+	mem := fsxtest.NewMem()
+	want := breakglass.Mark{Version: 1, At: time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC), By: "test", Recovered: true}
+	if err := breakglass.Set(mem, want); err != nil {
+		t.Fatal(err)
+	}
+	whole, err := mem.Content(breakglass.File)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for what, damaged := range fsxtest.Damages(whole) {
+		if err := mem.Damage(breakglass.File, func([]byte) []byte { return damaged }); err != nil {
+			t.Fatal(err)
+		}
+		got, ok := breakglass.Read(mem)
+		if !ok {
+			t.Fatalf("%s: no mark", what)
+		}
+		if d := cmp.Diff(want, got); d != "" && !strings.Contains(got.By, "cannot be read") {
+			t.Errorf("%s is believed: %s", what, d)
+		}
 	}
 }

@@ -256,6 +256,54 @@ func TestADamagedListOfRolledBackGranulesIsDetectedOrHarmless(t *testing.T) {
 	t.Logf("%d bytes: %d damages refused", len(whole), refused)
 }
 
+// A pin that is lost lets go of the point somebody relies on.
+func TestNoDamageOfThePinsLetsGoOfAPinnedPoint(t *testing.T) {
+	p, h, s := started(t, 34)
+	must(t, p.epochs(s, 6, 20*time.Second, true))
+	want := s.Points()[1].Pos
+	must(t, s.Pin(want))
+	must(t, s.Close())
+	const name = "pins.json"
+	whole, err := h.FS.Content(name)
+	must(t, err)
+	refused := 0
+	for what, damaged := range fsxtest.Damages(whole) {
+		hurt := h.Kill(fsxtest.Newest)
+		must(t, hurt.FS.Damage(name, func([]byte) []byte { return damaged }))
+		s, err := points.Open(p.config(hurt))
+		must(t, err)
+		kept := 0
+		for _, pt := range s.Points() {
+			if pt.Pinned {
+				kept++
+			} else if pt.Pos == want {
+				t.Errorf("%s: the pin is gone", what)
+			}
+		}
+		bad := len(s.Status().Damage) > 0
+		if bad {
+			refused++
+		}
+		if (kept > 1) != bad {
+			t.Errorf("%s: %d points are pinned, damage said: %v", what, kept, bad)
+		}
+		must(t, s.Close())
+	}
+	t.Logf("%d bytes: %d damages refused", len(whole), refused)
+	// Letting go of one writes the list anew.
+	must(t, h.FS.SetByte(name, 30, func(b byte) byte { return ^b }))
+	s, err = points.Open(p.config(h))
+	must(t, err)
+	must(t, s.Unpin(s.Points()[0].Pos))
+	must(t, s.Close())
+	s, err = points.Open(p.config(h))
+	must(t, err)
+	if st := s.Status(); len(st.Damage) > 0 || s.Points()[0].Pinned || !s.Points()[1].Pinned {
+		t.Errorf("after unpin: %v %+v", st.Damage, s.Points())
+	}
+	must(t, s.Close())
+}
+
 func TestB24DamagedMiddleSegmentRefusesItsPointsOnly(t *testing.T) {
 	p, h, s := started(t, 31)
 	must(t, p.epochs(s, 6, 20*time.Second, true))

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"strings"
 
 	"kvmreplica/internal/fsx"
 	"kvmreplica/replicad/delta"
@@ -98,8 +97,16 @@ func (s *Store) state() State {
 	return Replica
 }
 
-// pinsName is a text file: one pinned position per line.
-const pinsName = "pins"
+// pinsName holds the pinned positions.
+const (
+	pinsName    = "pins.json"
+	pinsVersion = 1
+)
+
+type pinned struct {
+	Version int         `json:"version"`
+	Points  []delta.Pos `json:"points"`
+}
 
 // Pin keeps a point from being thinned or dropped, durably. A committed state
 // that is no point yet is ErrNoPoint: view it, and it becomes one.
@@ -114,12 +121,12 @@ func (s *Store) pin(pos delta.Pos, on bool) error {
 	s.mu.Lock()
 	err := s.receiving()
 	found := !on
-	var text strings.Builder
+	all := pinned{Version: pinsVersion, Points: []delta.Pos{}}
 	for _, g := range s.segs {
 		p := g.start.pos
 		found = found || p == pos && !g.leaving
 		if (s.keep[p] && p != pos) || (p == pos && on) {
-			fmt.Fprintf(&text, "%v %d %v\n", p.Generation, p.Epoch, p.Digest)
+			all.Points = append(all.Points, p)
 		}
 	}
 	s.mu.Unlock()
@@ -127,7 +134,7 @@ func (s *Store) pin(pos delta.Pos, on bool) error {
 		err = ErrNoPoint
 	}
 	if err == nil {
-		err = fsx.WriteAtomic(s.cfg.FS, pinsName, []byte(text.String()))
+		err = fsx.WriteJSON(s.cfg.FS, pinsName, all)
 	}
 	if err != nil {
 		return fmt.Errorf("pin %v: %w", pos, err)
@@ -141,24 +148,25 @@ func (s *Store) pin(pos delta.Pos, on bool) error {
 	return nil
 }
 
+// loadPins reads which points must be kept. When that cannot be known, every
+// point there is counts as pinned: a person lets go of what is not wanted.
 func (s *Store) loadPins() error {
-	b, err := fsx.ReadFile(s.cfg.FS, pinsName, 1<<20)
+	var all pinned
+	err := fsx.ReadJSON(s.cfg.FS, pinsName, 1<<20, &all)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	if err != nil {
-		return err
+	if err == nil && all.Version != pinsVersion {
+		return fmt.Errorf("%s has version %d, this program knows %d", pinsName, all.Version, pinsVersion)
 	}
-	for line := range strings.Lines(string(b)) {
-		f := strings.Fields(line)
-		var p delta.Pos
-		if len(f) != 3 || p.Generation.UnmarshalText([]byte(f[0])) != nil || p.Digest.UnmarshalText([]byte(f[2])) != nil {
-			s.undoBad = append(s.undoBad, &DamageError{File: pinsName, Text: fmt.Sprintf("line %q is not a position", strings.TrimSpace(line))})
-			continue
+	if err != nil {
+		s.undoBad = append(s.undoBad, &DamageError{File: pinsName, Text: err.Error() + "; every recovery point there is now counts as pinned: unpin those that need not stay, which writes the list anew"})
+		for _, g := range s.segs {
+			s.keep[g.start.pos] = true
 		}
-		if _, err := fmt.Sscan(f[1], &p.Epoch); err == nil {
-			s.keep[p] = true
-		}
+	}
+	for _, p := range all.Points {
+		s.keep[p] = true
 	}
 	return nil
 }

@@ -107,7 +107,7 @@ type file struct {
 
 // Marshal is the ledger's file.
 func (l *Ledger) Marshal() ([]byte, error) {
-	return json.MarshalIndent(file{version, l.open, l.last, l.history}, "", "\t")
+	return json.Marshal(file{version, l.open, l.last, l.history})
 }
 
 // Load reads Marshal's bytes. A file that cannot be read costs the figures and

@@ -1,7 +1,6 @@
 package testcopy
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -111,11 +110,7 @@ const (
 // loadCopy reads a record. Absence is fs.ErrNotExist.
 func loadCopy(fsys fsx.FS) (Copy, error) {
 	var c Copy
-	b, err := fsx.ReadFile(fsys, copyFile, maxCopy)
-	if err != nil {
-		return c, fmt.Errorf("read the test copy's record: %w", err)
-	}
-	if err := json.Unmarshal(b, &c); err != nil {
+	if err := fsx.ReadJSON(fsys, copyFile, maxCopy, &c); err != nil {
 		return c, fmt.Errorf("read the test copy's record: %w", err)
 	}
 	if c.Version != copyVersion {
@@ -130,11 +125,7 @@ func saveCopy(fsys fsx.FS, c Copy) error {
 }
 
 func saveJSON(fsys fsx.FS, name string, v any, what string) error {
-	b, err := json.MarshalIndent(v, "", "  ")
-	if err != nil {
-		return fmt.Errorf("%s: %w", what, err)
-	}
-	if err := fsx.WriteAtomic(fsys, name, append(b, '\n')); err != nil {
+	if err := fsx.WriteJSON(fsys, name, v); err != nil {
 		return fmt.Errorf("%s: %w", what, err)
 	}
 	return nil
@@ -142,19 +133,25 @@ func saveJSON(fsys fsx.FS, name string, v any, what string) error {
 
 func absent(err error) bool { return errors.Is(err, fs.ErrNotExist) }
 
+// endedCopies is ended.json.
+type endedCopies struct {
+	Version int     `json:"version"`
+	Copies  []Ended `json:"copies"`
+}
+
 // loadEnded reads what is remembered; a damaged file is forgotten, it is only
 // for display.
 func (m *Manager) loadEnded() []Ended {
-	b, err := fsx.ReadFile(m.fsys, endedFile, maxCopy)
-	var out []Ended
-	if err == nil {
-		err = json.Unmarshal(b, &out)
+	var f endedCopies
+	err := fsx.ReadJSON(m.fsys, endedFile, maxCopy, &f)
+	if err == nil && f.Version != copyVersion {
+		err = fmt.Errorf("version %d, this build knows %d", f.Version, copyVersion)
 	}
 	if err != nil && !absent(err) {
 		m.deps.Log.Warn("what is remembered of earlier tests cannot be read", "err", err)
 		return nil
 	}
-	return out
+	return f.Copies
 }
 
 // remember adds a copy to what is remembered; twice is harmless.
@@ -170,7 +167,7 @@ func (m *Manager) remember(e Ended) error {
 	if len(all) > maxEnded {
 		all = all[len(all)-maxEnded:]
 	}
-	if err := saveJSON(m.fsys, endedFile, all, "remember the test"); err != nil {
+	if err := saveJSON(m.fsys, endedFile, endedCopies{copyVersion, all}, "remember the test"); err != nil {
 		return err
 	}
 	m.ended = all

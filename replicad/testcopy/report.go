@@ -1,7 +1,6 @@
 package testcopy
 
 import (
-	"encoding/json"
 	"fmt"
 	"path/filepath"
 	"strings"
@@ -124,11 +123,8 @@ func (m *Manager) loadDrills() error {
 			if !strings.HasSuffix(n, ".json") {
 				continue
 			}
-			b, err := fsx.ReadFile(drills, id+"/"+n, maxReport)
 			var r Report
-			if err == nil {
-				err = json.Unmarshal(b, &r)
-			}
+			err := fsx.ReadJSON(drills, id+"/"+n, maxReport, &r)
 			if err != nil || string(r.VM) != id || r.Version != reportVersion {
 				m.deps.Log.Warn("a drill's report cannot be read", "file", id+"/"+n, "err", err)
 				continue

@@ -2,6 +2,7 @@ package vm
 
 import (
 	"encoding/json"
+	"log/slog"
 	"testing"
 	"time"
 
@@ -11,6 +12,7 @@ import (
 	"kvmreplica/libvirt"
 	"kvmreplica/replicad/delta"
 	"kvmreplica/replicad/lineage"
+	"kvmreplica/replicad/stats"
 )
 
 // A record that lies is a role nobody gave, or a generation nobody made.
@@ -45,4 +47,47 @@ func TestEveryDamageOfTheRecordIsDetectedOrHarmless(t *testing.T) {
 		}
 	}
 	t.Logf("%d bytes: %d damages refused, %d harmless", len(whole), refused, harmless)
+}
+
+// Figures that lie are worse than none; a lie about the journal of a freeze
+// would leave a guest frozen.
+func TestDamagedFiguresAreForgottenAndADamagedFreezeStillCounts(t *testing.T) {
+	t.Parallel()
+	now := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+	fsys := fsxtest.NewMem()
+	fresh := func() *VM {
+		v := &VM{id: testVM, fsys: fsys, deps: &Deps{}, log: slog.New(slog.DiscardHandler)}
+		v.deps.Now = func() time.Time { return now }
+		v.deps.Statistics = stats.Default()
+		return v
+	}
+	v := fresh()
+	v.figures.ledger = stats.New(v.deps.Statistics, now)
+	v.figures.ledger.Observe(now, stats.Totals{Since: now, Cycles: 9, RawBytes: 1 << 20, Latency: time.Second}, time.Minute)
+	must(t, v.saveFigures(now))
+	must(t, v.noteFrozen())
+	want := fresh().book().Report()
+	if want.Window.RawBytes != 1<<20 {
+		t.Fatalf("figures %+v", want.Window)
+	}
+	none := stats.New(v.deps.Statistics, now).Report()
+	for _, name := range []string{figuresFile, frozenFile} {
+		whole, err := fsys.Content(name)
+		must(t, err)
+		refused := 0
+		for what, damaged := range fsxtest.Damages(whole) {
+			must(t, fsys.Damage(name, func([]byte) []byte { return damaged }))
+			if !fresh().wasFrozen() {
+				t.Fatalf("%s: %s: the freeze is forgotten", name, what)
+			}
+			got := fresh().book().Report()
+			if cmp.Diff(none, got) == "" {
+				refused++
+			} else if d := cmp.Diff(want, got); d != "" {
+				t.Errorf("%s: %s is believed: %s", name, what, d)
+			}
+		}
+		t.Logf("%s: %d bytes, %d damages refused", name, len(whole), refused)
+		must(t, fsys.Damage(name, func([]byte) []byte { return whole }))
+	}
 }

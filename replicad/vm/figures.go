@@ -1,6 +1,7 @@
 package vm
 
 import (
+	"encoding/json"
 	"fmt"
 	"sync"
 	"time"
@@ -32,7 +33,8 @@ func (v *VM) book() *stats.Ledger {
 	if f.ledger != nil {
 		return f.ledger
 	}
-	b, err := fsx.ReadFile(v.fsys, figuresFile, maxFigures)
+	var b json.RawMessage
+	err := fsx.ReadJSON(v.fsys, figuresFile, maxFigures, &b)
 	if err == nil {
 		f.ledger, err = stats.Load(b, v.deps.Statistics)
 	}
@@ -71,7 +73,7 @@ func (v *VM) saveFigures(now time.Time) error {
 	if err != nil {
 		return err
 	}
-	return fsx.WriteAtomic(v.fsys, figuresFile, b)
+	return fsx.WriteJSON(v.fsys, figuresFile, json.RawMessage(b))
 }
 
 // Statistics are the measurements of this host's shipping of the VM.

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"time"
@@ -13,9 +12,9 @@ import (
 
 	"kvmreplica/internal/block"
 	"kvmreplica/internal/fsx"
-	"kvmreplica/libvirt"
 	"kvmreplica/nbd"
 	"kvmreplica/replicad/delta"
+	"kvmreplica/replicad/firmware"
 	"kvmreplica/replicad/points"
 	"kvmreplica/replicad/wire"
 )
@@ -381,7 +380,7 @@ func (v *VM) sealStore(p *promoteVars) (string, error) {
 		return "", fmt.Errorf("read the firmware state: %w", err)
 	}
 	if err == nil {
-		if err := v.keepFirmware(blobs); err != nil {
+		if _, err := firmware.Keep(v.fsys, blobs); err != nil {
 			return "", err
 		}
 	}
@@ -397,41 +396,4 @@ func (v *VM) sealStore(p *promoteVars) (string, error) {
 		return "", fmt.Errorf("the replica's history ended at %v, the promotion is at %v: its images hold more than was decided for", seal.At, p.At)
 	}
 	return fmt.Sprintf("%d recovery points ended", seal.Points), nil
-}
-
-// Firmware blobs of a promotion lie in two files until they are written.
-const (
-	nvramFile = "promoted.nvram"
-	tpmFile   = "promoted.tpm"
-)
-
-func (v *VM) keepFirmware(blobs []delta.Blob) error {
-	for _, name := range []string{nvramFile, tpmFile} { // of an earlier promotion
-		if err := v.fsys.Remove(name); err != nil && !absent(err) {
-			return fmt.Errorf("keep the firmware state: %w", err)
-		}
-	}
-	for _, b := range blobs {
-		name := map[delta.BlobKind]string{delta.BlobNVRAM: nvramFile, delta.BlobTPM: tpmFile}[b.Kind]
-		if name == "" {
-			continue
-		}
-		if err := fsx.WriteAtomic(v.fsys, name, b.Data); err != nil {
-			return fmt.Errorf("keep the firmware state: %w", err)
-		}
-	}
-	return nil
-}
-
-func (v *VM) promotedFirmware() libvirt.FirmwareState {
-	var out libvirt.FirmwareState
-	read := func(name string, limit int64) []byte {
-		b, err := fsx.ReadFile(v.fsys, name, limit)
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			v.log.Error("read the kept firmware state", "file", name, "err", err)
-		}
-		return b
-	}
-	out.NVRAM, out.TPM = read(nvramFile, libvirt.MaxNVRAM), read(tpmFile, libvirt.MaxTPM)
-	return out
 }

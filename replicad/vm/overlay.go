@@ -12,6 +12,7 @@ import (
 	"kvmreplica/internal/fsx"
 	"kvmreplica/replicad/dataplane"
 	"kvmreplica/replicad/delta"
+	"kvmreplica/replicad/firmware"
 	"kvmreplica/replicad/lineage"
 	"kvmreplica/replicad/overlay"
 	"kvmreplica/replicad/points"
@@ -133,7 +134,7 @@ func (v *VM) makeOverlay(p *promoteVars) (string, error) {
 	}
 	blobs, err := s.Firmware(p.At)
 	if err == nil {
-		err = v.keepFirmware(blobs)
+		_, err = firmware.Keep(v.fsys, blobs)
 	}
 	if err != nil {
 		return "", fmt.Errorf("read the firmware state: %w", err)

@@ -12,6 +12,7 @@ import (
 	"kvmreplica/libvirt"
 	"kvmreplica/replicad/delta"
 	"kvmreplica/replicad/failover"
+	"kvmreplica/replicad/firmware"
 	"kvmreplica/replicad/lineage"
 	"kvmreplica/replicad/points"
 	"kvmreplica/replicad/wire"
@@ -461,8 +462,11 @@ func (v *VM) fence(ctx context.Context, unfenced bool) (string, error) {
 
 // restoreFirmware writes the NVRAM and TPM state of the promoted position.
 func (v *VM) restoreFirmware(ctx context.Context) (string, error) {
-	fw := v.promotedFirmware()
-	if fw.NVRAM == nil && fw.TPM == nil {
+	fw, err := firmware.Kept(v.fsys)
+	if err != nil {
+		return "", err
+	}
+	if fw.None() {
 		return "none", nil
 	}
 	d, err := v.deps.Hyper.Domain(ctx, string(v.id))
@@ -476,5 +480,5 @@ func (v *VM) restoreFirmware(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	return fmt.Sprintf("%d bytes", len(fw.NVRAM)+len(fw.TPM)), libvirt.WriteFirmware(paths, fw)
+	return fmt.Sprintf("%d bytes", len(fw.NVRAM)+len(fw.TPM)), libvirt.WriteFirmware(paths, libvirt.FirmwareState(fw))
 }

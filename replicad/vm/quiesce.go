@@ -2,7 +2,6 @@ package vm
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"time"
@@ -69,11 +68,7 @@ func (v *VM) quiesce(ctx context.Context) (func() (bool, error), error) {
 // noteFrozen makes durable that the guest may be frozen.
 func (v *VM) noteFrozen() error {
 	now := v.deps.Now()
-	b, err := json.Marshal(frozenRecord{Version: 1, Since: now})
-	if err == nil {
-		err = fsx.WriteAtomic(v.fsys, frozenFile, b)
-	}
-	if err != nil {
+	if err := fsx.WriteJSON(v.fsys, frozenFile, frozenRecord{Version: 1, Since: now}); err != nil {
 		return fmt.Errorf("note that the guest is about to be frozen: %w", err)
 	}
 	v.mu.Lock()
@@ -95,12 +90,12 @@ func (v *VM) notFrozen() {
 // wasFrozen looks for the journal of a daemon that died. One that cannot be
 // read counts.
 func (v *VM) wasFrozen() bool {
-	b, err := fsx.ReadFile(v.fsys, frozenFile, 1<<10)
+	var r frozenRecord
+	err := fsx.ReadJSON(v.fsys, frozenFile, 1<<10, &r)
 	if absent(err) {
 		return false
 	}
-	var r frozenRecord
-	if err != nil || json.Unmarshal(b, &r) != nil || r.Since.IsZero() {
+	if err != nil || r.Since.IsZero() {
 		r.Since = v.deps.Now()
 	}
 	v.mu.Lock()
