@@ -107,6 +107,16 @@ func (r *Roles) Wrote(host, gen string, epoch uint64) {
 	}
 }
 
+// NothingSince notes that whatever a guest wrote in gen after epoch left no
+// trace: the images hold what was frozen then.
+func (r *Roles) NothingSince(gen string, epoch uint64) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if g := r.gens[gen]; g != nil {
+		g.beyond = min(g.beyond, epoch)
+	}
+}
+
 // Met notes that two hosts exchanged a handshake about this VM.
 func (r *Roles) Met(a, b string) {
 	r.mu.Lock()

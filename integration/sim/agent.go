@@ -7,7 +7,6 @@ import (
 	"io/fs"
 
 	"kvmreplica/integration/oracle"
-	"kvmreplica/internal/fsx"
 	"kvmreplica/replicad/dataplane"
 	"kvmreplica/replicad/delta"
 	"kvmreplica/replicad/failover"
@@ -19,6 +18,11 @@ import (
 func (h *host) start() error {
 	if h.up {
 		return nil
+	}
+	if h.unmade {
+		if err := h.remake(); err != nil {
+			return err
+		}
 	}
 	known, err := h.loadRecord()
 	if err != nil || !known {
@@ -40,6 +44,8 @@ func (h *host) tend() error {
 		if err := h.settle(j); err != nil {
 			h.w.note("  %s plan %s/%s: %v", h.name, j.Kind, j.Begun, err)
 		}
+	} else {
+		h.closed = false // what closed it never began
 	}
 	if err := h.raise(); err != nil {
 		return err
@@ -215,7 +221,7 @@ func (h *host) adoptBase(pos delta.Pos, assume bool) error {
 		}
 		return s.Close()
 	}
-	if err := removeTree(h.m.FS, "store"); err != nil {
+	if err := points.Remove(h.fs("store")); err != nil {
 		return err
 	}
 	s, err := points.Create(cfg, deltaDisks())
@@ -228,29 +234,6 @@ func (h *host) adoptBase(pos delta.Pos, assume bool) error {
 		}
 	}
 	return s.Close()
-}
-
-// removeTree empties a folder of files and of folders of files.
-func removeTree(f fsx.FS, dir string) error {
-	names, err := f.List(dir)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	for _, n := range names {
-		at := dir + "/" + n
-		if _, err := f.List(at); err == nil {
-			if err := removeTree(f, at); err != nil {
-				return err
-			}
-		}
-		if err := f.Remove(at); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
-	}
-	return f.SyncDir(dir)
 }
 
 // enable makes the VM known on both hosts: a primary with a running guest, a

@@ -56,7 +56,8 @@ type host struct {
 	// The rest dies with the processes.
 	closed     bool // no epoch is taken: a promotion looks at where we stand
 	allowed    delta.Generation
-	succession []delta.Pos // ancestors of allowed
+	asker      delta.Generation // of the last handshake
+	succession []delta.Pos      // ancestors of asker
 	plane      *dataplane.Plane
 	client     *dataplane.Client
 	store      *points.Store
@@ -74,8 +75,17 @@ type host struct {
 	saved              map[string][]byte
 	arm                *armed
 	copy               *blocktest.Host // what opSnapshot kept
+	unmade             bool            // a new copy was begun here and is not made yet
+	tried              *commitTry      // the epoch that was being received last
 	frozen             map[delta.Generation]map[uint64]cutMark
 	acks               *oracle.Acks
+}
+
+// commitTry is an epoch on its way into the store: a crash may leave it
+// committed although nobody was told.
+type commitTry struct {
+	key    wire.EpochKey
+	before delta.Pos
 }
 
 // armed is a crash that waits for its moment.

@@ -115,7 +115,7 @@ func opPin(w *World, r *rand.Rand) error {
 // opSnapshot copies a whole machine, as a backup of it would.
 func opSnapshot(w *World, r *rand.Rand) error {
 	h := w.pick(r)
-	if h.lost() || h.arm != nil {
+	if h.lost() || h.arm != nil || h.unmade {
 		return nil
 	}
 	w.count("snapshot")
@@ -133,6 +133,7 @@ func opRestore(w *World, r *rand.Rand) error {
 		return err
 	}
 	h.m, h.hist = h.copy.Cut(fsxtest.Newest), nil
+	h.unmade, h.tried = false, nil
 	h.settings()
 	w.count("restored")
 	if h.guest != nil {
@@ -177,20 +178,31 @@ func (h *host) reseed() error {
 	_ = o.closePlane()
 	o.stopGuest()
 	o.hist, o.ship, o.closed, o.held, o.allowed = nil, nil, false, "", delta.Generation{}
-	if err := o.update(func(r *record) { *r = record{Lineage: lineage.New(vmID, delta.Generation{})} }); err != nil {
-		return err
-	}
-	if err := removeTree(o.m.FS, "store"); err != nil {
-		return err
-	}
-	if err := o.m.FS.Remove(planFile); err != nil && !notThere(err) {
-		return err
-	}
-	if err := o.createStore(); err != nil {
+	if err := o.remake(); err != nil {
 		return err
 	}
 	if h.ship != nil {
 		h.ship.feed(session.EvRetry{})
 	}
 	return o.raise()
+}
+
+// remake begins a copy anew. What a crash leaves of it is made again before the
+// host starts: in the product a record that has ended says so.
+func (h *host) remake() error {
+	h.unmade = true
+	if err := points.Remove(h.fs("store")); err != nil {
+		return err
+	}
+	if err := h.m.FS.Remove(planFile); err != nil && !notThere(err) {
+		return err
+	}
+	if err := h.update(func(r *record) { *r = record{Lineage: lineage.New(vmID, delta.Generation{})} }); err != nil {
+		return err
+	}
+	if err := h.createStore(); err != nil {
+		return err
+	}
+	h.unmade = false
+	return nil
 }

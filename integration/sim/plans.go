@@ -137,7 +137,7 @@ func (h *host) withPlane(f func(c *dataplane.Client) error) error {
 }
 
 func (h *host) bootAgain(v *planVars) error {
-	if !v.WasRunning || h.guest != nil {
+	if !v.WasRunning || h.guest != nil || !h.rec.Lineage.MayServe() {
 		return nil
 	}
 	if why, _ := h.askPeer(); why != "" {

@@ -84,6 +84,9 @@ func (h *host) release() (wire.FailoverReply, error) {
 	if j != nil && !over {
 		return wire.FailoverReply{}, unavailable("a plan of that host has not ended: %s", j.Kind)
 	}
+	if err := h.yield(); err != nil {
+		return wire.FailoverReply{}, err
+	}
 	if l := h.rec.Lineage; l.State == lineage.Replica {
 		h.closed = false // a promotion of an earlier time had closed it
 		if l.Discard.IsZero() {
@@ -102,6 +105,20 @@ func (h *host) release() (wire.FailoverReply, error) {
 	}
 	h.closed, h.held = false, ""
 	return reply, h.raise()
+}
+
+// yield ends a divergence that a replica is marked with.
+func (h *host) yield() error {
+	l := h.rec.Lineage
+	if l.State != lineage.Replica || l.Diverged == nil {
+		return nil
+	}
+	behind := slices.ContainsFunc(h.succession, func(p delta.Pos) bool { return p.Generation == l.Generation })
+	c := lineage.Change{Event: lineage.Discard}
+	if l.Generation.IsZero() || h.asker.IsZero() || l.Generation == h.asker || behind {
+		c.Event = lineage.Keep
+	}
+	return h.move(c, nil)
 }
 
 // giveUp ends the role and makes it durable that what this host wrote is void.

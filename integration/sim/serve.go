@@ -83,7 +83,7 @@ func (h *host) serveHandshake(q wire.HandshakeRequest) (wire.HandshakeReply, err
 		return reply, err
 	}
 	d := lineage.Decide(q, reply)
-	h.allowed, h.succession = delta.Generation{}, q.Ancestors
+	h.allowed, h.asker, h.succession = delta.Generation{}, q.Generation, q.Ancestors
 	if d.MayShip() && !h.closed {
 		h.allowed = q.Generation
 	}
@@ -165,6 +165,7 @@ func (h *host) serveEpoch(ctx context.Context, k wire.EpochKey, from uint32, bod
 		return delta.Pos{}, mapped(err)
 	}
 	before := s.Committed()
+	h.tried = &commitTry{k, before}
 	pos, err := rcv.Stream(ctx, d)
 	if now := s.Committed(); now != before { // also when the answer is an error
 		h.w.committed(h, now, before, k)

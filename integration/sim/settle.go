@@ -178,7 +178,7 @@ func (w *World) mend(n int) error {
 	switch sa, sb := a.rec.Lineage.MayServe() || a.rec.Lineage.Diverged != nil, b.rec.Lineage.MayServe() || b.rec.Lineage.Diverged != nil; {
 	case a.rec.Lineage.State == lineage.Replica && b.rec.Lineage.State == lineage.Replica:
 		for _, h := range w.hosts {
-			if h.mayPromote(delta.Pos{}) == "" {
+			if h.canPromote(delta.Pos{}) == "" {
 				w.count("mended: promoted by force")
 				return h.unplanned(fmt.Sprintf("mend-%d", n))
 			}
@@ -229,7 +229,7 @@ func (w *World) choose(n int) error {
 // resolve is a stop that a person has to decide: a host was put back.
 func (w *World) resolve(p *host, n int) error {
 	r := p.other()
-	if r.mayPromote(delta.Pos{}) == "" && n%2 == 0 {
+	if r.canPromote(delta.Pos{}) == "" && n%2 == 0 {
 		w.count("mended: the replica's side taken")
 		p.stopGuest()
 		w.forced = true

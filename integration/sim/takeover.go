@@ -74,10 +74,15 @@ func (h *host) decline(request, why string) (wire.FailoverReply, error) {
 }
 
 func (h *host) mayPromote(at delta.Pos) string {
-	switch {
-	case h.rec.Lineage.Diverged != nil:
+	if h.rec.Lineage.Diverged != nil {
 		return "the copies have diverged"
-	case h.rec.Lineage.State != lineage.Replica:
+	}
+	return h.canPromote(at)
+}
+
+// canPromote is mayPromote when a person takes this host's side of a divergence.
+func (h *host) canPromote(at delta.Pos) string {
+	if h.rec.Lineage.State != lineage.Replica {
 		return "not a replica"
 	}
 	if err := h.catchUp(); err != nil {
@@ -106,7 +111,7 @@ func (h *host) unplanned(request string) error {
 			h.closed = false
 		}
 	}()
-	if why := h.mayPromote(delta.Pos{}); why != "" {
+	if why := h.canPromote(delta.Pos{}); why != "" {
 		return errors.New(why)
 	}
 	return h.execute(failover.Unplanned, request, planVars{At: h.store.Committed(), Generation: h.w.generation(), Start: true})
@@ -165,6 +170,7 @@ func (h *host) completeAt(v *planVars) error {
 
 func (h *host) takeRole(request string, v *planVars, kind failover.Kind) error {
 	if h.rec.Lineage.Generation == v.Generation {
+		h.w.promoted(h, v, kind == failover.Unplanned) // a crash may have kept it from being noted
 		return nil
 	}
 	if slices.Contains(h.rec.Refused, request) {

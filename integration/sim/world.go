@@ -44,7 +44,8 @@ type World struct {
 	states  map[delta.Pos]oracle.Images
 	highest map[delta.Generation]uint64
 	guests  uint64
-	forced  bool // an operator forced a promotion: two guests may run
+	made    map[delta.Generation]bool // promotions that were noted
+	forced  bool                      // an operator forced a promotion: two guests may run
 	gens    uint64
 
 	restless     int // operations the guest makes in the middle of reads
@@ -65,7 +66,7 @@ func newWorld(seed uint64, opt Options, dir string) *World {
 		seed: seed, dir: dir, opt: opt, now: time.Unix(1_800_000_000, 0).UTC(),
 		roles: oracle.NewRoles(), points: oracle.NewPoints(),
 		cuts: map[cutName]oracle.Images{}, states: map[delta.Pos]oracle.Images{}, highest: map[delta.Generation]uint64{},
-		coverage: map[string]int{},
+		coverage: map[string]int{}, made: map[delta.Generation]bool{},
 	}
 	w.link.cut = -1
 	w.hosts = [2]*host{newHost(w, "A"), newHost(w, "B")}
@@ -148,12 +149,23 @@ func (w *World) acked(h *host, pos delta.Pos) {
 // checkAcks: nothing that was acknowledged may be missing here.
 func (h *host) checkAcks() {
 	if st := h.store.Status(); st.State == points.Replica {
+		if t := h.tried; t != nil && t.key.Generation == st.Committed.Generation && t.key.Epoch == st.Committed.Epoch && h.w.states[st.Committed] == nil {
+			h.w.committed(h, st.Committed, t.before, t.key)
+		}
 		_ = h.w.fail(h.acks.Check(name(st.Committed)))
 	}
 }
 
-// promoted notes a new generation.
+// promoted notes a new generation, once.
 func (w *World) promoted(h *host, v *planVars, forced bool) {
+	if w.made[v.Generation] {
+		return
+	}
+	w.made[v.Generation] = true
+	if !forced && h.rec.Lineage.Diverged == nil && oracle.CheckEqual(h.other().content(), w.states[v.At]) == nil {
+		// What was written later was lost in a power cut, or changed nothing.
+		w.roles.NothingSince(v.At.Generation.String(), v.At.Epoch)
+	}
 	w.roles.Created(h.name, v.Generation.String(), v.At.Generation.String(), v.At.Epoch, forced)
 	if err := h.acks.Check(name(v.At)); err != nil {
 		_ = w.fail(fmt.Errorf("promotion: %w", err))

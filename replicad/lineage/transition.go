@@ -28,7 +28,8 @@ const (
 	// Promote: this host owns Change.Generation from position Change.At on,
 	// with the old primary's consent.
 	Promote Event = "promote"
-	// ForcePromote: the same without consent (unplanned failover).
+	// ForcePromote: the same without consent (unplanned failover): an operator
+	// decided for this host's data, which also settles a divergence.
 	ForcePromote Event = "force-promote"
 	// Commit: the promotion stays.
 	Commit Event = "commit"
@@ -139,9 +140,20 @@ func (l Lineage) Apply(c Change) (Lineage, error) {
 	return n, nil
 }
 
+// despiteDivergence: the event is an operator's choice, or lets nobody serve or
+// ship. A planned failover that meets a divergence must be able to end: until
+// it has, neither host can take the choice.
+func (e Event) despiteDivergence(from State) bool {
+	switch e {
+	case Diverge, Discard, Keep, Cancel, TakeBack, ForceTakeBack:
+		return true
+	}
+	return e == ForcePromote && from == Replica
+}
+
 // particulars applies what the table cannot say; it returns why not.
 func (l *Lineage) particulars(from State, c Change) string {
-	if l.Diverged != nil && c.Event != Diverge && c.Event != Discard && c.Event != Keep && c.Event != Cancel {
+	if l.Diverged != nil && !c.Event.despiteDivergence(from) {
 		return "the copies have diverged; an operator must name the side to discard first"
 	}
 	switch c.Event {
@@ -245,6 +257,9 @@ func (l *Lineage) newGeneration(c Change) string {
 	}
 	l.Sealed, l.Discard = delta.Pos{}, delta.Generation{}
 	l.Forced = c.Event != Promote
+	if c.Event == ForcePromote {
+		l.Diverged = nil
+	}
 	return ""
 }
 

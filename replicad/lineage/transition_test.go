@@ -248,3 +248,44 @@ func TestGenerationsAreRandomAndNeverZero(t *testing.T) {
 		t.Errorf("got %v, %v", g, err)
 	}
 }
+
+// A divergence must not keep a planned failover from ending: neither host can
+// take the operator's choice before. It stays marked, and nobody serves.
+func TestADivergedDemotionCanBeTakenBackAndStaysMarked(t *testing.T) {
+	mark := Change{Event: Diverge, Diverged: &Divergence{Row: "forked"}}
+	begun := must(t, New(vm, gen(1)), Change{Event: Demote})
+	for name, l := range map[string]Lineage{
+		"demoting": must(t, begun, mark),
+		"demoted":  must(t, begun, Change{Event: Seal, At: at(1, 9)}, mark),
+	} {
+		for _, c := range []Change{
+			{Event: TakeBack, PeerConfirmed: true},
+			{Event: ForceTakeBack, Generation: gen(2), At: at(1, 9)},
+		} {
+			back := must(t, l, c)
+			if back.State != Primary || back.Diverged == nil || back.MayServe() {
+				t.Errorf("%s, %s: %+v", name, c.Event, back)
+			}
+			if kept := must(t, back, Change{Event: Keep}); !kept.MayServe() {
+				t.Errorf("%s, %s, keep: %+v", name, c.Event, kept)
+			}
+		}
+		for _, e := range []Event{Seal, Follow} {
+			if _, err := l.Apply(Change{Event: e, At: at(1, 9), Generation: gen(3)}); err == nil {
+				t.Errorf("%s: %s although the copies have diverged", name, e)
+			}
+		}
+	}
+}
+
+// Taking over by force is a person's choice for this host's data; being asked
+// to is not.
+func TestOnlyAForcedPromotionSettlesADivergence(t *testing.T) {
+	l := must(t, New(vm, delta.Generation{}), Change{Event: Follow, Generation: gen(1)}, Change{Event: Diverge, Diverged: &Divergence{Row: "forked"}})
+	if _, err := l.Apply(Change{Event: Promote, Generation: gen(2), At: at(1, 9)}); err == nil {
+		t.Error("a diverged replica was promoted because the primary asked")
+	}
+	if p := must(t, l, Change{Event: ForcePromote, Generation: gen(2), At: at(1, 9)}); !p.MayServe() || !p.Forced {
+		t.Errorf("%+v", p)
+	}
+}

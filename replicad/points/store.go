@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"slices"
 	"sync"
@@ -142,6 +143,37 @@ func create(cfg Config, disks []delta.Disk, at mark, r role) (*Store, error) {
 		return nil, noSpace("create replica store", err)
 	}
 	return Open(cfg)
+}
+
+// Remove deletes the store in f, its superblock first: a crash leaves no store,
+// never half of one.
+func Remove(f fsx.FS) error {
+	names, err := f.List(".")
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("remove replica store: %w", err)
+	}
+	if err := f.Remove(superName); err == nil {
+		err = f.SyncDir(".")
+		if err != nil {
+			return fmt.Errorf("remove replica store: %w", err)
+		}
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove replica store: %w", err)
+	}
+	dirs := []string{spoolDir, undoDir, fwDir}
+	s := &Store{cfg: Config{FS: f}}
+	if err := s.removeAll(dirs...); err != nil {
+		return fmt.Errorf("remove replica store: %w", err)
+	}
+	for _, n := range names {
+		if err := f.Remove(n); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("remove replica store: %w", err)
+		}
+	}
+	return nil
 }
 
 // replaceable refuses to go over a store that is in use, and continues the

@@ -401,3 +401,38 @@ func failedSync(t *testing.T, p *primary, n int, apply bool) {
 		must(t, s.Close())
 	}
 }
+
+// A store is removed in front of a new one: a crash anywhere in that leaves a
+// whole store or none, and removing it again works.
+func TestSweepRemovalLeavesAWholeStoreOrNone(t *testing.T) {
+	for crash, gone := 1, 0; ; crash++ {
+		p, h, s := started(t, 31)
+		must(t, p.send(s, p.cut(p.touch(4))))
+		must(t, s.Close())
+		_, at := h.Power.Counts()
+		h.Power.CrashAt(at + crash)
+		err := points.Remove(h.FS)
+		if err == nil {
+			if gone == 0 || crash < 4 {
+				t.Fatalf("%d crashes, %d left no store", crash, gone)
+			}
+			return
+		}
+		for _, survivors := range []fsxtest.Chooser{fsxtest.Oldest, fsxtest.Newest, fsxtest.Random(uint64(crash))} {
+			after := h.Cut(survivors)
+			again, err := points.Open(p.config(after))
+			switch {
+			case errors.Is(err, fs.ErrNotExist):
+				gone++
+			case err != nil:
+				t.Fatalf("crash %d: half a store: %v", crash, err)
+			default:
+				must(t, again.Close())
+			}
+			must(t, points.Remove(after.FS))
+			if _, err := points.Create(p.config(after), p.disks); err != nil {
+				t.Fatalf("crash %d: a new store: %v", crash, err)
+			}
+		}
+	}
+}

@@ -284,7 +284,7 @@ func (v *VM) adoptBase(pos delta.Pos, assume bool) error {
 		}
 		return s.Close()
 	}
-	if err := removeTree(v.fsys, storeDir); err != nil {
+	if err := points.Remove(fsx.Sub(v.fsys, storeDir)); err != nil {
 		return err
 	}
 	s, err := points.Create(cfg, v.deltaDisks())

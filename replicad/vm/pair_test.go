@@ -41,6 +41,7 @@ type pair struct {
 
 	mu     sync.Mutex
 	faults map[string]fault // guarded by mu; one-shot, by SIDE/METHOD
+	calls  map[string]int   // guarded by mu; messages that arrived, by METHOD
 	broken []string         // guarded by mu; violations seen
 }
 
@@ -50,6 +51,12 @@ func (w *pair) fault(key string) fault {
 	f := w.faults[key]
 	delete(w.faults, key)
 	return f
+}
+
+func (w *pair) arrived(method string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.calls[method]++
 }
 
 func (w *pair) inject(key string, f fault) {
@@ -117,7 +124,7 @@ func (w *pair) check() {
 // newPair makes two hosts and a protected VM that runs on A, with a complete copy on B.
 func newPair(t testing.TB) *pair {
 	t.Helper()
-	w := &pair{t: t, faults: map[string]fault{}}
+	w := &pair{t: t, faults: map[string]fault{}, calls: map[string]int{}}
 	dir, err := os.MkdirTemp("", "vmp")
 	if err != nil {
 		t.Fatal(err)

@@ -43,15 +43,16 @@ type side struct {
 	other *side
 
 	mu      sync.Mutex
-	mgr     *Manager         // guarded by mu; nil = down
-	fs      *mortalFS        // guarded by mu
-	stop    func()           // guarded by mu
-	crashAt string           // guarded by mu
-	passed  []string         // guarded by mu; failpoints of plans seen
-	grant   Grant            // guarded by mu
-	silent  atomic.Bool      // its link is cut
-	full    bool             // it takes no second VM; set before start
-	now     func() time.Time // its clock; nil = ours; set before start
+	mgr     *Manager          // guarded by mu; nil = down
+	fs      *mortalFS         // guarded by mu
+	stop    func()            // guarded by mu
+	crashAt string            // guarded by mu
+	passed  []string          // guarded by mu; failpoints of plans seen
+	atPoint map[string]func() // guarded by mu; called once at a failpoint
+	grant   Grant             // guarded by mu
+	silent  atomic.Bool       // its link is cut
+	full    bool              // it takes no second VM; set before start
+	now     func() time.Time  // its clock; nil = ours; set before start
 }
 
 // mortalFS fails for ever once its daemon died, and a given number of writes
@@ -63,11 +64,16 @@ type mortalFS struct {
 	refuse *atomic.Pointer[func(name string) error]
 	// keepFiles lets every removal fail.
 	keepFiles atomic.Bool
+	// unreadable is the name of a file that cannot be opened; "" = none.
+	unreadable atomic.Value
 }
 
 func (f *mortalFS) Open(name string, flag int) (fsx.File, error) {
 	if f.dead.Load() {
 		return nil, errDead
+	}
+	if n, _ := f.unreadable.Load().(string); n != "" && filepath.Base(name) == n {
+		return nil, errors.New("input/output error")
 	}
 	return f.FS.Open(name, flag)
 }
@@ -223,7 +229,12 @@ func (s *side) start() {
 			if hit {
 				s.crashAt = ""
 			}
+			meanwhile := s.atPoint[p]
+			delete(s.atPoint, p)
 			s.mu.Unlock()
+			if meanwhile != nil {
+				meanwhile()
+			}
 			if hit {
 				mortal.dead.Store(true)
 				runtime.Goexit()
@@ -349,6 +360,7 @@ func carry[R any](l *link, ctx context.Context, method string, f func(ctx contex
 	if l.me.dead.Load() || l.from.silent.Load() || l.to.silent.Load() || what == lostRequest {
 		return zero, errLink
 	}
+	w.arrived(method)
 	m := l.to.manager()
 	if m == nil {
 		return zero, errLink

@@ -65,6 +65,9 @@ func (v *VM) Planned(ctx context.Context, o PlannedOptions, event func(failover.
 	if st := v.record().Lineage.State; st != lineage.Primary && st != lineage.Promoted {
 		return &wire.Error{Kind: wire.KindRefused, Text: "this host is not the primary of " + v.record().Name, Hint: "run the command on the primary, or: replicactl failover unplanned " + v.record().Name}
 	}
+	if d := v.record().Lineage.Diverged; d != nil {
+		return &wire.Error{Kind: wire.KindRefused, Text: "the two copies have diverged: " + d.Reason, Hint: "replicactl failover reverse " + v.record().Name + " on the host whose data is to be kept"}
+	}
 	if err := v.imagesOnly(ctx); err != nil {
 		return err
 	}
@@ -149,8 +152,8 @@ func (v *VM) shutDown(ctx context.Context, p *plannedVars) (string, error) {
 
 // bootAgain starts the guest that the plan had shut down.
 func (v *VM) bootAgain(ctx context.Context, p *plannedVars) error {
-	if !p.WasRunning {
-		return nil
+	if !p.WasRunning || !v.record().Lineage.MayServe() {
+		return nil // the copies have diverged: a person decides which one runs
 	}
 	st, _, err := v.deps.Hyper.DomainState(ctx, string(v.id))
 	if err != nil || (!off(st)) {

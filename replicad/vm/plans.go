@@ -16,7 +16,7 @@ import (
 func (v *VM) execute(ctx context.Context, kind failover.Kind, request string, vars any, event func(failover.Event)) error {
 	r := v.runner()
 	if err := r.Begin(kind, request, vars); err != nil {
-		return errors.Join(planError(err, v.record().Name), v.noteStuck())
+		return errors.Join(planError(err, v.record().Name), v.noteStuck(&failover.Journal{Kind: kind, Request: request, Failure: err.Error()}))
 	}
 	return v.drive(ctx, r, event)
 }
@@ -36,7 +36,8 @@ func planError(err error, name string) error {
 func (v *VM) drive(ctx context.Context, r *failover.Runner, event func(failover.Event)) error {
 	steps, err := v.stepsOf(r)
 	if err != nil {
-		return errors.Join(err, v.noteStuck())
+		j := r.Journal()
+		return errors.Join(err, v.noteStuck(&j))
 	}
 	return v.conduct(ctx, r, event, func(ctx context.Context) error { return r.Run(ctx, steps) })
 }
@@ -68,23 +69,25 @@ func (v *VM) conduct(ctx context.Context, r *failover.Runner, event func(failove
 		}
 	}
 	err := run(ctx)
-	result := string(r.Journal().Phase)
+	j = r.Journal()
+	result := string(j.Phase)
 	if err != nil {
 		result += ": " + err.Error()
 	}
 	v.audit(j.Request, who, "plan "+string(j.Kind), result)
-	return errors.Join(err, v.noteStuck())
+	return errors.Join(err, v.noteStuck(&j))
 }
 
-// noteStuck looks at what is in the journal while no plan runs.
-func (v *VM) noteStuck() error {
+// noteStuck looks at what is in the journal while no plan runs. One that cannot
+// be read now counts as interrupted, as last is known of it: mend looks again.
+func (v *VM) noteStuck(last *failover.Journal) error {
 	j, err := failover.Load(v.fsys, planFile)
+	if err != nil {
+		j = last
+	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	v.running, v.cancel, v.step = nil, nil, ""
-	if err == nil {
-		v.stuck = j
-	}
+	v.running, v.cancel, v.step, v.stuck = nil, nil, "", j
 	return err
 }
 
@@ -97,8 +100,12 @@ func (v *VM) settle(ctx context.Context) error {
 	}
 	defer unlock()
 	j, err := failover.Load(v.fsys, planFile)
-	if err != nil || j == nil {
+	switch {
+	case err != nil:
 		return err
+	case j == nil: // it could not be read for a while, and had not begun or is over
+		v.openIntake()
+		return v.noteStuck(nil)
 	}
 	return v.settleLocked(ctx, j, !j.Committed)
 }
@@ -112,7 +119,7 @@ func (v *VM) settleLocked(ctx context.Context, j *failover.Journal, back bool) e
 	}
 	steps, err := v.stepsOf(r)
 	if err != nil {
-		return errors.Join(err, v.noteStuck())
+		return errors.Join(err, v.noteStuck(j))
 	}
 	err = v.conduct(ctx, r, nil, func(ctx context.Context) error { return r.TakeBack(ctx, steps, nil) })
 	if err == nil {

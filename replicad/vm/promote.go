@@ -149,11 +149,16 @@ func (v *VM) decline(request, why string) (wire.FailoverReply, error) {
 
 // mayPromote says why this host cannot take over at pos; empty = it can.
 func (v *VM) mayPromote(at delta.Pos) string {
+	if d := v.record().Lineage.Diverged; d != nil {
+		return "the copies have diverged: " + d.Reason
+	}
+	return v.canPromote(at)
+}
+
+// canPromote is mayPromote when a person takes this host's side of a divergence.
+func (v *VM) canPromote(at delta.Pos) string {
 	r := v.record()
-	switch {
-	case r.Lineage.Diverged != nil:
-		return "the copies have diverged: " + r.Lineage.Diverged.Reason
-	case r.Lineage.State != lineage.Replica:
+	if r.Lineage.State != lineage.Replica {
 		return fmt.Sprintf("this host is %s, not a replica", r.Lineage.State)
 	}
 	if err := v.catchUp(); err != nil {
@@ -408,7 +413,10 @@ func (v *VM) Unplanned(ctx context.Context, o UnplannedOptions, event func(failo
 			v.openIntake() // the role refuses now, or everything is as before
 		}
 	}()
-	if why := v.mayPromote(delta.Pos{}); why != "" {
+	if d := v.record().Lineage.Diverged; d != nil && !o.Force {
+		return &wire.Error{Kind: wire.KindRefused, Text: "the copies have diverged: " + d.Reason, Hint: "repeat with --force to keep this host's copy; to keep the other's: replicactl failover reverse " + v.record().Name + " there"}
+	}
+	if why := v.canPromote(delta.Pos{}); why != "" {
 		return &wire.Error{Kind: wire.KindRefused, Text: why, Hint: "replicactl vm status " + v.record().Name}
 	}
 	loss, err := v.Loss(ctx, o.Point, o.Force)

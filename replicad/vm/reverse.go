@@ -209,6 +209,9 @@ func (v *VM) release(ctx context.Context, q wire.FailoverRequest) (wire.Failover
 	if v.record().Lineage.State == lineage.Replica {
 		v.openIntake() // a promotion of an earlier time had closed it
 	}
+	if err := v.yield(); err != nil {
+		return wire.FailoverReply{}, err
+	}
 	if l := v.record().Lineage; l.State == lineage.Replica && l.Discard.IsZero() {
 		// It follows already, cleanly: the handshake knows where it stands.
 		return wire.FailoverReply{State: stateAccepted, Detail: "nothing was changed there"}, v.up(ctx)
@@ -226,13 +229,32 @@ func (v *VM) release(ctx context.Context, q wire.FailoverRequest) (wire.Failover
 		if err := v.fsys.Remove(planFile); err != nil && !absent(err) {
 			return wire.FailoverReply{}, err
 		}
-		if err := v.noteStuck(); err != nil {
+		if err := v.noteStuck(nil); err != nil {
 			return wire.FailoverReply{}, err
 		}
 	}
 	v.openIntake()
 	v.hold("")
 	return reply, v.up(ctx)
+}
+
+// yield ends a divergence that a replica is marked with: a person decided for
+// the other host. What this one holds is given up when it lies on another
+// branch, and is judged by the next handshake when it is only older.
+func (v *VM) yield() error {
+	l := v.record().Lineage
+	if l.State != lineage.Replica || l.Diverged == nil {
+		return nil
+	}
+	v.mu.Lock()
+	peer, ancestors := v.facts.peerGeneration, v.facts.peerAncestors
+	v.mu.Unlock()
+	behind := slices.ContainsFunc(ancestors, func(p delta.Pos) bool { return p.Generation == l.Generation })
+	c := lineage.Change{Event: lineage.Discard}
+	if l.Generation.IsZero() || peer.IsZero() || l.Generation == peer || behind {
+		c.Event = lineage.Keep
+	}
+	return v.move(c, nil)
 }
 
 // released is the answer to a release in words.
