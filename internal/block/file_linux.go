@@ -55,6 +55,8 @@ type File struct {
 
 	closeMu sync.RWMutex // held for reading by every operation
 	closed  bool         // guarded by closeMu
+
+	handed atomic.Bool // a successor may have the descriptor and the locks
 }
 
 var (
@@ -326,7 +328,8 @@ func (f *File) syncFailure() error {
 // ReadFD implements FileBacked. It declines when the file has a virtual tail.
 func (f *File) ReadFD() (int, bool) { return f.fd, f.real.Load() == f.size }
 
-// Close waits for running operations, releases the locks and the descriptor.
+// Close waits for running operations, releases the locks and the descriptor;
+// locks that were handed over stay the successor's.
 func (f *File) Close() error {
 	f.dirty.stop() // before closeMu: a writer may be waiting for it
 	f.closeMu.Lock()
@@ -335,6 +338,9 @@ func (f *File) Close() error {
 		return ErrClosed
 	}
 	f.closed = true
+	if !f.handed.Load() {
+		f.unlock()
+	}
 	if err := unix.Close(f.fd); err != nil {
 		return &os.PathError{Op: "close", Path: f.path, Err: err}
 	}

@@ -31,18 +31,19 @@ func (f *File) HandOver(ctx context.Context) (h Handed, resume func(), err error
 		return h, nil, err
 	}
 	defer f.leave()
-	resume, err = f.dirty.rest(ctx)
+	wake, err := f.dirty.rest(ctx)
 	if err != nil {
 		return h, nil, fmt.Errorf("wait for writeback of %s: %w", f.path, err)
 	}
 	if err := f.syncFailure(); err != nil {
-		resume()
+		wake()
 		return h, nil, err
 	}
+	f.handed.Store(true)
 	return Handed{
 		Path: f.path, ReadOnly: f.readOnly, Size: f.size,
 		DirtyBytes: f.dirty.bytes.Load(), DirtyLimit: f.dirty.limit,
-	}, resume, nil
+	}, func() { f.handed.Store(false); wake() }, nil
 }
 
 // Control calls fn with the file's descriptor, which stays open until fn

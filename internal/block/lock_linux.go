@@ -89,6 +89,14 @@ func (f *File) lockOwn() error {
 	}
 }
 
+// unlock gives all locks back. Closing the descriptor would not do: a child
+// that was forked and has not yet come to exec has a duplicate of it, and with
+// it the locks, so whoever opens the image next would find it in use.
+func (f *File) unlock() {
+	_ = f.unlockQEMU() // fails only for descriptors that hold no lock
+	_ = unix.Flock(f.fd, unix.LOCK_UN)
+}
+
 // LockQEMU takes QEMU's image lock, so that qemu, qemu-img and libvirt refuse
 // the image: as a writer nobody else may write or resize, as a reader nobody
 // may change it. It fails with a *LockedError when they hold it. Twice is

@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -187,5 +188,40 @@ func TestWriterLockYieldsToAReaderThatNeedsStableContent(t *testing.T) {
 	lock(unix.F_UNLCK, notSharingWrite)
 	if err := w.LockQEMU(); err != nil {
 		t.Fatalf("writer afterwards: %v", err)
+	}
+}
+
+// An image can be opened again as soon as it was closed, however many programs
+// this process is starting: between fork and exec a child has every descriptor
+// of ours, and so would have the locks.
+func TestAClosedImageIsFreeWhileProgramsAreStarted(t *testing.T) {
+	path := image(t, 4096)
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	for range 2 {
+		wg.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+					if err := exec.Command("/bin/true").Run(); err != nil {
+						t.Error(err)
+						return
+					}
+				}
+			}
+		})
+	}
+	defer wg.Wait()
+	defer close(stop)
+	for range 3000 {
+		f, err := block.OpenFile(path, block.FileOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := errors.Join(f.LockQEMU(), f.Close()); err != nil {
+			t.Fatal(err)
+		}
 	}
 }

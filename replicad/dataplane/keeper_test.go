@@ -2,10 +2,14 @@ package dataplane_test
 
 import (
 	"context"
+	"fmt"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"kvmreplica/internal/block"
 	"kvmreplica/replicad/dataplane"
@@ -227,4 +231,47 @@ func TestARefusalKeepsExportsClosedAcrossRestarts(t *testing.T) {
 		t.Fatal(err)
 	}
 	dt.Boot(t, cfg, 1).Scribble(5)
+}
+
+// A keeper has a session of its own and would outlive a test that is killed.
+func TestNoKeeperOutlivesATestThatIsKilled(t *testing.T) {
+	if os.Getenv("KILLED_TEST") != "" {
+		cfg := dt.Config(t, mib)
+		dt.Ensure(t, &cfg)
+		fmt.Println("RUNS", pidIn(t, filepath.Join(cfg.RunDir, "keeper.pid")), pidIn(t, filepath.Join(cfg.RunDir, "dataplane.pid")))
+		select {}
+	}
+	dir, err := os.MkdirTemp("", "dk") // short: it holds sockets
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	cmd := exec.Command(os.Args[0], "-test.run=^"+t.Name()+"$")
+	cmd.Env = append(os.Environ(), "KILLED_TEST=1", "TMPDIR="+dir)
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	var keeper, plane int
+	if _, err := fmt.Fscanf(out, "RUNS %d %d\n", &keeper, &plane); err != nil {
+		t.Error(err)
+	}
+	if err := cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	_ = cmd.Wait() // killed
+	for _, pid := range []int{keeper, plane} {
+		for deadline := time.Now().Add(dt.Patience); ; {
+			b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+			if err != nil || !strings.Contains(string(b), dir) {
+				break
+			}
+			if time.Now().After(deadline) {
+				t.Fatalf("process %d outlives the test: %q", pid, b)
+			}
+		}
+	}
 }

@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"strconv"
 	"syscall"
 	"testing"
 
@@ -14,8 +15,12 @@ import (
 	"kvmreplica/replicad/dataplane"
 )
 
+// testEnv tells keepers and data planes which process tests with them.
+const testEnv = "DATAPLANE_TEST_PROCESS"
+
 // Main lets a test binary be the keeper and the data plane as well, so that
-// tests can kill real processes: call it from TestMain.
+// tests can kill real processes: call it from TestMain. They end with the test
+// process, also when that is killed.
 func Main(m *testing.M) int {
 	if len(os.Args) > 2 && (os.Args[1] == "keeper" || os.Args[1] == "dataplane") {
 		if err := verb(os.Args[1], os.Args[2:]); err != nil {
@@ -24,11 +29,40 @@ func Main(m *testing.M) int {
 		}
 		return 0
 	}
+	if err := os.Setenv(testEnv, strconv.Itoa(os.Getpid())); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
 	return m.Run()
+}
+
+// endWithTest kills this process when the one that tests with it has ended. A
+// keeper has a session of its own, so nothing else would.
+func endWithTest() error {
+	pid, err := strconv.Atoi(os.Getenv(testEnv))
+	if err != nil {
+		return fmt.Errorf("%s: %w", testEnv, err)
+	}
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return fmt.Errorf("the test process %d: %w", pid, err)
+	}
+	go func() {
+		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+		for n := 0; n == 0; {
+			n, _ = unix.Poll(fds, -1) // interrupted: again
+			n = max(n, 0)
+		}
+		_ = unix.Kill(os.Getpid(), unix.SIGKILL)
+	}()
+	return nil
 }
 
 func verb(name string, args []string) error {
 	file := args[len(args)-1]
+	if err := endWithTest(); err != nil {
+		return err
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 	defer stop()
 	switch {
