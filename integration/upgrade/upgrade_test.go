@@ -25,7 +25,13 @@ func upgrades(few int) int {
 func TestUpgradesUnderVerifiedLoadAreNoticedByNobody(t *testing.T) {
 	n := upgrades(8)
 	t.Logf("seed %d, %d upgrades", seed, n)
-	w := newWorld(t)
+	newWorld(t, "").upgrade(n)
+}
+
+// upgrade makes n upgrades under load and judges what they left.
+func (w *world) upgrade(n int) {
+	t := w.t
+	t.Helper()
 	var pauses []time.Duration
 	refused := 0
 	deadline := time.Now().Add(patience + time.Duration(n)*10*time.Second)
@@ -99,25 +105,31 @@ func TestADeathAtAnyStepOfAnUpgradeLeavesOneProcessServing(t *testing.T) {
 	for _, p := range points {
 		t.Run(strings.ReplaceAll(p.at, "/", "-"), func(t *testing.T) {
 			t.Setenv("REPLICAD_CRASH_AT", p.at)
-			w := newWorld(t)
-			w.goesOn(20)
-			a, err := w.plane.Upgrade(context.Background(), dataplane.UpgradeRequest{})
-			t.Logf("answer: %+v, %v", a, err)
-			w.goesOn(40)
-			w.plane = dt.Ensure(t, &w.cfg) // as the daemon does when a keeper is gone
-			w.until("one data plane is left", func() bool { return len(w.planes()) == 1 })
-			st := w.status()
-			if st.PID != w.planes()[0] {
-				t.Errorf("process %d answers, %v run", st.PID, w.planes())
-			}
-			if n := w.reconnects.Load(); n != 0 && !p.reconnects {
-				t.Errorf("%d connections were lost", n)
-			}
-			// And it can be killed as any other: its keeper knows it.
-			dt.Kill(t, st.PID)
-			w.goesOn(20)
-			w.judge()
-			t.Logf("%d operations, %d reconnects, %d epochs, %d ended", w.ops.Load(), w.reconnects.Load(), w.epochs.Load(), w.lost.Load())
+			newWorld(t, "").survives(p.reconnects)
 		})
 	}
+}
+
+// survives makes an upgrade in which a process dies, and judges what it left.
+func (w *world) survives(reconnects bool) {
+	t := w.t
+	t.Helper()
+	w.goesOn(20)
+	a, err := w.plane.Upgrade(context.Background(), dataplane.UpgradeRequest{})
+	t.Logf("answer: %+v, %v", a, err)
+	w.goesOn(40)
+	w.plane = dt.Ensure(t, &w.cfg) // as the daemon does when a keeper is gone
+	w.until("one data plane is left", func() bool { return len(w.planes()) == 1 })
+	st := w.status()
+	if st.PID != w.planes()[0] {
+		t.Errorf("process %d answers, %v run", st.PID, w.planes())
+	}
+	if n := w.reconnects.Load(); n != 0 && !reconnects {
+		t.Errorf("%d connections were lost", n)
+	}
+	// And it can be killed as any other: its keeper knows it.
+	dt.Kill(t, st.PID)
+	w.goesOn(20)
+	w.judge()
+	t.Logf("%d operations, %d reconnects, %d epochs, %d ended", w.ops.Load(), w.reconnects.Load(), w.epochs.Load(), w.lost.Load())
 }

@@ -42,6 +42,7 @@ type world struct {
 	cfg   dataplane.Config
 	plane *dataplane.Client
 	hist  *oracle.History
+	paths []string // of the images, whoever serves them
 
 	stop       chan struct{}
 	wg         sync.WaitGroup
@@ -57,15 +58,24 @@ type world struct {
 	at      delta.Pos
 }
 
-// newWorld starts keeper, data plane, load and shipper.
-func newWorld(t *testing.T) *world {
+// newWorld starts keeper, data plane, load and shipper. The images are files of
+// the data plane's own, or below another NBD server.
+func newWorld(t *testing.T, below string) *world {
 	t.Helper()
 	cfg := dt.Config(t, diskSize, diskSize)
+	paths := make([]string, disks)
+	for i := range cfg.Disks {
+		paths[i] = cfg.Disks[i].Path
+		if below != "" {
+			cfg.Disks[i] = serve(t, below, cfg.Disks[i])
+		}
+	}
 	w := &world{
-		t: t, cfg: cfg, stop: make(chan struct{}), errs: make(chan error, 64), replica: map[string]*block.Mem{},
+		paths: paths,
+		t:     t, cfg: cfg, stop: make(chan struct{}), errs: make(chan error, 64), replica: map[string]*block.Mem{},
 		hist: oracle.NewHistory(1, oracle.Images{make([]byte, diskSize), make([]byte, diskSize)}),
 	}
-	w.plane = dt.Ensure(t, &w.cfg)
+	w.plane = dt.Ensure(t, &w.cfg) // ended before what it stands on
 	ctx := context.Background()
 	if err := w.plane.CreateTracker(ctx, dataplane.CreateRequest{Generation: dt.Generation(1)}); err != nil {
 		t.Fatal(err)
@@ -359,8 +369,8 @@ func (w *world) judge() {
 		return err == nil
 	})
 	now := oracle.Images{}
-	for _, d := range w.cfg.Disks {
-		b, err := os.ReadFile(d.Path)
+	for _, p := range w.paths {
+		b, err := os.ReadFile(p)
 		if err != nil {
 			w.t.Fatal(err)
 		}
