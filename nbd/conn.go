@@ -73,14 +73,15 @@ var (
 )
 
 func newConn(s *Server, nc net.Conn, via net.Listener) *conn {
-	c := &conn{srv: s, nc: nc, via: via, done: make(chan struct{})}
+	c := &conn{srv: s, via: via, pid: peerPID(nc), done: make(chan struct{})}
+	nc = s.line(nc)
+	c.nc = nc
 	c.budget.init(s.opts.ParkedRequests, s.opts.ParkedBytes)
 	if sc, ok := nc.(syscall.Conn); ok {
 		if raw, err := sc.SyscallConn(); err == nil {
 			c.raw = raw
 		}
 	}
-	c.pid = peerPID(nc, c.raw)
 	return c
 }
 

@@ -3,7 +3,6 @@ package nbd
 import (
 	"net"
 	"os"
-	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -12,8 +11,13 @@ import (
 var syscallTimeout = os.ErrDeadlineExceeded
 
 // peerPID is the process that connected to our unix socket, 0 when unknown.
-func peerPID(nc net.Conn, raw syscall.RawConn) int {
-	if _, ok := nc.(*net.UnixConn); !ok || raw == nil {
+func peerPID(nc net.Conn) int {
+	u, ok := nc.(*net.UnixConn)
+	if !ok {
+		return 0
+	}
+	raw, err := u.SyscallConn()
+	if err != nil {
 		return 0
 	}
 	pid := 0

@@ -31,7 +31,15 @@ type Options struct {
 	// parked before its loop stops reading. Zero means 128 and 64 MiB.
 	ParkedRequests int
 	ParkedBytes    int
+	// Lines bounds the connections that have a thread of their own, which
+	// makes them faster; others share the runtime's poller. A program with
+	// lines should have as many processors (GOMAXPROCS) to spare. Zero means
+	// DefaultLines.
+	Lines int
 }
+
+// DefaultLines is enough for the disks of a usual VM.
+const DefaultLines = 16
 
 const (
 	defaultHandshakeTimeout = 30 * time.Second
@@ -56,6 +64,7 @@ func (o Options) withDefaults() Options {
 		{&o.Workers, defaultWorkers},
 		{&o.ParkedRequests, defaultParkedRequests},
 		{&o.ParkedBytes, defaultParkedBytes},
+		{&o.Lines, DefaultLines},
 	} {
 		if *d.field <= 0 {
 			*d.field = d.value
@@ -87,6 +96,7 @@ type Server struct {
 	closed  bool // guarded by mu
 	quit    chan struct{}
 	held    atomic.Pointer[hold] // set under mu: an upgrade is under way
+	lines   atomic.Int32         // connections with a thread of their own
 	wg      sync.WaitGroup       // connections; Add under mu while not closed
 }
 
@@ -241,6 +251,17 @@ func (s *Server) accept(ctx context.Context, ln net.Listener) error {
 			s.start(ctx, c)
 		}
 	}
+}
+
+// line makes a line of a connection as long as there may be more of them.
+func (s *Server) line(nc net.Conn) net.Conn {
+	if int(s.lines.Add(1)) <= s.opts.Lines {
+		if l := newLine(nc, func() { s.lines.Add(-1) }); l != nil {
+			return l
+		}
+	}
+	s.lines.Add(-1)
+	return nc
 }
 
 // passing says whether accept may succeed later: out of descriptors or memory,

@@ -46,6 +46,7 @@ func newDataplaneCommand() *cobra.Command {
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGINT, syscall.SIGTERM)
 			defer stop()
+			spareProcessors()
 			if successor {
 				return dataplane.RunSuccessor(ctx, config)
 			}

@@ -59,6 +59,7 @@ func newNBDCommand() *cobra.Command {
 			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGINT, syscall.SIGTERM)
 			defer stop()
 			log := slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), nil))
+			spareProcessors()
 			return f.run(ctx, args[0], log, cmd.OutOrStdout())
 		},
 	}

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
@@ -40,6 +41,19 @@ func sparse(t *testing.T, size int64) string {
 	must(t, os.WriteFile(path, nil, 0o600))
 	must(t, os.Truncate(path, size))
 	return path
+}
+
+// Without them two syncs of 10 ms stop every disk of a host with two CPUs.
+func TestProcessorsAreSparedForSystemCalls(t *testing.T) {
+	if os.Getenv("GOMAXPROCS") != "" {
+		t.Setenv("GOMAXPROCS", "") // the rest of the process is as it was
+	}
+	before := runtime.GOMAXPROCS(runtime.NumCPU())
+	defer runtime.GOMAXPROCS(before)
+	serveImage(t, sparse(t, 1<<20))
+	if n := runtime.GOMAXPROCS(0); n < runtime.NumCPU()+syncsAtOnce+nbd.DefaultLines {
+		t.Fatalf("a server of disks runs with %d processors on %d CPUs", n, runtime.NumCPU())
+	}
 }
 
 // served is "replicad nbd" running in this process.
