@@ -54,6 +54,8 @@ type Daemon struct {
 	clients map[wire.HostID]*peer.Client    // guarded by mu
 	bands   map[wire.HostID]*peer.Bandwidth // guarded by mu
 	seen    map[wire.HostID]time.Time       // guarded by mu; last answer of a peer
+	heard   map[wire.VMID]heardTests        // guarded by mu; see testsThere
+	silent  map[wire.HostID]time.Time       // guarded by mu; see testsThere
 }
 
 const (
@@ -76,7 +78,10 @@ func Open(cfg config.Config, log *slog.Logger) (*Daemon, error) {
 	if err != nil {
 		return nil, err
 	}
-	d := &Daemon{cfg: cfg, log: log, lock: lock, name: cfg.HostName, clients: map[wire.HostID]*peer.Client{}, bands: map[wire.HostID]*peer.Bandwidth{}, seen: map[wire.HostID]time.Time{}}
+	d := &Daemon{
+		cfg: cfg, log: log, lock: lock, name: cfg.HostName, clients: map[wire.HostID]*peer.Client{}, bands: map[wire.HostID]*peer.Bandwidth{}, seen: map[wire.HostID]time.Time{},
+		heard: map[wire.VMID]heardTests{}, silent: map[wire.HostID]time.Time{},
+	}
 	if d.name == "" {
 		if d.name, err = os.Hostname(); err != nil {
 			return nil, errors.Join(err, lock.Close())

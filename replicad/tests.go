@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"strconv"
 	"strings"
 	"time"
 
@@ -76,15 +77,14 @@ func policyNetwork(s string) libvirt.PolicyNetwork {
 // view is a VM's status with what its tests add to it.
 func (d *Daemon) view(ctx context.Context, v *vm.VM) status.VM {
 	s := v.Status(ctx, d.peerName(v.Peer()))
-	s.Tests, s.LastTest = d.tests.Show(v.ID())
-	s.LastDrill, s.Proven = d.tests.ShowDrills(v.ID())
+	d.showTests(ctx, v, &s)
 	f := health.TestFacts{Name: s.Name}
 	for _, t := range s.Tests {
 		if t.Trouble != "" {
 			f.Trouble = append(f.Trouble, t.Name+": "+t.Trouble)
 		}
 	}
-	if l := s.LastDrill; l != nil && !l.OK {
+	if l := s.LastDrill; l != nil && !l.OK && l.Host == d.name { // the other host warns itself
 		f.DrillFailed, f.Report = l.Failure, l.Report
 	}
 	s.Conditions, s.Health = health.WithTests(s.Conditions, f)
@@ -103,10 +103,13 @@ func testOptions(a api.Action, request string) testcopy.Options {
 }
 
 func (d *Daemon) testFailover(ctx context.Context, v *vm.VM, a api.Action, request string, step func(failover.Event), emit func(api.Event)) error {
+	if !v.Receives() {
+		return d.typedThere(v, testCommand(a))
+	}
 	o := testOptions(a, request)
 	p, err := d.tests.Prepare(ctx, v, o)
 	if err != nil {
-		return d.replicaHost(v, err)
+		return err
 	}
 	note(emit, "Test failover of %s:", a.VM)
 	if failed := emitChecks(p.Checks, emit); failed != nil || a.DryRun {
@@ -120,22 +123,69 @@ func (d *Daemon) testFailover(ctx context.Context, v *vm.VM, a api.Action, reque
 	return d.result(ctx, v, emit)
 }
 
-// replicaHost says on which host a test is started.
-func (d *Daemon) replicaHost(v *vm.VM, err error) error {
-	if v.HoldsReplica() {
-		return err
-	}
+// typedThere refuses a command about the replica's host that was typed on the
+// primary, naming the whole command: a copy takes that host's memory, network
+// and storage, and a proof runs its programs, so that only its own
+// administrator begins one.
+func (d *Daemon) typedThere(v *vm.VM, command string) error {
+	there := d.peerName(v.Peer())
 	return &wire.Error{
-		Kind: wire.KindRefused, Text: "this host is the primary of " + v.Name() + "; its recovery points are on " + d.peerName(v.Peer()),
-		Hint: "type it on " + d.peerName(v.Peer()),
+		Kind: wire.KindRefused, Text: "this host is the primary of " + v.Name() + "; its recovery points are on " + there + ", and so are its tests and drills",
+		Hint: "on " + there + ": replicactl " + command,
 	}
 }
 
-func (d *Daemon) testStop(ctx context.Context, v *vm.VM, a api.Action, step func(failover.Event), emit func(api.Event)) error {
-	if a.Name == "" && !a.All {
-		if tests, _ := d.tests.Show(v.ID()); len(tests) > 1 {
-			return &wire.Error{Kind: wire.KindInvalid, Text: fmt.Sprintf("%s has %d test copies", a.VM, len(tests)), Hint: "name one with --test, or end all: --all"}
+// testCommand is what a person typed, spelled out.
+func testCommand(a api.Action) string {
+	words := []string{map[api.Verb]string{api.FailoverTest: "failover test", api.TestStop: "failover test-stop", api.Drill: "drill"}[a.Verb], quoted(a.VM)}
+	value := func(flag, v, unless string) {
+		if v != unless {
+			words = append(words, flag, quoted(v))
 		}
+	}
+	flag := func(name string, on bool) {
+		if on {
+			words = append(words, name)
+		}
+	}
+	if a.Point != "" {
+		value("--point", a.Point, "latest")
+	}
+	value("--network", a.Network, "")
+	flag("--isolated", a.Isolated)
+	value(map[bool]string{true: "--test", false: "--name"}[a.Verb == api.TestStop], a.Name, "")
+	if a.Quota != nil {
+		value("--quota", strconv.FormatInt(*a.Quota, 10), "")
+	}
+	if a.Verb == api.Drill {
+		if a.Proof != "" {
+			value("--proof", a.Proof, "agent")
+		}
+		if a.Timeout > 0 {
+			value("--timeout", a.Timeout.String(), testcopy.DefaultDrill.String())
+		}
+	}
+	flag("--all", a.All)
+	flag("--dry-run", a.DryRun)
+	return strings.Join(words, " ")
+}
+
+// quoted is a word as a shell reads it.
+func quoted(s string) string {
+	if s != "" && !strings.ContainsFunc(s, func(r rune) bool {
+		return (r < '0' || r > '9') && (r < 'A' || r > 'Z') && (r < 'a' || r > 'z') && !strings.ContainsRune("-_.:,/@+=", r)
+	}) {
+		return s
+	}
+	return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'"
+}
+
+func (d *Daemon) testStop(ctx context.Context, v *vm.VM, a api.Action, step func(failover.Event), emit func(api.Event)) error {
+	switch tests, _ := d.tests.Show(v.ID()); {
+	case len(tests) == 0 && !v.Receives():
+		return d.typedThere(v, testCommand(a))
+	case len(tests) > 1 && a.Name == "" && !a.All:
+		return &wire.Error{Kind: wire.KindInvalid, Text: fmt.Sprintf("%s has %d test copies", a.VM, len(tests)), Hint: "name one with --test, or end all: --all"}
 	}
 	ended, err := d.tests.Stop(ctx, v.ID(), a.Name, step)
 	if err != nil {
@@ -151,8 +201,8 @@ func (d *Daemon) testStop(ctx context.Context, v *vm.VM, a api.Action, step func
 }
 
 func (d *Daemon) drill(ctx context.Context, v *vm.VM, a api.Action, request string, step func(failover.Event), emit func(api.Event)) error {
-	if !v.HoldsReplica() {
-		return d.replicaHost(v, nil)
+	if !v.Receives() {
+		return d.typedThere(v, testCommand(a))
 	}
 	o := testcopy.DrillOptions{Options: testOptions(a, request), Proof: a.Proof, Timeout: a.Timeout}
 	note(emit, "Drill of %s:", a.VM)
@@ -175,8 +225,12 @@ func (d *Daemon) Drills(_ context.Context, name string) ([]status.Drill, error) 
 	if err != nil {
 		return nil, err
 	}
+	all := d.tests.Drills(v.ID())
+	if len(all) == 0 && !v.Receives() {
+		return nil, d.typedThere(v, "drill list "+quoted(name))
+	}
 	out := []status.Drill{}
-	for _, r := range d.tests.Drills(v.ID()) {
+	for _, r := range all {
 		out = append(out, r.Show())
 	}
 	return out, nil
@@ -193,6 +247,9 @@ func (d *Daemon) DrillReport(_ context.Context, name, when string) (api.Text, er
 		if r := all[i]; when == "" || strings.HasPrefix(r.Started.UTC().Format(time.RFC3339), when) {
 			return api.Text{Text: r.Markdown()}, nil
 		}
+	}
+	if !v.Receives() {
+		return api.Text{}, d.typedThere(v, "drill report "+quoted(name))
 	}
 	return api.Text{}, &wire.Error{Kind: wire.KindNotFound, Text: "no such drill of " + name, Hint: "replicactl drill list " + name + "; to run one: replicactl drill " + name}
 }

@@ -154,19 +154,34 @@ func (a *app) showTests(v status.VM, line func(k, format string, args ...any)) {
 		line("Test copy", "%s: %s, cut %s, guest %s, %s, wrote %s of %s", t.Name, t.Phase, t.Cut.Format(time.DateTime), or(t.Guest, "unknown"), where,
 			bytesText(t.Written), bytesText(t.Quota))
 	}
+	if v.TestsThere > 0 {
+		other := v.Primary
+		if v.Role == status.Primary {
+			other = v.Replica
+		}
+		line("Test copies", "%d on %s", v.TestsThere, other)
+	}
 	if l := v.LastTest; l != nil {
 		s := "ended as asked"
 		if l.Reason != "" {
 			s = "ended because " + l.Reason
 		}
-		line("Last test", "%s, cut %s, %s", l.Started.Format(time.DateTime), l.Cut.Format(time.DateTime), s)
+		line("Last test", "%s%s, cut %s, %s", l.Started.Format(time.DateTime), on(l.Host), l.Cut.Format(time.DateTime), s)
 	}
 	if d := v.LastDrill; d != nil {
-		line("Last drill", "%s, %s, RTO %s, by %s", d.Started.Format(time.DateTime), drillResult(*d), rto(*d), d.Proof)
+		line("Last drill", "%s%s, %s, RTO %s, by %s", d.Started.Format(time.DateTime), on(d.Host), drillResult(*d), rto(*d), d.Proof)
 	}
 	if d := v.Proven; d != nil {
-		line("Last proven", "cut %s, by a drill on %s", d.Cut.Format(time.DateTime), d.Started.Format(time.DateTime))
+		line("Last proven", "cut %s (%s), by the drill of %s%s", d.Cut.Format(time.DateTime), d.Point, d.Started.Format(time.DateTime), on(d.Host))
 	}
+}
+
+// on says on which host something was.
+func on(host string) string {
+	if host == "" {
+		return ""
+	}
+	return " on " + host
 }
 
 func or(s, other string) string {

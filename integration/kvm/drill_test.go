@@ -43,6 +43,21 @@ func TestDrillsProveTheGuestAndLeaveNothingButReports(t *testing.T) {
 	if v.LastDrill == nil || !v.LastDrill.OK || v.LastDrill.RTO <= 0 || v.Proven == nil || strings.Contains(fmtConditions(v), "drill-failed") {
 		t.Errorf("the drill that passed is not shown: %+v", v.LastDrill)
 	}
+	there, err := w.WaitStatus(w.step(), "A", d.Name, "aware of the other host's drill", func(v status.VM) bool { return v.Proven != nil })
+	w.must(err)
+	for _, got := range []*status.Drill{there.LastDrill, there.Proven} {
+		if got.Host != estate.Peer("B") || got.Point != v.Proven.Point || got.RTO != v.Proven.RTO || !got.Started.Equal(v.Proven.Started) {
+			t.Errorf("the primary shows %+v, the replica's host %+v", got, v.Proven)
+		}
+	}
+	for _, h := range []string{"A", "B"} {
+		text := w.ctl(h, "vm", "status", d.Name)
+		for _, want := range []string{"Last test:", "Last drill:", "passed", "Last proven:", v.Proven.Point, " on kvm-b"} {
+			if !strings.Contains(text, want) {
+				t.Errorf("the status on %s does not say %q:\n%s", h, want, text)
+			}
+		}
+	}
 	report := w.ctl("B", "drill", "report", d.Name)
 	kept, err := os.ReadFile(w.Lab.Host("B").Path(v.LastDrill.Report))
 	w.must(err)

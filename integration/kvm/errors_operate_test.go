@@ -45,6 +45,9 @@ func operateErrors() []errorCase {
 		{id: "start-on-replica", host: "B", args: []string{"vm", "start", keptVM}, code: 6, words: []string{"this host is replica", "failover"}},
 		{id: "disable-on-replica", host: "B", args: []string{"vm", "disable", keptVM, "--yes"}, code: 6, words: []string{"this host is the replica", "on the primary"}},
 		{id: "disable-peer-away", args: []string{"vm", "disable", keptVM, "--yes"}, code: 1, words: []string{"the replica host cannot be told", "--force"}, setup: stopped("B")},
+		{id: "test-on-primary", args: []string{"failover", "test", keptVM, "--point", "oldest"}, code: 6, words: []string{"this host is the primary of kept", "its recovery points are on kvm-b", "on kvm-b: replicactl failover test kept --point oldest"}},
+		{id: "test-stop-on-primary", args: []string{"failover", "test-stop", keptVM, "--all"}, code: 6, words: []string{"this host is the primary of kept", "on kvm-b: replicactl failover test-stop kept --all"}},
+		{id: "drill-on-primary", args: []string{"drill", keptVM, "--proof", "tcp:22"}, code: 6, words: []string{"this host is the primary of kept", "on kvm-b: replicactl drill kept --proof tcp:22"}},
 		{id: "no-plan-to-resume", args: []string{"failover", "resume", keptVM}, code: 6, words: []string{"no plan of this VM is interrupted", "replicactl vm status"}},
 		{id: "pause-state-disk-full", args: []string{"vm", "pause", keptVM}, code: 1, words: []string{"no space left on device", "df -h /var/lib/replicad"}, setup: full("A", stateDir)},
 	}

@@ -76,13 +76,14 @@ type VM struct {
 	Program *Program      `json:"program,omitempty"`
 	// Failover is set while a failover can be taken back, or is being completed.
 	Failover *Failover `json:"failover,omitempty"`
-	// Tests are the test copies that exist on this host, LastTest the last one
-	// that was taken away, LastDrill the last drill and Proven the last that
-	// succeeded.
-	Tests     []Test   `json:"tests,omitempty"`
-	LastTest  *TestEnd `json:"last_test,omitempty"`
-	LastDrill *Drill   `json:"last_drill,omitempty"`
-	Proven    *Drill   `json:"proven,omitempty"`
+	// Tests are the test copies that exist on this host, TestsThere how many the
+	// other one was last heard to have. LastTest is the last that was taken away,
+	// LastDrill the last drill and Proven the last that succeeded, on either host.
+	Tests      []Test   `json:"tests,omitempty"`
+	TestsThere int      `json:"tests_there,omitempty"`
+	LastTest   *TestEnd `json:"last_test,omitempty"`
+	LastDrill  *Drill   `json:"last_drill,omitempty"`
+	Proven     *Drill   `json:"proven,omitempty"`
 }
 
 // Program is what serves the VM's disks on this host.

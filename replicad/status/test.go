@@ -1,6 +1,10 @@
 package status
 
-import "time"
+import (
+	"time"
+
+	"kvmreplica/replicad/wire"
+)
 
 // Test is a test copy of a VM that exists on this host.
 type Test struct {
@@ -37,27 +41,8 @@ type TestNetwork struct {
 	IP       string `json:"ip,omitempty"` // reserved for it
 }
 
-// TestEnd is the last test copy of a VM that was taken away.
-type TestEnd struct {
-	Name    string    `json:"name"`
-	Purpose string    `json:"purpose"`
-	Point   string    `json:"point"`
-	Cut     time.Time `json:"cut"`
-	Started time.Time `json:"started"`
-	Ended   time.Time `json:"ended"`
-	Ran     bool      `json:"ran"`              // its guest was let run
-	Reason  string    `json:"reason,omitempty"` // why it ended when nobody asked for that
-}
+// TestEnd is the last test copy of a VM that was taken away, on either host.
+type TestEnd = wire.TestEnd
 
-// Drill is one failover drill and what it proved.
-type Drill struct {
-	VM      string        `json:"vm"`
-	Started time.Time     `json:"started"`
-	OK      bool          `json:"ok"`
-	Point   string        `json:"point"`
-	Cut     time.Time     `json:"cut"`
-	Proof   string        `json:"proof"`
-	RTO     time.Duration `json:"rto_ns"` // from the command to the proof; 0 = not proven
-	Failure string        `json:"failure,omitempty"`
-	Report  string        `json:"report"` // file of the whole report, Markdown; .json beside it
-}
+// Drill is one failover drill and what it proved, on either host.
+type Drill = wire.Drill

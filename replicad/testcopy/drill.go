@@ -14,14 +14,14 @@ import (
 type DrillOptions struct {
 	Options
 	Proof     string        // see ParseProof
-	Timeout   time.Duration // from the command to the proof; 0 = 10 minutes
+	Timeout   time.Duration // from the command to the proof; 0 = DefaultDrill
 	Scheduled bool
 }
 
-const (
-	defaultDrill = 10 * time.Minute
-	maxDrill     = 24 * time.Hour
-)
+// DefaultDrill is how long the proof of a drill may take unless it is said.
+const DefaultDrill = 10 * time.Minute
+
+const maxDrill = 24 * time.Hour
 
 // Drill makes a test copy, waits for the proof that its guest works, measures
 // how long that took, takes the copy away again whatever happened, and keeps a
@@ -32,7 +32,7 @@ func (m *Manager) Drill(ctx context.Context, s Subject, o DrillOptions, event fu
 		return Report{}, err
 	}
 	if o.Timeout == 0 {
-		o.Timeout = defaultDrill
+		o.Timeout = DefaultDrill
 	}
 	if o.Timeout < time.Second || o.Timeout > maxDrill {
 		return Report{}, &wire.Error{Kind: wire.KindInvalid, Text: fmt.Sprintf("timeout %s", o.Timeout), Hint: "from 1s to 24h"}

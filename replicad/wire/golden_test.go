@@ -52,6 +52,12 @@ func everything() map[string]any {
 		"PeerVM": PeerVM{
 			VM: someVM, Name: "n", Role: "replica", State: "s", Generation: g, Committed: pos, Applied: pos,
 			Running: true, Defined: true, Diverged: true, Interrupted: "planned",
+			Tests: &Tests{
+				Copies:    1,
+				Last:      &TestEnd{Host: "h", Name: "n", Purpose: "test", Point: "p", Cut: at, Started: at, Ended: at, Ran: true, Reason: "r"},
+				LastDrill: &Drill{Host: "h", VM: "n", Started: at, Point: "p", Cut: at, Proof: "agent", Failure: "f", Report: "/r"},
+				Proven:    &Drill{Host: "h", VM: "n", Started: at, OK: true, Point: "p", Cut: at, Proof: "agent", RTO: time.Second, Report: "/r"},
+			},
 		},
 		"PointsReply": PointsReply{
 			Host: "h", Retention: "24", Quota: 1, Used: 2, Free: 3, Reserve: 4, PerDay: 5, Full: time.Hour, GivenUp: 6, Orphan: "o",

@@ -86,6 +86,11 @@ func TestRequestsJustInsideAndJustOutsideTheirBounds(t *testing.T) {
 		"reply, cursor":       {HandshakeReply{Seeding: map[DiskName]int64{"vda": -1}}, false},
 		"reply, disk":         {HandshakeReply{Disks: []DiskName{"../x"}}, false},
 		"beat, a long time":   {Beat{VM: someVM, Interval: 8 * 24 * time.Hour}, false},
+		"tests":               {Tests{Copies: 1, LastDrill: &Drill{Failure: "it stood still"}}, true},
+		"tests, a negative":   {Tests{Copies: -1}, false},
+		"tests, escapes":      {Tests{Last: &TestEnd{Reason: "\x1b[2J"}}, false},
+		"tests, cleaned":      {Tests{Last: &TestEnd{Reason: "\x1b[2J"}, Proven: &Drill{Failure: strings.Repeat("a", MaxText+1)}}.Clean(), true},
+		"drill, long":         {Tests{Proven: &Drill{Failure: strings.Repeat("a", MaxText+1)}}, false},
 		"failover, reason":    {FailoverRequest{VM: someVM, Reason: strings.Repeat("a", MaxText+1)}, false},
 	} {
 		if err := c.v.Validate(); (err == nil) != c.ok {

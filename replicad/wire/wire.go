@@ -290,6 +290,8 @@ type PeerVM struct {
 	// Pending bytes changed since Committed, when this host is the primary and
 	// can tell; negative = unknown.
 	Pending int64
+	// Tests are those that this host made of the VM; nil = it does not tell.
+	Tests *Tests `json:",omitempty"`
 }
 
 // FailoverRequest is one step of a role change. Which fields count depends on
