@@ -167,7 +167,7 @@ func (d *Daemon) planned(ctx context.Context, v *vm.VM, a api.Action, request st
 	if !v.Serves() {
 		return d.plannedElsewhere(ctx, v, a, request, emit)
 	}
-	checks, err := v.PlanPlanned(ctx, a.NoReverse)
+	checks, err := v.PlanPlanned(ctx, a.NoReverse, a.KeepPoints)
 	if err != nil {
 		return err
 	}
@@ -176,7 +176,7 @@ func (d *Daemon) planned(ctx context.Context, v *vm.VM, a api.Action, request st
 		return refusedBy(failed)
 	}
 	note(emit, "Planned failover of %s to %s:", a.VM, d.peerName(v.Peer()))
-	err = v.Planned(ctx, vm.PlannedOptions{NoStart: a.NoStart, NoReverse: a.NoReverse, ForceOff: a.Force, Timeout: a.Timeout, Request: request}, step)
+	err = v.Planned(ctx, vm.PlannedOptions{NoStart: a.NoStart, NoReverse: a.NoReverse, ForceOff: a.Force, KeepPoints: a.KeepPoints, Timeout: a.Timeout, Request: request}, step)
 	if err != nil {
 		return err
 	}
@@ -196,7 +196,7 @@ func (d *Daemon) plannedElsewhere(ctx context.Context, v *vm.VM, a api.Action, r
 	}
 	note(emit, "Asking the primary %s:", name)
 	reply, err := c.Failover(ctx, wire.FailoverRequest{
-		VM: v.ID(), Step: "request-planned", Request: request, Start: !a.NoStart, Reverse: !a.NoReverse, Force: a.Force, Reason: a.Reason,
+		VM: v.ID(), Step: "request-planned", Request: request, Start: !a.NoStart, Reverse: !a.NoReverse, Force: a.Force, KeepPoints: a.KeepPoints, Reason: a.Reason,
 	})
 	var w *wire.Error
 	if errors.As(err, &w) && w.Kind == wire.KindUnavailable {

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -158,15 +157,7 @@ func (c *command) copyImage(dev block.Device, dir, name string) error {
 	if err != nil {
 		return err
 	}
-	buf, zero := make([]byte, 1<<20), make([]byte, 1<<20)
-	err = f.Truncate(dev.Size())
-	for off := int64(0); err == nil && off < dev.Size(); off += int64(len(buf)) {
-		p := buf[:min(int64(len(buf)), dev.Size()-off)]
-		if _, err = dev.ReadAt(p, off); err == nil && !bytes.Equal(p, zero[:len(p)]) {
-			_, err = f.WriteAt(p, off)
-		}
-	}
-	if err == nil {
+	if err = block.Copy(context.Background(), f, dev, nil); err == nil {
 		err = f.Sync()
 	}
 	if err := errors.Join(err, f.Close()); err != nil {

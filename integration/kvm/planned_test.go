@@ -1,6 +1,7 @@
 package kvm_test
 
 import (
+	"regexp"
 	"strings"
 	"testing"
 
@@ -36,7 +37,12 @@ func TestPlannedFailoverThereAndBackLosesNothing(t *testing.T) {
 
 	b, err := w.Console("B", d, true)
 	w.must(err)
-	w.ctl("A", "failover", "planned", d.Name, "--yes")
+	w.ctl("B", "point", "pin", d.Name, "latest")
+	w.ctl("B", "point", "export", d.Name, "--point", "oldest", "--to", replicaRoot)
+	if out := w.ctl("A", "failover", "planned", d.Name, "--dry-run"); !strings.Contains(out, "END with the failover") || !strings.Contains(out, "--keep-points") {
+		t.Errorf("it is not said what becomes of the recovery points:\n%s", out)
+	}
+	moved := w.ctl("A", "failover", "planned", d.Name, "--keep-points", "--yes")
 	last, err := c.WaitWord(w.step(), "LAST")
 	w.must(err)
 	high := w.booted(b, last.Uint("n"))
@@ -46,6 +52,7 @@ func TestPlannedFailoverThereAndBackLosesNothing(t *testing.T) {
 	}
 	_, err = b.WaitSynced(w.step(), high+10)
 	w.must(err)
+	w.keptHistory(moved, d.Name)
 
 	// asked for on the replica host
 	a, err := w.Console("A", d, false)
@@ -74,6 +81,29 @@ func TestPlannedFailoverThereAndBackLosesNothing(t *testing.T) {
 	w.noErrors("A", d, false)
 	if out := w.ctl("A", "--json", "vm", "list"); len(decode[[]status.VM](t, out)) != 0 {
 		t.Fatalf("still listed: %s", out)
+	}
+}
+
+// keptHistory expects that a failover kept the recovery points on B, for
+// replicafsck to read, and that the oldest is what was exported of it before.
+func (w *world) keptHistory(out, vm string) {
+	w.t.Helper()
+	m := regexp.MustCompile(`recovery points kept in (/\S+?),?\s`).FindStringSubmatch(out)
+	if m == nil {
+		w.t.Fatalf("it is not said where the recovery points are:\n%s", out)
+	}
+	dump, err := w.fsck("B", "dump", m[1])
+	w.must(err)
+	epoch := regexp.MustCompile(`point +epoch (\d+) `).FindStringSubmatch(dump)
+	if epoch == nil || !strings.Contains(dump, ", pinned") {
+		w.t.Fatalf("what was kept:\n%s", dump)
+	}
+	copied, err := w.fsck("B", "recover", m[1], "--read-only-copy", replicaRoot+"/copied", "--point", epoch[1])
+	w.must(err)
+	for _, disk := range []string{"vda", "vdb"} {
+		if _, err := w.Lab.Host("B").Exec(w.step(), "cmp", replicaRoot+"/copied/"+disk+".raw", replicaRoot+"/"+vm+"-"+disk+".raw"); err != nil {
+			w.t.Errorf("the kept point of %s is not what it was: %v\n%s", disk, err, copied)
+		}
 	}
 }
 

@@ -74,12 +74,14 @@ type Action struct {
 	Force     bool          `json:"force,omitempty"`
 	NoStart   bool          `json:"no_start,omitempty"`
 	NoReverse bool          `json:"no_reverse,omitempty"`
-	Delete    bool          `json:"delete,omitempty"`     // disable: also delete the replica's data
-	Timeout   time.Duration `json:"timeout_ns,omitempty"` // guest shutdown deadline
-	OnSilent  string        `json:"on_silent_peer,omitempty"`
-	Existing  bool          `json:"existing,omitempty"` // enable: compare with images that lie ready on the replica host
-	StartAt   time.Time     `json:"start_at,omitzero"`  // enable: when the initial copy begins; zero = at once
-	Reason    string        `json:"reason,omitempty"`
+	// KeepPoints of a planned failover: the replica's recovery points are copied.
+	KeepPoints bool          `json:"keep_points,omitempty"`
+	Delete     bool          `json:"delete,omitempty"`     // disable: also delete the replica's data
+	Timeout    time.Duration `json:"timeout_ns,omitempty"` // guest shutdown deadline
+	OnSilent   string        `json:"on_silent_peer,omitempty"`
+	Existing   bool          `json:"existing,omitempty"` // enable: compare with images that lie ready on the replica host
+	StartAt    time.Time     `json:"start_at,omitzero"`  // enable: when the initial copy begins; zero = at once
+	Reason     string        `json:"reason,omitempty"`
 	// Point names a recovery point, as points.Choose reads it.
 	Point string `json:"point,omitempty"`
 	// Retention and Quota say what a replica keeps, as points.ParsePolicy reads

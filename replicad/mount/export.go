@@ -120,7 +120,7 @@ func (m *Mount) Export(ctx context.Context, files []string, f Format, progress f
 		if f == Qcow2 {
 			err = m.convert(ctx, d, p)
 		} else {
-			err = copyRaw(ctx, d.Device, p.file, note)
+			err = block.Copy(ctx, p.file, d.Device, note)
 		}
 		if err != nil {
 			return roomError(fmt.Errorf("export disk %s to %s: %w", d.Name, files[i], err))
@@ -198,62 +198,6 @@ func (p *part) keep() error {
 		return err
 	}
 	return errors.Join(d.Sync(), d.Close())
-}
-
-const copyPiece = 1 << 20
-
-// copyRaw copies what is not known to be zeros, and leaves zeros out.
-func copyRaw(ctx context.Context, dev block.Device, f *os.File, note func(int64)) error {
-	if err := f.Truncate(dev.Size()); err != nil {
-		return err
-	}
-	buf := make([]byte, copyPiece)
-	for off := int64(0); off < dev.Size(); {
-		window := min(64*copyPiece, dev.Size()-off)
-		var data []block.Range
-		m, ok := dev.(block.Mapper)
-		if !ok {
-			data = []block.Range{{Off: off, Len: window}}
-		} else if err := m.Map(off, window, func(e block.Extent) bool {
-			if !e.Zero {
-				data = append(data, e.Range)
-			}
-			return true
-		}); err != nil {
-			return err
-		}
-		for _, r := range data {
-			if err := copyRange(ctx, dev, f, r, buf); err != nil {
-				return err
-			}
-		}
-		off += window
-		note(off)
-	}
-	return nil
-}
-
-func copyRange(ctx context.Context, dev block.Device, f *os.File, r block.Range, buf []byte) error {
-	for off := r.Off; off < r.End(); {
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		p := buf[:min(int64(len(buf)), r.End()-off)]
-		if _, err := dev.ReadAt(p, off); err != nil {
-			return err
-		}
-		for at := 0; at < len(p); at += 4096 {
-			g := p[at:min(at+4096, len(p))]
-			if bytes.Count(g, []byte{0}) == len(g) {
-				continue
-			}
-			if _, err := f.WriteAt(g, off+int64(at)); err != nil {
-				return err
-			}
-		}
-		off += int64(len(p))
-	}
-	return nil
 }
 
 // toolStop is how long qemu-img may take to end when it is told to.

@@ -45,7 +45,7 @@ func (v *VM) runAsked(q wire.FailoverRequest) wire.FailoverReply {
 	refused := func(steps []wire.Step, why string) wire.FailoverReply {
 		return wire.FailoverReply{State: stateRefused, Detail: why, Steps: steps}
 	}
-	checks, err := v.PlanPlanned(ctx, !q.Reverse)
+	checks, err := v.PlanPlanned(ctx, !q.Reverse, q.KeepPoints)
 	if err != nil {
 		return refused(nil, err.Error())
 	}
@@ -55,7 +55,7 @@ func (v *VM) runAsked(q wire.FailoverRequest) wire.FailoverReply {
 		}
 	}
 	var steps []wire.Step
-	err = v.Planned(ctx, PlannedOptions{NoStart: !q.Start, NoReverse: !q.Reverse, ForceOff: q.Force, Request: q.Request}, func(e failover.Event) {
+	err = v.Planned(ctx, PlannedOptions{NoStart: !q.Start, NoReverse: !q.Reverse, ForceOff: q.Force, KeepPoints: q.KeepPoints, Request: q.Request}, func(e failover.Event) {
 		if e.Result != "" {
 			steps = append(steps, e.Step)
 		}

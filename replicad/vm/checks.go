@@ -138,13 +138,13 @@ func (m *Manager) checkTakeover(c *checklist, q wire.CheckRequest) {
 	default:
 		c.add("Replica", wire.OK, "", "complete at %v", st.Committed)
 	}
-	if err == nil && st.Points > 0 {
-		c.add("Recovery points", wire.Warning, "", "%d recovery points end with the failover", st.Points)
+	if err == nil {
+		v.checkHistory(c, q.KeepPoints, st.Status)
 	}
 }
 
 // PlanPlanned lists the prerequisites of a planned failover.
-func (v *VM) PlanPlanned(ctx context.Context, noReverse bool) ([]wire.Check, error) {
+func (v *VM) PlanPlanned(ctx context.Context, noReverse, keepPoints bool) ([]wire.Check, error) {
 	ctx, cancel := context.WithTimeout(ctx, swapTimeout)
 	defer cancel()
 	r := v.record()
@@ -178,7 +178,7 @@ func (v *VM) PlanPlanned(ctx context.Context, noReverse bool) ([]wire.Check, err
 		res = wire.Warning
 	}
 	c.add("Clocks", res, "run a time service on both hosts", "they differ by %s", skew.Abs().Round(skewUnit))
-	reply, err := p.Check(ctx, wire.CheckRequest{VM: v.id, For: "planned", Spec: r.Spec})
+	reply, err := p.Check(ctx, wire.CheckRequest{VM: v.id, For: "planned", Spec: r.Spec, KeepPoints: keepPoints})
 	if err != nil {
 		c.add("Replica host", wire.Failed, "replicactl peer test "+v.mgr.peerName(r.Peer), "%s", said(err))
 		return c, nil

@@ -74,15 +74,20 @@ func (v *VM) savePatch(ctx context.Context, request string, base delta.Pos, rang
 	return bytes, nil
 }
 
-// patchName is unique for a generation and request, and safe as a file name.
+// patchName is unique for a generation and request.
 func patchName(g delta.Generation, request string) string {
+	return g.String()[:8] + "-" + fileWord(request) + patchSuffix
+}
+
+// fileWord makes a correlation id safe as part of a file's name.
+func fileWord(request string) string {
 	safe := strings.Map(func(r rune) rune {
 		if r >= 'a' && r <= 'z' || r >= '0' && r <= '9' || r == '-' {
 			return r
 		}
 		return -1
 	}, strings.ToLower(request))
-	return g.String()[:8] + "-" + safe[:min(len(safe), 64)] + patchSuffix
+	return safe[:min(len(safe), 64)]
 }
 
 // fileWriter appends to a file.

@@ -36,6 +36,7 @@ const (
 // plannedVars is what a planned failover needs after a restart.
 type plannedVars struct {
 	Start, Reverse, ForceOff bool
+	KeepPoints               bool `json:",omitempty"`
 	Timeout                  time.Duration
 	WasRunning               bool
 	At                       delta.Pos
@@ -47,8 +48,10 @@ type plannedVars struct {
 // PlannedOptions are a person's choices.
 type PlannedOptions struct {
 	NoStart, NoReverse, ForceOff bool
-	Timeout                      time.Duration // guest shutdown; 0 = 5 minutes
-	Request                      string
+	// KeepPoints has the replica's recovery points copied before they end.
+	KeepPoints bool
+	Timeout    time.Duration // guest shutdown; 0 = 5 minutes
+	Request    string
 }
 
 const defaultShutdown = 5 * time.Minute
@@ -80,7 +83,7 @@ func (v *VM) Planned(ctx context.Context, o PlannedOptions, event func(failover.
 	}
 	vars := &plannedVars{
 		Start: !o.NoStart && state != libvirt.StateOff, Reverse: !o.NoReverse, ForceOff: o.ForceOff,
-		Timeout: o.Timeout, WasRunning: !off(state),
+		KeepPoints: o.KeepPoints, Timeout: o.Timeout, WasRunning: !off(state),
 	}
 	return v.execute(ctx, failover.Planned, o.Request, vars, event)
 }
@@ -360,7 +363,7 @@ func (v *VM) promoteOnce(ctx context.Context, r *failover.Runner, p *plannedVars
 		return wire.FailoverReply{}, err
 	}
 	return peer.Failover(ctx, wire.FailoverRequest{
-		VM: v.id, Step: stepPromote, Request: r.Journal().Request, At: p.At, Start: p.Start, Reverse: p.Reverse,
+		VM: v.id, Step: stepPromote, Request: r.Journal().Request, At: p.At, Start: p.Start, Reverse: p.Reverse, KeepPoints: p.KeepPoints,
 	})
 }
 

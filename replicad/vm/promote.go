@@ -27,6 +27,8 @@ type promoteVars struct {
 	Fence      bool
 	// Unfenced goes on although the fencing command failed.
 	Unfenced bool `json:",omitempty"`
+	// KeepPoints copies the store before its points end.
+	KeepPoints bool `json:",omitempty"`
 	// Newest is what the replica had committed; zero means At.
 	Newest delta.Pos `json:",omitzero"`
 	// Overlay is how the guest runs until the failover is final; nil: in place.
@@ -68,7 +70,7 @@ func (v *VM) promoteAsked(ctx context.Context, q wire.FailoverRequest) (wire.Fai
 	if err != nil {
 		return wire.FailoverReply{}, err
 	}
-	vars := &promoteVars{At: q.At, Generation: g, Start: q.Start, Reverse: q.Reverse}
+	vars := &promoteVars{At: q.At, Generation: g, Start: q.Start, Reverse: q.Reverse, KeepPoints: q.KeepPoints}
 	// A cut link must not stop a promotion half-way: the primary asks again.
 	return v.promotionEnded(q.Request, v.execute(context.WithoutCancel(ctx), failover.Promote, q.Request, vars, nil))
 }
@@ -106,7 +108,7 @@ func (v *VM) promoted(request string) (wire.FailoverReply, bool) {
 	r := v.record()
 	switch st := r.Lineage.State; {
 	case request != "" && r.Promotion == request, st == lineage.Promoted, st == lineage.Primary, st == lineage.Demoting:
-		return wire.FailoverReply{State: statePromoted, Generation: r.Lineage.Generation, Parent: r.Lineage.Parent()}, true
+		return wire.FailoverReply{State: statePromoted, Generation: r.Lineage.Generation, Parent: r.Lineage.Parent(), Detail: wire.CleanText(r.History, wire.MaxText)}, true
 	case slices.Contains(r.Refused, request):
 		return wire.FailoverReply{State: stateRefused, Detail: "this promotion was declined before"}, true
 	}
@@ -186,11 +188,17 @@ func (v *VM) promoteSteps(r *failover.Runner, p *promoteVars, kind failover.Kind
 	if kind == failover.Unplanned && p.Fence {
 		steps = append(steps, failover.Step{Name: "fence", Title: "Fence the old primary", Do: func(ctx context.Context) (string, error) { return v.fence(ctx, p.Unfenced) }})
 	}
+	steps = append(steps, failover.Step{
+		Name: "apply", Title: "Complete the copy", Do: func(ctx context.Context) (string, error) { return v.completeAt(ctx, p) },
+		Undo: func(context.Context) error { return v.undoComplete(p) },
+	})
+	if request := r.Journal().Request; p.KeepPoints {
+		steps = append(steps, failover.Step{
+			Name: "keep", Title: "Keep the recovery points", Do: func(ctx context.Context) (string, error) { return v.keepHistory(ctx, request) },
+			Undo: func(context.Context) error { return v.dropHistory(request) },
+		})
+	}
 	return append(steps,
-		failover.Step{
-			Name: "apply", Title: "Complete the copy", Do: func(ctx context.Context) (string, error) { return v.completeAt(ctx, p) },
-			Undo: func(context.Context) error { return v.undoComplete(p) },
-		},
 		failover.Step{Name: "generation", Title: "Take the primary role", Commit: true, Do: func(context.Context) (string, error) {
 			return v.takeRole(event, p, r.Journal().Request)
 		}},
@@ -268,6 +276,9 @@ func (v *VM) takeRole(event lineage.Event, p *promoteVars, request string) (stri
 		r.Promotion, r.NoReverse, r.WantRunning, r.Verified, r.Placed = request, true, p.Start, true, true
 		r.Paused, r.UnionMarked, r.Superseded, r.Next = false, false, "", nil
 		r.Acked, r.LastCut = delta.Pos{}, time.Time{}
+		if !p.KeepPoints {
+			r.History = "" // an earlier promotion's
+		}
 		if event == lineage.Promote { // the old primary is sealed exactly there
 			r.Acked, r.LastCut = p.At, v.deps.Now()
 		}

@@ -91,6 +91,8 @@ type Record struct {
 	// Orphan: the primary ended the relationship; the copy is kept until this
 	// host's administrator deletes it.
 	Orphan *Orphan `json:"orphan,omitempty"`
+	// History says where the recovery points of the last promotion were kept.
+	History string `json:"history,omitempty"`
 	// Acked is the last position the peer committed, for display when the data
 	// plane is off.
 	Acked   delta.Pos `json:"acked,omitzero"`

@@ -23,7 +23,7 @@ func everything() map[string]any {
 	step := Step{Name: "seal", Result: OK, Detail: "d", Took: time.Second}
 	return map[string]any{
 		"CheckReply":   CheckReply{Checks: []Check{check}},
-		"CheckRequest": CheckRequest{VM: someVM, For: "planned", Spec: json.RawMessage(`{"x":1}`), Need: 9},
+		"CheckRequest": CheckRequest{VM: someVM, For: "planned", Spec: json.RawMessage(`{"x":1}`), Need: 9, KeepPoints: true},
 		"Beat":         Beat{VM: someVM, Pos: pos, Pending: 5, Interval: time.Second},
 		"DigestReply":  DigestReply{Digests: [][16]byte{{1}}},
 		"DigestRequest": DigestRequest{
@@ -32,7 +32,7 @@ func everything() map[string]any {
 		"EpochKey":        key,
 		"Error":           Error{Kind: KindPosMismatch, Text: "t", Hint: "h", Have: &pos},
 		"FailoverReply":   FailoverReply{State: "promoted", Generation: g, Parent: pos, Detail: "d", Steps: []Step{step}},
-		"FailoverRequest": FailoverRequest{VM: someVM, Step: "promote", Request: "q", Reason: "r", At: pos, Start: true, Reverse: true, Force: true},
+		"FailoverRequest": FailoverRequest{VM: someVM, Step: "promote", Request: "q", Reason: "r", At: pos, Start: true, Reverse: true, Force: true, KeepPoints: true},
 		"HandshakeReply": HandshakeReply{
 			Role: "replica", Generation: g, Committed: pos, Ancestors: []delta.Pos{pos}, Sealed: true, Diverged: true, Running: true,
 			Seeding: map[DiskName]int64{"vda": 3}, Partial: &key, VerifyAll: "v", VM: someVM, Disks: []DiskName{"vda"},

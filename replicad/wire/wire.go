@@ -103,6 +103,8 @@ type CheckRequest struct {
 	For  string          // "connection", "enable", "planned", "reverse"
 	Spec json.RawMessage `json:",omitempty"` // libvirt.Spec of the VM
 	Need int64           // bytes that will be needed here, 0 = unknown
+	// KeepPoints: the recovery points are to be kept (For "planned").
+	KeepPoints bool `json:",omitempty"`
 }
 
 // CheckReply lists results in the order they were made.
@@ -305,6 +307,8 @@ type FailoverRequest struct {
 	Start   bool      // start the VM on the new primary
 	Reverse bool      // reverse replication at once
 	Force   bool
+	// KeepPoints copies the replica's recovery points before they end.
+	KeepPoints bool `json:",omitempty"`
 	// Also are ranges that the survivor will replace besides what the answering
 	// host changed by itself (step "release"): they are kept with the patch.
 	Also map[DiskName][]Range `json:",omitempty"`

@@ -1,0 +1,173 @@
+package vm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"kvmreplica/internal/block"
+	"kvmreplica/replicad/points"
+	"kvmreplica/replicad/wire"
+)
+
+// A promotion ends the replica's recovery points. Whoever wants to keep them
+// says so before: the store is copied, images and all, beside the images, and
+// the copy is a replica's directory that replicafsck reads. Only a person
+// deletes it.
+
+// historyDir is where the copy of a promotion goes.
+func (v *VM) historyDir(request string) (string, error) {
+	dir := ""
+	r := v.record()
+	for _, d := range r.Disks {
+		if dir == "" && d.Kind == diskRaw {
+			dir = filepath.Dir(d.Path)
+		}
+	}
+	if filepath.Base(dir) == string(v.id) {
+		dir = filepath.Dir(dir) // ours, and deleted with the replica
+	}
+	if dir == "" {
+		if g, err := v.deps.Grant(r.Peer); err == nil {
+			dir = g.Root
+		}
+	}
+	if dir == "" {
+		return "", &wire.Error{Kind: wire.KindRefused, Text: "there is no directory for the recovery points: no disk is a file, and no storage root is set", Hint: "replicactl peer allow PEER --may-send --root DIR"}
+	}
+	return filepath.Join(dir, string(v.id)+".points-"+fileWord(request)), nil
+}
+
+// historyCost says what keeping the points would take: room, and whether blocks
+// can be shared instead.
+func (v *VM) historyCost(st points.Status) (dir string, need, free int64, shared bool, err error) {
+	if dir, err = v.historyDir(""); err != nil {
+		return
+	}
+	dir = filepath.Dir(dir)
+	shared = true
+	for _, d := range v.record().Disks {
+		if d.Kind == diskRaw && canShare(d.Path, dir) {
+			continue
+		}
+		shared = false
+		n := d.Size
+		if f, err := os.Stat(d.Path); d.Kind == diskRaw && err == nil {
+			if st, ok := f.Sys().(*syscall.Stat_t); ok {
+				n = min(n, st.Blocks*512)
+			}
+		}
+		need += n
+	}
+	need += st.Undo
+	var fs unix.Statfs_t
+	if err = unix.Statfs(dir, &fs); err == nil {
+		free = int64(fs.Bavail) * fs.Bsize
+	}
+	return
+}
+
+// canShare says whether a copy of file in dir would share its blocks.
+func canShare(file, dir string) bool {
+	src, err := os.Open(file)
+	if err != nil {
+		return false
+	}
+	defer src.Close()
+	// A file without a name: nothing is left whatever happens.
+	fd, err := unix.Open(dir, unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		return false
+	}
+	defer func() { _ = unix.Close(fd) }() // nothing was written
+	return block.CloneFD(fd, int(src.Fd())) == nil
+}
+
+// historyRate is what the time of a copy is estimated from, in bytes a second.
+const historyRate = 200 << 20
+
+// checkHistory says what becomes of the recovery points.
+func (v *VM) checkHistory(c *checklist, keep bool, st points.Status) {
+	if st.Points == 0 {
+		return
+	}
+	what, pinned := fmt.Sprintf("%d recovery points", st.Points), 0
+	if s, err := v.store(); err == nil {
+		if list := s.Points(); len(list) > 0 {
+			for _, p := range list {
+				if p.Pinned {
+					pinned++
+				}
+			}
+			what = fmt.Sprintf("%d recovery points since %s (%d pinned)", len(list), list[0].TimeText(), pinned)
+		}
+	}
+	if !keep {
+		c.add("Recovery points", wire.Warning, "to keep them as files there: --keep-points", "%s END with the failover; %s takes new ones from then on", what, v.mgr.peerName(v.record().Peer))
+		return
+	}
+	dir, need, free, shared, err := v.historyCost(st)
+	reserve := v.limits().Reserve
+	switch {
+	case err != nil:
+		c.add("Recovery points", wire.Failed, "leave --keep-points out, or export what matters: replicactl point export "+v.record().Name, "%s", said(err))
+	case free-need < reserve:
+		c.add("Recovery points", wire.Failed, "free space there, leave --keep-points out, or export what matters: replicactl point export "+v.record().Name,
+			"%s need %d bytes in %s; %d are free, %d of them must stay so", what, need, dir, free, reserve)
+	case shared:
+		c.add("Recovery points", wire.OK, "", "%s are kept in %s, sharing the images' blocks: %d bytes are copied", what, dir, need)
+	default:
+		took := time.Duration(need/historyRate+1) * time.Second
+		c.add("Recovery points", wire.Warning, "a file system with shared blocks (XFS, btrfs) keeps them at once", "%s are kept in %s; %d bytes are copied while the guest is off, about %s", what, dir, need, took)
+	}
+}
+
+// keepHistory copies the store before its points end. It is repeated from the
+// beginning when it was interrupted.
+func (v *VM) keepHistory(ctx context.Context, request string) (string, error) {
+	s, err := v.store()
+	if err != nil {
+		return "", err
+	}
+	if _, need, free, _, err := v.historyCost(s.Status()); err != nil {
+		return "", err
+	} else if free-need < v.limits().Reserve {
+		return "", &wire.Error{Kind: wire.KindNoSpace, Text: fmt.Sprintf("keeping the recovery points needs %d bytes, %d are free", need, free), Hint: "free space there, or leave --keep-points out"}
+	}
+	dir, err := v.historyDir(request)
+	if err != nil {
+		return "", err
+	}
+	if err := v.dropHistory(request); err != nil {
+		return "", err
+	}
+	c, err := s.CopyTo(ctx, dir)
+	if err != nil {
+		return "", fmt.Errorf("keep the recovery points: %w", err)
+	}
+	detail := fmt.Sprintf("%d recovery points kept in %s", c.Points, dir)
+	if c.Shared {
+		detail += ", sharing the images' blocks"
+	}
+	v.audit(request, "operator", "recovery points kept", detail)
+	return detail, v.update(func(r *Record) error { r.History = detail; return nil })
+}
+
+// dropHistory takes a copy away that is not to be.
+func (v *VM) dropHistory(request string) error {
+	dir, err := v.historyDir(request)
+	if err != nil {
+		return err
+	}
+	if err := os.RemoveAll(dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove the copy of the recovery points: %w", err)
+	}
+	return nil
+}

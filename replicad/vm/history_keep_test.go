@@ -1,0 +1,176 @@
+package vm
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"kvmreplica/replicad/delta"
+	"kvmreplica/replicad/points"
+	"kvmreplica/replicad/wire"
+)
+
+// plannedKeeping is a planned failover that keeps the recovery points.
+func plannedKeeping(request string) func(context.Context, *Manager, *VM) error {
+	return func(ctx context.Context, _ *Manager, v *VM) error {
+		return v.Planned(ctx, PlannedOptions{Request: request, KeepPoints: true}, nil)
+	}
+}
+
+// counterAt is what the guest had written at a recovery point.
+func counterAt(t *testing.T, s *points.Store, pos delta.Pos) string {
+	t.Helper()
+	v, err := s.View(pos)
+	must(t, err)
+	dev, err := v.Disk("vda")
+	must(t, err)
+	b := make([]byte, 512)
+	_, err = dev.ReadAt(b, 0)
+	must(t, err)
+	must(t, v.Close())
+	return string(b)
+}
+
+// kept opens what a planned failover to B kept.
+func (w *pair) kept() (*points.Store, []string) {
+	w.t.Helper()
+	dirs, err := filepath.Glob(filepath.Join(w.b.root, "*.points-*"))
+	must(w.t, err)
+	if len(dirs) != 1 {
+		w.t.Fatalf("kept in %v", dirs)
+	}
+	var cfg points.Config
+	must(w.t, (&points.Dir{Path: dirs[0], ReadOnly: true}).Configure(&cfg))
+	s, err := points.Open(cfg)
+	must(w.t, err)
+	w.t.Cleanup(func() { _ = s.Close() })
+	return s, dirs
+}
+
+// The plan says what ends and what is kept. Kept points are what they were,
+// while the guest writes on over the images they came from; a failover that is
+// not asked to keeps nothing.
+func TestAPlannedFailoverKeepsTheRecoveryPointsWhenAsked(t *testing.T) {
+	t.Parallel()
+	w := newPair(t)
+	w.protect()
+	w.rest()
+	first := w.pin()
+	w.write(w.a, 5)
+	w.rest()
+	second := w.pin()
+	s, err := w.b.vm().store()
+	must(t, err)
+	want := map[delta.Pos]string{first.Pos: counterAt(t, s, first.Pos), second.Pos: counterAt(t, s, second.Pos)}
+	if want[first.Pos] == want[second.Pos] {
+		t.Fatal("both points are equal")
+	}
+	for keep, words := range map[bool][]string{false: {"END with the failover", "2 pinned", "--keep-points"}, true: {"are kept in " + w.b.root, "2 pinned"}} {
+		cs, err := w.a.vm().PlanPlanned(t.Context(), false, keep)
+		must(t, err)
+		text := ""
+		for _, c := range cs {
+			if c.Name == "Recovery points" {
+				text = c.Detail + " " + c.Remedy
+			}
+		}
+		for _, word := range words {
+			if !strings.Contains(text, word) {
+				t.Errorf("keep %t: the plan does not say %q: %s", keep, word, text)
+			}
+		}
+	}
+	must(t, w.a.do(plannedKeeping("keep-1")))
+	if o := w.rest(); o != w.b {
+		t.Fatal("B does not own the VM")
+	}
+	w.write(w.b, 5)
+	k, _ := w.kept()
+	if st := k.Status(); st.State != points.Replica || len(st.Damage) > 0 {
+		t.Fatalf("what was kept is %s: %v", st.State, st.Damage)
+	}
+	for pos, content := range want {
+		if counterAt(t, k, pos) != content {
+			t.Errorf("point %v is not what it was", pos)
+		}
+	}
+	if h := w.b.vm().record().History; !strings.Contains(h, "keep-1") {
+		t.Errorf("the record says %q", h)
+	}
+	must(t, w.b.do(planned))
+	w.rest()
+	if dirs, _ := filepath.Glob(filepath.Join(w.a.root, "*.points-*")); len(dirs) > 0 {
+		t.Errorf("kept although nobody asked: %v", dirs)
+	}
+	w.kept()
+}
+
+// Where there is no room nothing moves: the check refuses, and a failover that
+// goes on all the same is taken back before the role changed, with nothing left.
+func TestAPlannedFailoverThatCannotKeepThePointsIsTakenBack(t *testing.T) {
+	t.Parallel()
+	w := newPair(t)
+	w.protect()
+	w.rest()
+	w.pin()
+	w.b.vm().deps.Store.Reserve = 1 << 60
+	cs, err := w.a.vm().PlanPlanned(t.Context(), false, true)
+	must(t, err)
+	refused := false
+	for _, c := range cs {
+		refused = refused || c.Name == "Recovery points" && c.Result == wire.Failed && c.Remedy != ""
+	}
+	if !refused {
+		t.Errorf("the checks let it pass: %+v", cs)
+	}
+	if err := w.a.do(plannedKeeping("keep-2")); err == nil || !strings.Contains(err.Error(), "keeping the recovery points needs") {
+		t.Errorf("the failover: %v", err)
+	}
+	if o := w.rest(); o != w.a {
+		t.Fatal("A does not own the VM any more")
+	}
+	if dirs, _ := filepath.Glob(filepath.Join(w.b.root, "*.points-*")); len(dirs) > 0 {
+		t.Errorf("left over: %v", dirs)
+	}
+}
+
+// The daemon dies while it keeps the points, or just after: the failover is
+// finished, and what was kept is whole.
+func TestACrashWhileThePointsAreKeptLosesNone(t *testing.T) {
+	for _, p := range []string{"promote/keep/begun", "promote/keep/acted"} {
+		t.Run(p, func(t *testing.T) {
+			t.Parallel()
+			w := newPair(t)
+			w.protect()
+			w.rest()
+			pinned := w.pin()
+			s, err := w.b.vm().store()
+			must(t, err)
+			want := counterAt(t, s, pinned.Pos)
+			w.b.mu.Lock()
+			w.b.crashAt = p
+			w.b.mu.Unlock()
+			ended := make(chan error, 1)
+			go func() { ended <- w.a.do(plannedKeeping("keep-3")) }()
+			w.until("the crash", func() error {
+				if w.b.died() {
+					return nil
+				}
+				return errors.New("not there yet")
+			})
+			w.b.restart()
+			<-ended
+			if o := w.rest(); o == w.b {
+				k, _ := w.kept()
+				if counterAt(t, k, pinned.Pos) != want {
+					t.Error("the kept point is not what it was")
+				}
+			} else if dirs, _ := os.ReadDir(w.b.root); len(dirs) != 1 {
+				t.Errorf("taken back, but left over: %v", dirs)
+			}
+		})
+	}
+}
