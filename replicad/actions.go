@@ -121,7 +121,7 @@ func (d *Daemon) actOn(ctx context.Context, v *vm.VM, a api.Action, request stri
 		return d.reverse(ctx, v, a, request, step, emit)
 	case api.AuditLog:
 		return showAudit(v, emit)
-	case api.PatchList, api.PatchExport, api.PatchDelete:
+	case api.PatchList, api.PatchExport, api.PatchDelete, api.PatchMount:
 		return d.patch(ctx, v, a, emit)
 	case api.Commit, api.Cancel:
 		return d.settleTrial(ctx, v, a, request, step, emit)
@@ -308,13 +308,19 @@ func showAudit(v *vm.VM, emit func(api.Event)) error {
 	return err
 }
 
-// patch lists, exports or deletes what was given up in a return.
+// patch lists, exports, mounts or deletes what was given up in a return.
 func (d *Daemon) patch(ctx context.Context, v *vm.VM, a api.Action, emit func(api.Event)) error {
 	switch a.Verb {
 	case api.PatchExport:
 		n, err := v.ExportPatch(ctx, a.Patch, a.To)
 		if err == nil {
 			note(emit, "%d bytes written to %s: each block at its place in DISK.raw, the ranges in DISK.map.", n, a.To)
+		}
+		return err
+	case api.PatchMount:
+		m, err := v.MountPatch(a.Patch, mountOptions(a))
+		if err == nil {
+			emit(api.Event{Mount: &m})
 		}
 		return err
 	case api.PatchDelete:

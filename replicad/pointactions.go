@@ -46,11 +46,7 @@ func (d *Daemon) pointAction(ctx context.Context, v *vm.VM, a api.Action, emit f
 		}
 		return nil
 	case api.PointMount:
-		o := vm.MountOptions{Point: a.Point, Writable: a.Writable, TCP: a.TCP}
-		if a.Quota != nil {
-			o.Quota = *a.Quota
-		}
-		m, err := v.MountPoint(o)
+		m, err := v.MountPoint(mountOptions(a))
 		if err == nil {
 			emit(api.Event{Mount: &m})
 		}
@@ -65,6 +61,14 @@ func (d *Daemon) pointAction(ctx context.Context, v *vm.VM, a api.Action, emit f
 		return exportPoint(ctx, v, a, emit)
 	}
 	return pinPoint(ctx, v, a, emit)
+}
+
+func mountOptions(a api.Action) vm.MountOptions {
+	o := vm.MountOptions{Point: a.Point, Writable: a.Writable, TCP: a.TCP}
+	if a.Quota != nil {
+		o.Quota = *a.Quota
+	}
+	return o
 }
 
 // keepPoints changes the retention.

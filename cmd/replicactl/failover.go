@@ -135,7 +135,7 @@ func newTrialEnd(a *app, verb api.Verb, use, short, long string) *cobra.Command 
 }
 
 func newPatch(a *app) *cobra.Command {
-	c := &cobra.Command{Use: "patch", Short: "What an old primary gave up in a return: list, export, delete", RunE: needVerb}
+	c := &cobra.Command{Use: "patch", Short: "What an old primary gave up in a return: list, mount, export, delete", RunE: needVerb}
 	export := api.Action{Verb: api.PatchExport}
 	e := &cobra.Command{
 		Use: "export NAME PATCH", Short: "Write the blocks that were given up to raw files", Args: cobra.ExactArgs(2),
@@ -151,6 +151,16 @@ func newPatch(a *app) *cobra.Command {
 		},
 	}
 	e.Flags().StringVar(&export.To, "out", "", "directory for DISK.raw and DISK.map; files there are never written over")
+	mount := api.Action{Verb: api.PatchMount}
+	m := &cobra.Command{
+		Use: "mount NAME PATCH", Short: "Show the old disk as it was to NBD clients of this host: the patch over the recovery point it belongs to",
+		Long: `Show the disks over NBD as they were when this host gave its writes up: each block of the patch as this host had it, all
+others as of the recovery point, by default the first after the return. Blocks that the other host's guest wrote between
+the return and that point's cut show as it wrote them. It ends as every mount does: replicactl point unmount NAME` + "\n" + pointHelp + "\n" + exitHelp,
+		Args: cobra.ExactArgs(2),
+	}
+	a.mounting(m, &mount)
+	m.Flags().StringVar(&mount.Point, "point", "", "over another recovery point (default the one the patch belongs to)")
 	var yes bool
 	d := &cobra.Command{
 		Use: "delete NAME PATCH", Short: "Delete a patch for good", Args: cobra.ExactArgs(2),
@@ -163,7 +173,7 @@ func newPatch(a *app) *cobra.Command {
 		},
 	}
 	d.Flags().BoolVarP(&yes, "yes", "y", false, "do not ask")
-	c.AddCommand(simple(a, "list NAME", "List what this host gave up and keeps", api.PatchList), e, d)
+	c.AddCommand(simple(a, "list NAME", "List what this host gave up and keeps", api.PatchList), m, e, d)
 	return c
 }
 

@@ -13,8 +13,6 @@ import (
 
 func newPointMount(a *app) *cobra.Command {
 	act := api.Action{Verb: api.PointMount}
-	var size string
-	var port int
 	c := &cobra.Command{
 		Use: "mount NAME", Short: "Show a point to NBD clients of this host",
 		Long: `Show a recovery point's disks over NBD, read-only, while replication goes on. Each disk is an export of
@@ -24,30 +22,41 @@ the daemon stops, and when this host gives the replica's role up. A mounted poin
 
   qemu-nbd --connect=/dev/nbd0 -f raw -r 'URI'; mount -o ro,noload /dev/nbd0p1 /mnt` + "\n" + pointHelp + "\n" + exitHelp,
 		Args: cobra.ExactArgs(1),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			act.VM = args[0]
-			if cmd.Flags().Changed("quota") {
-				n, err := parseSize(size)
-				if err != nil {
-					return err
-				}
-				if !act.Writable || n == 0 {
-					return usagef("--quota takes a size above 0 and goes with --rw")
-				}
-				act.Quota = &n
+	}
+	a.mounting(c, &act)
+	c.Flags().StringVar(&act.Point, "point", "", "the recovery point (default latest)")
+	return c
+}
+
+// mounting gives a command the flags of a mount; its arguments are a VM and,
+// maybe, a patch.
+func (a *app) mounting(c *cobra.Command, act *api.Action) {
+	var size string
+	var port int
+	c.RunE = func(cmd *cobra.Command, args []string) error {
+		act.VM = args[0]
+		if len(args) > 1 {
+			act.Patch = args[1]
+		}
+		if cmd.Flags().Changed("quota") {
+			n, err := parseSize(size)
+			if err != nil {
+				return err
 			}
-			if cmd.Flags().Changed("tcp") {
-				act.TCP = &port
+			if !act.Writable || n == 0 {
+				return usagef("--quota takes a size above 0 and goes with --rw")
 			}
-			return a.act(cmd.Context(), act)
-		},
+			act.Quota = &n
+		}
+		if cmd.Flags().Changed("tcp") {
+			act.TCP = &port
+		}
+		return a.act(cmd.Context(), *act)
 	}
 	f := c.Flags()
-	f.StringVar(&act.Point, "point", "", "the recovery point (default latest)")
 	f.BoolVar(&act.Writable, "rw", false, "writable, with a scratch overlay that ends with the mount")
 	f.StringVar(&size, "quota", "10G", "with --rw: how much each disk's overlay may hold")
 	f.IntVar(&port, "tcp", 0, "listen on this port of 127.0.0.1 instead of a unix socket; 0 = any free one")
-	return c
 }
 
 // mount prints one mount.
@@ -56,7 +65,11 @@ func (a *app) mount(m status.Mount) {
 	if m.Writable {
 		how = "writable, up to " + bytesText(m.Quota) + " a disk"
 	}
-	fmt.Fprintf(a.out, "%s: point %d of %s, %s\n", m.ID, m.Number, m.Time.UTC().Format("2006-01-02T15:04:05Z"), how)
+	what := ""
+	if m.Patch != "" {
+		what = "patch " + clean(m.Patch) + " over "
+	}
+	fmt.Fprintf(a.out, "%s: %spoint %d of %s, %s\n", m.ID, what, m.Number, m.Time.UTC().Format("2006-01-02T15:04:05Z"), how)
 	for _, d := range m.Disks {
 		fmt.Fprintf(a.out, "  %-6s %s  %s\n", d.Name, bytesText(d.Size), d.URI)
 	}
@@ -77,6 +90,9 @@ func newPointMounts(a *app) *cobra.Command {
 			fmt.Fprintln(w, "MOUNT\tVM\tPOINT\tTIME (UTC)\tACCESS\tUSED\tCLIENTS\tWHERE")
 			for _, m := range ms {
 				access := map[bool]string{false: "ro", true: "rw"}[m.Writable]
+				if m.Patch != "" {
+					access += "+patch"
+				}
 				for _, d := range m.Disks {
 					fmt.Fprintf(w, "%s\t%s\t%d\t%s\t%s\t%s\t%d\t%s\n", m.ID, clean(m.VM), m.Number, m.Time.UTC().Format("2006-01-02T15:04:05Z"),
 						access, bytesText(m.Used), m.Connections, d.URI)

@@ -73,7 +73,7 @@ func TestRecoveryPointsOfARealGuest(t *testing.T) {
 	w.must(os.MkdirAll(w.Lab.Host("B").Path(to), 0o755))
 	w.ctl("B", "point", "pin", d.Name, "latest-app")
 	w.ctl("B", "point", "export", d.Name, "--point", "latest-app", "--to", to)
-	m := w.mountOn("B", d.Name, "--point", "latest-app")
+	m := w.mountOn("B", "point", "mount", d.Name, "--point", "latest-app")
 	_, err = c.WaitSynced(w.step(), c.Synced()+20)
 	w.must(err)
 	for _, k := range m.Disks {
@@ -101,11 +101,11 @@ func pinned(r wire.PointsReply) bool {
 	return false
 }
 
-// mountOn mounts a point and returns the mount with addresses that can be
-// reached from outside the host.
-func (w *world) mountOn(host, vm string, args ...string) status.Mount {
+// mountOn runs a command that mounts a point, or a patch, and returns the mount
+// with addresses that can be reached from outside the host.
+func (w *world) mountOn(host string, args ...string) status.Mount {
 	w.t.Helper()
-	w.ctl(host, append([]string{"point", "mount", vm}, args...)...)
+	w.ctl(host, args...)
 	ms := decode[[]status.Mount](w.t, w.ctl(host, "--json", "point", "mounts"))
 	if len(ms) != 1 {
 		w.t.Fatalf("mounts: %+v", ms)

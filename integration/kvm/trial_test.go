@@ -1,6 +1,7 @@
 package kvm_test
 
 import (
+	"os/exec"
 	"strings"
 	"testing"
 
@@ -61,13 +62,32 @@ func TestAnOlderPointIsTriedCancelledTriedAgainAndCommitted(t *testing.T) {
 		return !v.Running && strings.Contains(fmtConditions(v), "promoted")
 	})
 	w.must(err)
+	// Nothing is written during the return, so that the old disk can be compared whole.
+	w.virsh("B", "suspend", d.Name)
+	image := w.Lab.Host("A").Path(d.Disks[0].File)
+	if out, err := exec.CommandContext(w.step(), "cp", "--sparse=always", image, image+".was").CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
 	w.ctl("B", "failover", "reverse", d.Name, "--yes")
-	v := w.replicating("B", d.Name)
+	v, err := w.WaitStatus(w.step(), "B", d.Name, "replicating", func(v status.VM) bool { return v.State == status.Replicating && !v.LastCommit.IsZero() })
+	w.must(err)
 	if full := v.Disks[0].Size; v.Stats.SentBytes > full/4 {
 		t.Errorf("the way back sent %d bytes of a %d byte disk", v.Stats.SentBytes, full)
 	}
-	if out := w.ctl("A", "failover", "patch", "list", d.Name); !strings.Contains(out, "bytes of generation") {
-		t.Errorf("what A had is not kept:\n%s", out)
+	w.virsh("B", "resume", d.Name)
+	out = w.ctl("A", "failover", "patch", "list", d.Name)
+	if !strings.Contains(out, "bytes of generation") {
+		t.Fatalf("what A had is not kept:\n%s", out)
 	}
+	patch := strings.Fields(out)[0]
+	if out := w.refused("B", 1, "failover", "patch", "mount", d.Name, patch); !strings.Contains(out, "the old primary") {
+		t.Errorf("on the other host it is not said where the patch is:\n%s", out)
+	}
+	_, err = b.WaitSynced(w.step(), b.Synced()+20)
+	w.must(err)
+	m := w.mountOn("A", "failover", "patch", "mount", d.Name, patch)
+	w.sameDisk(image+".was", m.Disks[0].URI)
+	w.ctl("A", "point", "unmount", d.Name, m.ID)
+	w.replicating("B", d.Name)
 	w.noErrors("B", d, true)
 }

@@ -42,6 +42,7 @@ const (
 	PatchList   Verb = "failover-patch-list"
 	PatchExport Verb = "failover-patch-export"
 	PatchDelete Verb = "failover-patch-delete"
+	PatchMount  Verb = "failover-patch-mount"
 
 	PlanUndo   Verb = "failover-take-back"
 	PeerTest   Verb = "peer-test"
@@ -99,7 +100,7 @@ type Action struct {
 	Unfenced bool          `json:"unfenced,omitempty"`  // unplanned: although fencing failed
 	Within   time.Duration `json:"within_ns,omitempty"` // unplanned: time of trial
 	Then     string        `json:"then,omitempty"`      // unplanned: commit or cancel after it
-	Patch    string        `json:"patch,omitempty"`     // patch-export, patch-delete: its name
+	Patch    string        `json:"patch,omitempty"`     // patch-export, patch-mount, patch-delete: its name
 	// Of tests and drills.
 	Network  string `json:"network,omitempty"` // of this host
 	Isolated bool   `json:"isolated,omitempty"`

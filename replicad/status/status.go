@@ -187,6 +187,7 @@ type Mount struct {
 	Time        time.Time   `json:"time"`   // of its cut
 	Position    string      `json:"position"`
 	App         bool        `json:"application_consistent"`
+	Patch       string      `json:"patch,omitempty"` // laid over the point
 	Writable    bool        `json:"writable"`
 	Quota       int64       `json:"quota_bytes,omitempty"` // per disk
 	Used        int64       `json:"used_bytes"`            // by what was written, over all disks

@@ -29,15 +29,17 @@ type mounted struct {
 	pos     points.Point
 	view    *points.View
 	m       *mount.Mount
-	private bool // an export's own, not listed
+	over    *patched // between the view and the clients; nil = nothing
+	private bool     // an export's own, not listed
 }
 
 // MountOptions are a person's choices.
 type MountOptions struct {
 	Point    string // as points.Choose reads it
 	Writable bool
-	Quota    int64 // per disk, 0 = DefaultQuota
-	TCP      *int  // port of the loopback interface; nil = a unix socket
+	Quota    int64  // per disk, 0 = DefaultQuota
+	TCP      *int   // port of the loopback interface; nil = a unix socket
+	patch    *Patch // laid over the point
 }
 
 // DefaultQuota of a writable mount, per disk.
@@ -89,8 +91,14 @@ func (v *VM) mountPoint(o MountOptions, private bool) (*mounted, error) {
 		return nil, pointError(err, v.record().Name)
 	}
 	x := &mounted{pos: p, view: view, private: private}
-	if err := v.show(x, o, s); err != nil {
-		return nil, errors.Join(err, view.Close())
+	if o.patch != nil {
+		x.over, err = v.overlayPatch(view, s, o.patch)
+	}
+	if err == nil {
+		err = v.show(x, o, s)
+	}
+	if err != nil {
+		return nil, errors.Join(err, x.over.close(), view.Close())
 	}
 	v.mu.Lock()
 	v.mounts = append(v.mounts, x)
@@ -116,6 +124,9 @@ func (v *VM) show(x *mounted, o MountOptions, s *points.Store) error {
 		if err != nil {
 			return err
 		}
+		if x.over != nil {
+			dev = x.over.disks[d.Name]
+		}
 		disks = append(disks, mount.Disk{Name: d.Name, Device: dev})
 	}
 	m, err := mount.Start(disks, opts)
@@ -129,6 +140,9 @@ func (v *VM) show(x *mounted, o MountOptions, s *points.Store) error {
 	}
 	if o.Writable {
 		x.Quota = o.Quota
+	}
+	if o.patch != nil {
+		x.Patch = o.patch.ID
 	}
 	for _, d := range disks {
 		x.Disks = append(x.Disks, status.MountDisk{Name: wire.DiskName(d.Name), Size: d.Device.Size(), URI: m.URI(d.Name)})
@@ -189,7 +203,7 @@ func (v *VM) UnmountPoint(id string, force bool) (ended int, err error) {
 
 // endMount takes one mount down. A second call waits for the first.
 func (v *VM) endMount(x *mounted) error {
-	err := errors.Join(x.m.Close(), x.view.Close())
+	err := errors.Join(x.m.Close(), x.over.close(), x.view.Close())
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	v.mounts = slices.DeleteFunc(slices.Clone(v.mounts), func(o *mounted) bool { return o == x })

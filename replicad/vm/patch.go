@@ -255,19 +255,25 @@ func (v *VM) findPatch(id string) (Patch, error) {
 			return p, nil
 		}
 	}
-	return Patch{}, &wire.Error{Kind: wire.KindNotFound, Text: fmt.Sprintf("there is no patch %.80q", id), Hint: "replicactl failover patch list " + v.record().Name}
+	return Patch{}, &wire.Error{Kind: wire.KindNotFound, Text: fmt.Sprintf("there is no patch %.80q on this host; patches lie on the one that was the old primary", id), Hint: "replicactl failover patch list " + v.record().Name}
+}
+
+// readablePatch finds a patch that is not damaged.
+func (v *VM) readablePatch(id string) (Patch, error) {
+	p, err := v.findPatch(id)
+	if err == nil && p.Damage != "" {
+		err = &wire.Error{Kind: wire.KindCorrupt, Text: "the patch cannot be read: " + p.Damage, Hint: "replicafsck dump " + p.File}
+	}
+	return p, err
 }
 
 // ExportPatch writes a patch as DIR/DISK.raw, sparse, each block at its place,
 // and DIR/DISK.map, its ranges as text. It returns the bytes written. Files that
 // exist are never written over.
 func (v *VM) ExportPatch(ctx context.Context, id, dir string) (int64, error) {
-	p, err := v.findPatch(id)
+	p, err := v.readablePatch(id)
 	if err != nil {
 		return 0, err
-	}
-	if p.Damage != "" {
-		return 0, &wire.Error{Kind: wire.KindCorrupt, Text: "the patch cannot be read: " + p.Damage, Hint: "replicafsck dump " + p.File}
 	}
 	if !filepath.IsAbs(dir) {
 		return 0, &wire.Error{Kind: wire.KindInvalid, Text: fmt.Sprintf("directory %.80q is not an absolute path", dir)}

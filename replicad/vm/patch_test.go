@@ -9,6 +9,9 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"kvmreplica/nbd"
+	"kvmreplica/replicad/wire"
 )
 
 // The old primary's guest wrote what never arrived. The return keeps it: every
@@ -77,6 +80,7 @@ func TestAReturnKeepsWhatTheOldPrimaryHad(t *testing.T) {
 	if !in[0] {
 		t.Fatal("the guest's counter is not in the patch")
 	}
+	w.patchShows(all[0], lost, now, in)
 	if _, err := w.a.vm().ExportPatch(t.Context(), all[0].ID, dir); !errors.Is(err, os.ErrExist) {
 		t.Fatalf("exported over an earlier export: %v", err)
 	}
@@ -84,6 +88,63 @@ func TestAReturnKeepsWhatTheOldPrimaryHad(t *testing.T) {
 	if all, err := w.a.vm().Patches(); err != nil || len(all) != 0 {
 		t.Fatalf("after the deletion: %v %v", all, err)
 	}
+}
+
+// patchShows mounts the patch on A: what A had in its blocks, the first state
+// after the return in all others; it may be written to, and nothing stays.
+func (w *pair) patchShows(p Patch, lost, now []byte, in []bool) {
+	w.t.Helper()
+	a := w.a.vm()
+	for _, writable := range []bool{false, true} {
+		m, err := a.MountPatch(p.ID, MountOptions{Writable: writable})
+		must(w.t, err)
+		if m.Patch != p.ID || m.Number != firstOrdinal || len(m.Disks) != 1 || len(a.Mounts()) != 1 {
+			w.t.Fatalf("the mount: %+v", m)
+		}
+		c, err := nbd.DialURI(w.t.Context(), m.Disks[0].URI, nbd.ClientOptions{ReadOnly: !writable})
+		must(w.t, err)
+		got := make([]byte, diskSize)
+		_, err = c.ReadAt(got, 0)
+		must(w.t, err)
+		for g := range in {
+			shown := got[g*4096 : g*4096+4096]
+			if in[g] && !bytes.Equal(shown, lost[g*4096:g*4096+4096]) {
+				w.t.Fatalf("block %d of the mounted patch is not what A had", g)
+			} else if !in[g] && g > 64 && !bytes.Equal(shown, now[g*4096:g*4096+4096]) {
+				w.t.Fatalf("block %d of the mount is neither the patch nor the point", g)
+			}
+		}
+		_, err = c.WriteAt(make([]byte, 4096), 0)
+		if (err == nil) != writable {
+			w.t.Fatalf("writable %t: %v", writable, err)
+		}
+		must(w.t, c.Close())
+		if n, err := a.UnmountPoint(m.ID, true); err != nil || n != 1 {
+			w.t.Fatalf("unmount: %d, %v", n, err)
+		}
+	}
+	if left, _ := os.ReadDir(a.scratchDir()); len(left) > 0 {
+		w.t.Errorf("left over: %v", left)
+	}
+	if _, err := a.MountPatch("nonsense", MountOptions{}); !kindIs(err, wire.KindNotFound) {
+		w.t.Errorf("an unknown patch: %v", err)
+	}
+	if _, err := w.b.vm().MountPatch(p.ID, MountOptions{}); err == nil {
+		w.t.Error("mounted on the host that does not have it")
+	}
+	must(w.t, a.update(func(r *Record) error { r.Given = ""; return nil })) // as after two more failovers
+	if _, err := a.MountPatch(p.ID, MountOptions{}); !kindIs(err, wire.KindNotFound) {
+		w.t.Errorf("over a point it does not belong to: %v", err)
+	}
+	m, err := a.MountPatch(p.ID, MountOptions{Point: "latest"})
+	must(w.t, err)
+	_, err = a.UnmountPoint(m.ID, true)
+	must(w.t, err)
+	a.deps.Store.Reserve = 1 << 60
+	if _, err := a.MountPatch(p.ID, MountOptions{Point: "latest"}); !kindIs(err, wire.KindNoSpace) {
+		w.t.Errorf("without room: %v", err)
+	}
+	a.deps.Store.Reserve = 0
 }
 
 // A patch that cannot be written keeps the old primary as it is.

@@ -62,6 +62,9 @@ type Record struct {
 	// primary was relative to, and whether its set was proven.
 	ReleasedBase    delta.Pos `json:"released_base,omitzero"`
 	ReleasedTracked bool      `json:"released_tracked,omitempty"`
+	// Given names the patch with which this host's present store began: what it
+	// gave up then; empty = none.
+	Given string `json:"given,omitempty"`
 	// UnionMarked: what a released old primary had changed by itself is marked
 	// in this host's tracker.
 	UnionMarked bool `json:"union_marked,omitempty"`

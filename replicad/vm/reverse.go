@@ -292,7 +292,7 @@ func (v *VM) giveUp(ctx context.Context, q wire.FailoverRequest) (wire.FailoverR
 	if err == nil {
 		err = v.move(lineage.Change{Event: lineage.Discard}, func(r *Record) {
 			r.Incomplete, r.NoReverse, r.WantRunning = true, false, false
-			r.ReleasedBase, r.ReleasedTracked, r.Overlay = base, tracked, nil
+			r.ReleasedBase, r.ReleasedTracked, r.Overlay, r.Given = base, tracked, nil, reply.Patch
 			r.Paused, r.Superseded, r.Next = false, "", nil
 		})
 	}
