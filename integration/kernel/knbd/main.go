@@ -4,6 +4,7 @@
 //	knbd hold N SOCKET EXPORT CONNECTIONS   /dev/nbdN lives until SIGTERM; a lost
 //	                                        connection is replaced (NBD_CMD_RECONFIGURE)
 //	knbd load DEVICE WORKERS OPERATIONS SEED  stamped, verified direct I/O; prints the digest of the content
+//	knbd files DIR WORKERS OPERATIONS SEED    files written, cut, renamed, removed, synced, verified
 package main
 
 import (
@@ -28,8 +29,8 @@ func main() {
 }
 
 func run(args []string) error {
-	if len(args) != 5 || args[0] != "hold" && args[0] != "load" {
-		return errors.New("usage: knbd hold N SOCKET EXPORT CONNECTIONS | knbd load DEVICE WORKERS OPERATIONS SEED")
+	if len(args) != 5 {
+		return errors.New("usage: knbd hold N SOCKET EXPORT CONNECTIONS | knbd load|files DEVICE|DIR WORKERS OPERATIONS SEED")
 	}
 	number := func(i int) int {
 		n, err := strconv.Atoi(args[i])
@@ -39,8 +40,11 @@ func run(args []string) error {
 		}
 		return n
 	}
-	if args[0] == "load" {
+	switch args[0] {
+	case "load":
 		return load(args[1], number(2), number(3), uint64(number(4)))
+	case "files":
+		return files(args[1], number(2), number(3), uint64(number(4)))
 	}
 	return hold(uint32(number(1)), args[2], args[3], number(4))
 }
