@@ -196,7 +196,8 @@ func judgePosition(sb *super, acked, pos Position) (older bool, err error) {
 	}
 	switch {
 	case sb.floor > 0 && (pos.Generation != sb.generation || pos.Epoch < sb.floor):
-		return bad(fmt.Sprintf("before epoch %d, and a damaged superblock may have held a later base", sb.floor))
+		_, err := bad(fmt.Sprintf("before epoch %d", sb.floor))
+		return false, fmt.Errorf("%w: %w", err, ErrLostBase)
 	case pos.Generation != sb.generation:
 		return bad("other generation")
 	case pos.Epoch > sb.highest:

@@ -190,6 +190,9 @@ var (
 	ErrDirty = errors.New("not everything has been replicated yet")
 	// ErrPosition: a position that is not on this tracker's history.
 	ErrPosition = errors.New("position is not on the tracker's history")
+	// ErrLostBase: a damaged superblock may have held a base later than the
+	// position; it comes with ErrPosition. Only this host can know: Rebase.
+	ErrLostBase = errors.New("a damaged superblock may have held a later base")
 	// ErrStale: a comparison was overtaken by a freeze, an ack or a mark;
 	// nothing was cleared.
 	ErrStale = errors.New("comparison is out of date")

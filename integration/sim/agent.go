@@ -207,7 +207,8 @@ func (h *host) adoptBase(pos delta.Pos, assume bool) error {
 			return err
 		}
 		if st.State == points.Replica && st.Committed == pos && !assume {
-			return nil
+			h.acks = oracle.NewAcks() // a crash may have kept it from being noted
+			return h.acks.Committed(name(pos), oracle.Position{})
 		}
 	}
 	h.acks = oracle.NewAcks()

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"iter"
 	"sync"
@@ -88,7 +89,12 @@ func (p *Plane) adopt(g *cbt.Group, pos delta.Pos) error {
 	if pos.IsZero() || deltaPos(g.Status().Acked) == pos {
 		return nil
 	}
-	return g.Adopt(cbtPos(pos))
+	err := g.Adopt(cbtPos(pos))
+	if errors.Is(err, cbt.ErrLostBase) {
+		// The handshake could not know: what was cleared since is lost, too.
+		return g.Rebase(cbtPos(pos), err.Error())
+	}
+	return err
 }
 
 func joinAbandon(err error, cut *cbt.Epoch) error {

@@ -71,7 +71,7 @@ type Facts struct {
 	Trial        bool   // the failover can be taken back
 	FlattenError string // a committed failover cannot be completed
 	Interrupted  string // an interrupted plan
-	StoreSuspect string // the replica image was touched from outside
+	StoreSuspect string // the replica image was touched from outside, or its store is damaged
 	Incomplete   bool   // replica holds no complete copy
 	NoCopy       bool   // primary: it is not known that the replica holds a complete copy
 	Backlog      string // replica apply is late
@@ -121,7 +121,7 @@ func evaluateFaults(f Facts, add adder) {
 			"the guest writes to its own images and nothing is replicated: %s", f.Released)
 	}
 	if f.StoreSuspect != "" {
-		add("replica-suspect", Critical, "replicactl vm resync "+f.Name, "the replica image was changed from outside: %s", f.StoreSuspect)
+		add("replica-suspect", Critical, "find out why, then on this host: replicactl vm resync "+f.Name, "the replica takes nothing: %s", f.StoreSuspect)
 	}
 	if f.DataPlane != "" {
 		add("data-plane-down", Critical, "replicactl doctor; the guest waits for its disk", "the data plane does not answer: %s", f.DataPlane)

@@ -2,11 +2,12 @@ package vm
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
+	"kvmreplica/replicad/points"
 	"kvmreplica/replicad/session"
-
 	"kvmreplica/replicad/wire"
 )
 
@@ -92,11 +93,44 @@ func (v *VM) SyncNow(ctx context.Context) error {
 }
 
 // Resync distrusts the tracker and the replica's content: everything is
-// compared by digest, what differs is sent.
+// compared by digest, what differs is sent. On a replica that takes nothing,
+// because its images were changed from outside or its store is damaged, it
+// gives up what cannot be trusted; then the primary compares everything.
 func (v *VM) Resync(ctx context.Context) error {
 	if v.session() == nil {
-		return v.notShipping()
+		return v.trustAgain()
 	}
 	v.distrust(ctx, "asked for by an operator")
+	return nil
+}
+
+// trustAgain ends a replica's distrust in its own images or store.
+func (v *VM) trustAgain() error {
+	unlock, err := v.lock()
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	s, err := v.store()
+	if err != nil {
+		return v.notShipping()
+	}
+	st := s.Status()
+	switch st.State {
+	case points.Suspect:
+		err = s.Discard()
+	case points.Damaged:
+		err = s.DropDamaged()
+	default:
+		return v.notShipping()
+	}
+	if errors.Is(err, points.ErrDamaged) {
+		name := v.record().Name
+		return &wire.Error{Kind: wire.KindRefused, Text: err.Error(), Hint: fmt.Sprintf("replicactl vm disable %s --force --delete-replica here, and on the primary: replicactl vm disable %s --force; then enable it again", name, name)}
+	}
+	if err != nil {
+		return err
+	}
+	v.log.Warn("an operator gave up what the replica could not trust; everything is compared next", "was", string(st.State), "damage", errors.Join(st.Damage...), "points", st.Points)
 	return nil
 }

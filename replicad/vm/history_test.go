@@ -14,6 +14,7 @@ import (
 
 	"kvmreplica/libvirt"
 	"kvmreplica/replicad/lineage"
+	"kvmreplica/replicad/points"
 )
 
 // history is one random life of a pair. Its operators, link and power obey the
@@ -313,6 +314,10 @@ func (h *history) operate() {
 	if r.NoReverse || owns(a) && owns(b) || r.Lineage.Diverged != nil {
 		h.stopGuest(keep.other)
 		_ = h.told("reverse", keep, reverse)
+		return
+	}
+	if st, err := keep.other.vm().storeStatus(); err == nil && (st.State == points.Suspect || st.State == points.Damaged) {
+		_ = h.told("resync", keep.other, func(ctx context.Context, _ *Manager, v *VM) error { return v.Resync(ctx) })
 		return
 	}
 	if s := keep.vm().session(); s != nil && s.Status().Stop != nil {

@@ -2,6 +2,7 @@ package vm
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strconv"
 	"strings"
@@ -110,7 +111,9 @@ func (v *VM) viewReplica(out *status.VM, f *health.Facts) {
 		out.State = status.Seeding
 	case points.Suspect, points.Damaged:
 		out.State = status.Suspect
-		f.StoreSuspect = fmt.Sprint(st.Damage)
+		if f.StoreSuspect = points.ErrSuspect.Error(); st.State == points.Damaged {
+			f.StoreSuspect = errors.Join(st.Damage...).Error()
+		}
 	case points.Promoted:
 		out.State = status.FailedOver
 	}

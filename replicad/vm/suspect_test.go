@@ -1,0 +1,57 @@
+package vm
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"testing"
+
+	"kvmreplica/replicad/status"
+	"kvmreplica/replicad/wire"
+)
+
+func resync(ctx context.Context, _ *Manager, v *VM) error { return v.Resync(ctx) }
+
+// A replica's image is put back from a copy, as a backup would. It takes
+// nothing, says so, and what it names as the remedy brings it back.
+func TestTheRemedyOfASuspectReplicaBringsItBack(t *testing.T) {
+	t.Parallel()
+	w := newPair(t)
+	w.protect()
+	w.rest()
+	var we *wire.Error
+	if err := w.b.do(resync); !errors.As(err, &we) || we.Kind != wire.KindRefused {
+		t.Fatalf("resync of a sound replica on its own host: %v", err)
+	}
+	path := w.b.vm().record().Disks[0].Path
+	w.b.kill()
+	old, err := os.ReadFile(path)
+	must(t, err)
+	copy(old[2<<20:], "somebody else was here")
+	must(t, os.WriteFile(path+".new", old, 0o600))
+	must(t, os.Rename(path+".new", path))
+	w.write(w.a, 3)
+	w.b.start()
+	w.until("the replica to be suspect", func() error {
+		st := w.b.vm().Status(t.Context(), "A")
+		for _, c := range st.Conditions {
+			if c.Code == "replica-suspect" && strings.HasSuffix(c.Remedy, "on this host: replicactl vm resync web") && st.State == status.Suspect {
+				return nil
+			}
+		}
+		return fmt.Errorf("%s: %+v", st.State, st.Conditions)
+	})
+	must(t, w.b.do(resync))
+	if o := w.rest(); o != w.a {
+		t.Fatal("A does not own the VM")
+	}
+	w.until("the images to be equal", func() error {
+		if !bytes.Equal(w.a.image(), w.b.image()) {
+			return errors.New("they differ")
+		}
+		return nil
+	})
+}
