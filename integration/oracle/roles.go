@@ -117,6 +117,16 @@ func (r *Roles) NothingSince(gen string, epoch uint64) {
 	}
 }
 
+// PutBack notes that somebody lets a host run that was put back to an earlier
+// time: every generation so far may meet its parent running again.
+func (r *Roles) PutBack() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, g := range r.gens {
+		g.forced = true
+	}
+}
+
 // Met notes that two hosts exchanged a handshake about this VM.
 func (r *Roles) Met(a, b string) {
 	r.mu.Lock()

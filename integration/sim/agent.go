@@ -19,11 +19,6 @@ func (h *host) start() error {
 	if h.up {
 		return nil
 	}
-	if h.unmade {
-		if err := h.remake(); err != nil {
-			return err
-		}
-	}
 	known, err := h.loadRecord()
 	if err != nil || !known {
 		return err
@@ -37,6 +32,11 @@ func (h *host) start() error {
 func (h *host) tend() error {
 	if !h.up {
 		return nil
+	}
+	if h.unmade {
+		if err := h.remake(); err != nil {
+			return err
+		}
 	}
 	if j, err := failover.Load(h.m.FS, planFile); err != nil {
 		return err
@@ -109,6 +109,7 @@ func (h *host) decideBoot() error {
 	}
 	if !answered {
 		h.w.count("silent peer: start")
+		h.w.consented()
 	}
 	h.held, h.booted = "", true
 	if !h.rec.WantRunning {
@@ -127,6 +128,8 @@ func (h *host) askPeer() (why string, answered bool) {
 		return "the VM runs on the other host", true
 	case s.Role == lineage.RolePrimary && !h.knows(s.Generation):
 		return "the other host was promoted and owns the VM now", true
+	case s.Role == lineage.RoleReplica && !s.Committed.IsZero() && !h.knows(s.Committed.Generation):
+		return "this host's state was put back to an earlier time", true
 	}
 	return "", true
 }

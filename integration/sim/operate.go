@@ -158,6 +158,14 @@ func (w *World) forget(h *host) {
 	_ = s.Close()
 }
 
+// consented: a host that was put back starts the guest in a generation that had
+// been handed over, because a person or the policy said so.
+func (w *World) consented() {
+	if w.forced {
+		w.roles.PutBack()
+	}
+}
+
 // opReseed makes the replica anew: disabled and enabled again.
 func opReseed(w *World, _ *rand.Rand) error {
 	p := w.owner()

@@ -199,6 +199,7 @@ func (w *World) mend(n int) error {
 	}
 	if p.held != "" && n > 8 {
 		p.held = "" // a person looked at both hosts
+		w.consented()
 	}
 	if p.guest == nil && p.other().guest == nil {
 		if err := p.startGuest(); err != nil {

@@ -226,6 +226,8 @@ func (v *VM) askPeer(ctx context.Context) (why string, answered bool) {
 		return "the VM runs on the other host", true
 	case s.Role == lineage.RolePrimary && !v.knows(s.Generation):
 		return "the other host was promoted and owns the VM now", true
+	case s.Role == lineage.RoleReplica && !s.Committed.IsZero() && !v.knows(s.Committed.Generation):
+		return "the other host holds a newer generation than this one knows: this host's state was put back to an earlier time", true
 	}
 	return "", true
 }

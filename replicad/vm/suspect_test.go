@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"strings"
 	"testing"
@@ -54,4 +55,52 @@ func TestTheRemedyOfASuspectReplicaBringsItBack(t *testing.T) {
 		}
 		return nil
 	})
+}
+
+// A host is put back to before a hand-over, and the other follows a generation
+// that it does not know: it must not start the guest on its old content.
+func TestAHostPutBackToBeforeAHandOverDoesNotStartItsGuest(t *testing.T) {
+	t.Parallel()
+	w := newPair(t)
+	w.protect()
+	h := &history{pair: w, r: rand.New(rand.NewPCG(1, 11)), kept: map[string]bool{}}
+	h.putBack(w.a) // a copy of it
+	w.rest()
+	must(t, w.a.do(planned))
+	w.rest()
+	must(t, w.b.do(planned))
+	if o := w.rest(); o != w.a {
+		t.Fatal("A does not own the VM")
+	}
+	h.putBack(w.a)
+	w.until("the guest to be held", func() error {
+		if w.a.hyper.runs() {
+			t.Fatal("the guest was started on what was put back")
+		}
+		v := w.a.vm()
+		v.mu.Lock()
+		defer v.mu.Unlock()
+		if !strings.Contains(v.held, "earlier time") {
+			return fmt.Errorf("held %q", v.held)
+		}
+		return nil
+	})
+	var we *wire.Error
+	start := func(force bool) error {
+		return w.a.do(func(ctx context.Context, _ *Manager, v *VM) error { return v.StartGuest(ctx, force) })
+	}
+	if err := start(false); !errors.As(err, &we) || !strings.Contains(we.Text, "earlier time") {
+		t.Fatalf("a start by hand: %v", err)
+	}
+	must(t, w.b.do(failoverTo("latest", UnplannedOptions{InPlace: true})))
+	w.until("the return", func() error {
+		if w.b.planOpen() {
+			return errors.New("the return goes on")
+		}
+		return w.b.do(reverse)
+	})
+	w.forced.Store(false)
+	if o := w.rest(); o != w.b {
+		t.Fatal("B does not own the VM")
+	}
 }
