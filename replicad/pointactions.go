@@ -3,6 +3,7 @@ package replicad
 import (
 	"context"
 	"fmt"
+	"strings"
 	"time"
 
 	"kvmreplica/replicad/api"
@@ -93,6 +94,9 @@ func pinPoint(ctx context.Context, v *vm.VM, a api.Action, emit func(api.Event))
 	what := "is pinned: it is neither thinned nor given up"
 	if a.Verb == api.PointUnpin {
 		what = "is no longer pinned"
+		if p.Pinned {
+			what = "is no longer pinned by you; it stays as long as " + strings.Join(p.Owners, ", ") + " needs it"
+		}
 	}
 	note(emit, "Recovery point %d of %s (%s) %s.", p.Ordinal, p.TimeText(), p.Pos, what)
 	return nil

@@ -32,9 +32,10 @@ type Options struct {
 	// one; nil = a unix socket.
 	TCP *int
 	// Writable puts a scratch overlay on each disk, whose data is in
-	// ScratchDir and takes at most Quota bytes.
+	// ScratchDir and takes at most Quota bytes a disk; Reserve stays free there.
 	Writable   bool
 	Quota      int64
+	Reserve    int64
 	ScratchDir string
 	Log        *slog.Logger
 }
@@ -85,7 +86,7 @@ func (m *Mount) add() error {
 	for _, d := range m.disks {
 		x := nbd.Export{Name: d.Name, Device: d.Device, ReadOnly: !m.opts.Writable, Description: "recovery point"}
 		if m.opts.Writable {
-			s, err := overlay.CreateScratch(m.opts.ScratchDir, d.Device, m.opts.Quota)
+			s, err := overlay.CreateScratch(m.opts.ScratchDir, d.Device, m.opts.Quota, m.opts.Reserve)
 			if err != nil {
 				return err
 			}

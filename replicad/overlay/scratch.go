@@ -42,8 +42,8 @@ var (
 
 // CreateScratch makes an overlay over base whose data is in a sparse file
 // without a name in dir. quota bounds its data in bytes; 0 means that only the
-// file system does.
-func CreateScratch(dir string, base block.Device, quota int64) (*Scratch, error) {
+// file system does. It grows while reserve bytes stay free there.
+func CreateScratch(dir string, base block.Device, quota, reserve int64) (*Scratch, error) {
 	f, err := os.CreateTemp(dir, ".scratch-*")
 	if err != nil {
 		return nil, fmt.Errorf("create scratch overlay: %w", err)
@@ -62,7 +62,9 @@ func CreateScratch(dir string, base block.Device, quota int64) (*Scratch, error)
 	if err != nil {
 		return nil, fmt.Errorf("create scratch overlay: %w", err)
 	}
-	return NewScratch(base, data, quota), nil
+	s := NewScratch(base, data, quota)
+	s.room = (&Room{Dir: dir, Reserve: reserve}).Check
+	return s, nil
 }
 
 // NewScratch makes an overlay over base whose data goes into data, which must

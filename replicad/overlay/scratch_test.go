@@ -17,7 +17,7 @@ import (
 
 func scratch(t *testing.T, base block.Device, quota int64) *overlay.Scratch {
 	t.Helper()
-	s, err := overlay.CreateScratch(t.TempDir(), base, quota)
+	s, err := overlay.CreateScratch(t.TempDir(), base, quota, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -157,7 +157,7 @@ func TestAReadErrorBelowFailsTheWriteAndChangesNothing(t *testing.T) {
 
 func TestScratchLeavesNoFile(t *testing.T) {
 	dir := t.TempDir()
-	s, err := overlay.CreateScratch(dir, block.NewMem(1<<20), 0)
+	s, err := overlay.CreateScratch(dir, block.NewMem(1<<20), 0, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -166,5 +166,23 @@ func TestScratchLeavesNoFile(t *testing.T) {
 	}
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// A reserve stays free whatever the quota allows; what was written stays.
+func TestAScratchOverlayLeavesTheReserveFree(t *testing.T) {
+	s, err := overlay.CreateScratch(t.TempDir(), block.NewMem(1<<20), 0, 1<<60)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	if err := s.ZeroAt(0, 4096, true); err != nil { // takes no room
+		t.Errorf("zeros: %v", err)
+	}
+	if _, err := s.WriteAt(bytes.Repeat([]byte{1}, 4096), 4096); !errors.Is(err, syscall.ENOSPC) {
+		t.Errorf("beyond the reserve: %v", err)
+	}
+	if _, err := s.ReadAt(make([]byte, 8192), 0); err != nil {
+		t.Errorf("reading: %v", err)
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"slices"
 
 	"kvmreplica/internal/fsx"
 	"kvmreplica/replicad/delta"
@@ -25,7 +26,7 @@ func (s *Store) Points() []Point {
 		}
 		p := Point{
 			Pos: g.start.pos, Ordinal: g.start.ordinal, At: g.start.at, Cut: g.start.cut, Sizes: g.sizes, Config: g.start.config,
-			App: g.start.app, Bytes: g.bytes.Load(), Pinned: s.keep[g.start.pos], Damage: s.readable(i),
+			App: g.start.app, Bytes: g.bytes.Load(), Pinned: s.kept(g.start.pos), Owners: slices.Clone(s.keep[g.start.pos]), Damage: s.readable(i),
 		}
 		out = append(out, p)
 	}
@@ -105,28 +106,56 @@ const (
 
 type pinned struct {
 	Version int         `json:"version"`
-	Points  []delta.Pos `json:"points"`
+	Points  []delta.Pos `json:"points"` // by a person
+	Held    []held      `json:"held,omitempty"`
 }
 
-// Pin keeps a point from being thinned or dropped, durably. A committed state
-// that is no point yet is ErrNoPoint: view it, and it becomes one.
-func (s *Store) Pin(pos delta.Pos) error { return s.pin(pos, true) }
+// held is a point that the program itself pinned, for each of By.
+type held struct {
+	Point delta.Pos `json:"point"`
+	By    []string  `json:"by"`
+}
 
-// Unpin lets go of it.
-func (s *Store) Unpin(pos delta.Pos) error { return s.pin(pos, false) }
+// person is the owner of a person's pins.
+const person = ""
 
-func (s *Store) pin(pos delta.Pos, on bool) error {
+// maxOwner bounds an owner's name.
+const maxOwner = 64
+
+// Pin keeps a point from being thinned or dropped, durably, for a person. A
+// committed state that is no point yet is ErrNoPoint: view it, and it becomes one.
+func (s *Store) Pin(pos delta.Pos) error { return s.pin(pos, person, true) }
+
+// Unpin lets go of it; whoever else holds it still does.
+func (s *Store) Unpin(pos delta.Pos) error { return s.pin(pos, person, false) }
+
+// Hold is Pin for an owner that is no person, such as a test copy.
+func (s *Store) Hold(pos delta.Pos, owner string) error { return s.pin(pos, owner, true) }
+
+// Release takes the owner's Hold back; twice is harmless.
+func (s *Store) Release(pos delta.Pos, owner string) error { return s.pin(pos, owner, false) }
+
+func (s *Store) pin(pos delta.Pos, owner string, on bool) error {
+	if len(owner) > maxOwner {
+		return fmt.Errorf("pin %v: %w: an owner of %d bytes", pos, ErrState, len(owner))
+	}
 	s.maint.Lock()
 	defer s.maint.Unlock()
 	s.mu.Lock()
 	err := s.receiving()
+	owners := slices.DeleteFunc(slices.Clone(s.keep[pos]), func(o string) bool { return o == owner })
+	if on {
+		owners = append(owners, owner)
+	}
 	found := !on
 	all := pinned{Version: pinsVersion, Points: []delta.Pos{}}
 	for _, g := range s.segs {
 		p := g.start.pos
 		found = found || p == pos && !g.leaving
-		if (s.keep[p] && p != pos) || (p == pos && on) {
-			all.Points = append(all.Points, p)
+		if p == pos {
+			all.add(p, owners)
+		} else {
+			all.add(p, s.keep[p])
 		}
 	}
 	s.mu.Unlock()
@@ -141,12 +170,29 @@ func (s *Store) pin(pos delta.Pos, on bool) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.keep[pos] = on; !on {
+	if s.keep[pos] = owners; len(owners) == 0 {
 		delete(s.keep, pos)
 	}
 	s.signal()
 	return nil
 }
+
+func (a *pinned) add(p delta.Pos, owners []string) {
+	var by []string
+	for _, o := range owners {
+		if o == person {
+			a.Points = append(a.Points, p)
+		} else {
+			by = append(by, o)
+		}
+	}
+	if len(by) > 0 {
+		a.Held = append(a.Held, held{Point: p, By: by})
+	}
+}
+
+// kept says whether anybody pinned a point; s.mu is held.
+func (s *Store) kept(pos delta.Pos) bool { return len(s.keep[pos]) > 0 }
 
 // loadPins reads which points must be kept. When that cannot be known, every
 // point there is counts as pinned: a person lets go of what is not wanted.
@@ -162,11 +208,14 @@ func (s *Store) loadPins() error {
 	if err != nil {
 		s.undoBad = append(s.undoBad, &DamageError{File: pinsName, Text: err.Error() + "; every recovery point there is now counts as pinned: unpin those that need not stay, which writes the list anew"})
 		for _, g := range s.segs {
-			s.keep[g.start.pos] = true
+			s.keep[g.start.pos] = []string{person}
 		}
 	}
 	for _, p := range all.Points {
-		s.keep[p] = true
+		s.keep[p] = append(s.keep[p], person)
+	}
+	for _, h := range all.Held {
+		s.keep[h.Point] = append(s.keep[h.Point], h.By...)
 	}
 	return nil
 }

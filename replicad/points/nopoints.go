@@ -15,7 +15,7 @@ func (s *Store) idle() bool {
 		return false
 	}
 	for _, g := range s.segs {
-		if s.keep[g.start.pos] {
+		if s.kept(g.start.pos) {
 			return false
 		}
 	}

@@ -63,7 +63,7 @@ func (s *Store) room() error {
 	spare := false
 	for i := range max(0, len(s.segs)-1) {
 		g := s.segs[i]
-		spare = spare || s.pins[g.start.ordinal] == 0 && !s.keep[g.start.pos]
+		spare = spare || s.pins[g.start.ordinal] == 0 && !s.kept(g.start.pos)
 	}
 	s.mu.Unlock()
 	if reserve <= 0 || spare {
@@ -99,7 +99,7 @@ func (s *Store) dropOldest() *segment {
 		return nil
 	}
 	g := s.segs[0]
-	if s.pins[g.start.ordinal] > 0 || s.keep[g.start.pos] {
+	if s.pins[g.start.ordinal] > 0 || s.kept(g.start.pos) {
 		return nil
 	}
 	s.segs = append([]*segment(nil), s.segs[1:]...)

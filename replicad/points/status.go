@@ -39,7 +39,8 @@ type Point struct {
 	Latest  bool  // the newest committed state; see Store.States
 	Bytes   int64 // undo between this point and the next
 	Pinned  bool
-	Damage  error // not nil: cannot be read
+	Owners  []string // of the pin: "" is a person, others are as Hold names them
+	Damage  error    // not nil: cannot be read
 }
 
 // Seal is the durable record of a promotion.

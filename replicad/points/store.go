@@ -59,10 +59,10 @@ type Store struct {
 	rolling     uint64 // the state that is being rolled back to
 	lost        bool   // no undo until the backlog is applied
 	pins        map[uint64]int
-	keep        map[delta.Pos]bool // durable pins
-	damage      []error            // committed epochs that cannot be read
-	undoBad     []error            // damage of undo files without a segment to hold it
-	sacrificed  int                // points given up for want of room
+	keep        map[delta.Pos][]string // durable pins, by owner
+	damage      []error                // committed epochs that cannot be read
+	undoBad     []error                // damage of undo files without a segment to hold it
+	sacrificed  int                    // points given up for want of room
 	failed      error
 	closed      bool
 
@@ -73,7 +73,7 @@ type Store struct {
 func newStore(cfg Config) *Store {
 	s := &Store{
 		cfg: cfg, policy: cfg.Policy.withDefaults(), limits: cfg.Limits.withDefaults(), log: cfg.Log,
-		pins: map[uint64]int{}, keep: map[delta.Pos]bool{}, seeded: map[int]int64{},
+		pins: map[uint64]int{}, keep: map[delta.Pos][]string{}, seeded: map[int]int64{},
 		nextSegment: 1, // 0 means none
 		wake:        make(chan struct{}, 1), done: make(chan struct{}),
 	}

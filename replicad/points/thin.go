@@ -76,7 +76,7 @@ func (s *Store) plan(keep []bool) (drop *segment, merge []*segment) {
 func (s *Store) chooseThin(now time.Time, short bool) (drop *segment, merge []*segment, given bool) {
 	cs := make([]Candidate, len(s.segs))
 	for i, g := range s.segs {
-		cs[i] = Candidate{At: g.start.at, App: g.start.app, Pinned: s.pins[g.start.ordinal] > 0 || s.keep[g.start.pos]}
+		cs[i] = Candidate{At: g.start.at, App: g.start.app, Pinned: s.pins[g.start.ordinal] > 0 || s.kept(g.start.pos)}
 	}
 	keep := s.policy.Retain(cs, now)
 	drop, merge = s.plan(keep)

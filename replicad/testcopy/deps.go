@@ -41,8 +41,8 @@ type Subject interface {
 	TestSource() (libvirt.Spec, libvirt.Policy, error)
 	ChoosePoint(text string) (points.Point, error)
 	OpenView(pos delta.Pos) (*points.View, error)
-	HoldPoint(ctx context.Context, pos delta.Pos) (already bool, err error)
-	ReleasePoint(pos delta.Pos) error
+	HoldPoint(ctx context.Context, pos delta.Pos, owner string) error
+	ReleasePoint(pos delta.Pos, owner string) error
 	PointFirmware(pos delta.Pos) (libvirt.FirmwareState, error)
 }
 

@@ -10,6 +10,7 @@ import (
 	"unicode"
 
 	"kvmreplica/libvirt"
+	"kvmreplica/replicad/overlay"
 	"kvmreplica/replicad/wire"
 )
 
@@ -239,7 +240,7 @@ func (m *Manager) checkNetwork(ctx context.Context, p *Plan, name string, nic NI
 
 // checkRoom makes sure that the quota fits beside what must stay free.
 func (m *Manager) checkRoom(p *Plan) {
-	free, err := freeBytes(m.deps.StateDir)
+	free, err := overlay.FreeBytes(m.deps.StateDir)
 	switch {
 	case err != nil:
 		p.add("Space for writes", wire.Unknown, "", "%v", err)

@@ -70,6 +70,9 @@ type NIC struct {
 	IP string `json:"ip,omitempty"`
 }
 
+// owner names the copy as the owner of its pin.
+func (c *Copy) owner() string { return "test:" + c.ID }
+
 // Isolated reports whether no card of the copy leads anywhere.
 func (c *Copy) Isolated() bool {
 	for _, n := range c.NICs {

@@ -10,9 +10,6 @@ import (
 	"path/filepath"
 	"sync/atomic"
 	"syscall"
-	"time"
-
-	"golang.org/x/sys/unix"
 
 	"kvmreplica/nbd"
 	"kvmreplica/replicad/overlay"
@@ -29,34 +26,7 @@ type served struct {
 	quota int64
 	// full says why the guest's disk takes no more writes; "" = it does.
 	full atomic.Pointer[string]
-	room *space
-}
-
-// space looks at a file system's free bytes, at most so often.
-type space struct {
-	dir     string
-	reserve int64
-	last    atomic.Int64 // when it was looked at, unix nanoseconds
-	short   atomic.Bool
-}
-
-const spaceEvery = 200 * time.Millisecond
-
-func (s *space) enough() bool {
-	now := time.Now().UnixNano()
-	if last := s.last.Load(); now-last > int64(spaceEvery) && s.last.CompareAndSwap(last, now) {
-		free, err := freeBytes(s.dir)
-		s.short.Store(err == nil && free < s.reserve)
-	}
-	return !s.short.Load()
-}
-
-func freeBytes(dir string) (int64, error) {
-	var st unix.Statfs_t
-	if err := unix.Statfs(dir, &st); err != nil {
-		return 0, fmt.Errorf("look at the free space of %s: %w", dir, err)
-	}
-	return int64(st.Bavail) * st.Bsize, nil
+	room *overlay.Room
 }
 
 // used is what the copy has written, in bytes.
@@ -74,8 +44,8 @@ func (s *served) grow() error {
 	case s.used() >= s.quota:
 		why := fmt.Sprintf("the copy has written its quota of %d bytes", s.quota)
 		s.full.Store(&why)
-	case !s.room.enough():
-		why := fmt.Sprintf("less than %d bytes are free in %s", s.room.reserve, s.room.dir)
+	case !s.room.Enough():
+		why := fmt.Sprintf("less than %d bytes are free in %s", s.room.Reserve, s.room.Dir)
 		s.full.Store(&why)
 	default:
 		s.full.Store(nil)
@@ -92,7 +62,7 @@ func (m *Manager) serve(c Copy, subject Subject) (*served, error) {
 	}
 	s := &served{
 		views: v, quota: c.Quota, done: make(chan struct{}),
-		room: &space{dir: m.deps.StateDir, reserve: m.deps.Reserve}, srv: nbd.NewServer(nbd.Options{Log: m.deps.Log.With("test", c.Name)}),
+		room: &overlay.Room{Dir: m.deps.StateDir, Reserve: m.deps.Reserve}, srv: nbd.NewServer(nbd.Options{Log: m.deps.Log.With("test", c.Name)}),
 	}
 	close(s.done) // nothing serves yet
 	if err := m.layer(c, s); err != nil {

@@ -143,23 +143,14 @@ func (m *Manager) pin(ctx context.Context, c *copied, s Subject) (string, error)
 	if rec.Pinned {
 		return "", nil
 	}
-	for _, o := range m.of(rec.VM) {
-		if r := o.record(); r.ID != rec.ID && r.At == rec.At && r.Pinned {
-			return "kept for another copy, too", c.update(func(r *Copy) { r.Pinned = true })
-		}
-	}
 	// Durable before it happens: a pin without a record would stay for ever.
 	if err := c.update(func(r *Copy) { r.Pinned = true }); err != nil {
 		return "", err
 	}
 	ctx, cancel := context.WithTimeout(ctx, pinWithin)
 	defer cancel()
-	already, err := s.HoldPoint(ctx, rec.At)
-	switch {
-	case err != nil:
+	if err := s.HoldPoint(ctx, rec.At, rec.owner()); err != nil {
 		return "from now on; durably when it is a recovery point", c.update(func(r *Copy) { r.Pinned = false })
-	case already: // a person's pin stays when the copy ends
-		return "a person has pinned it", c.update(func(r *Copy) { r.Pinned = false })
 	}
 	return "pinned", nil
 }

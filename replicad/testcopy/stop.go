@@ -177,22 +177,17 @@ func (m *Manager) dropDisks(_ context.Context, c *copied) (string, error) {
 	return detail, errors.Join(append(errs, os.RemoveAll(m.runDir(rec)))...)
 }
 
-// dropPin unpins the point unless somebody else needs it.
+// dropPin lets go of the point; whoever else pinned it still does.
 func (m *Manager) dropPin(_ context.Context, c *copied) (string, error) {
 	rec := c.record()
 	if !rec.Pinned {
 		return "", nil
 	}
-	for _, o := range m.of(rec.VM) {
-		if r := o.record(); r.ID != rec.ID && r.At == rec.At && r.Pinned {
-			return "another copy needs it", c.update(func(r *Copy) { r.Pinned = false })
-		}
-	}
 	s, ok := m.deps.Find(rec.VM)
 	if !ok || !s.HoldsReplica() {
 		return "the recovery points have ended", c.update(func(r *Copy) { r.Pinned = false })
 	}
-	if err := s.ReleasePoint(rec.At); err != nil {
+	if err := s.ReleasePoint(rec.At, rec.owner()); err != nil {
 		return "", err
 	}
 	return "", c.update(func(r *Copy) { r.Pinned = false })

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kvmreplica/internal/block"
+	"kvmreplica/replicad/overlay"
 	"kvmreplica/replicad/points"
 	"kvmreplica/replicad/wire"
 )
@@ -67,10 +68,7 @@ func (v *VM) historyCost(st points.Status) (dir string, need, free int64, shared
 		need += n
 	}
 	need += st.Undo
-	var fs unix.Statfs_t
-	if err = unix.Statfs(dir, &fs); err == nil {
-		free = int64(fs.Bavail) * fs.Bsize
-	}
+	free, err = overlay.FreeBytes(dir)
 	return
 }
 

@@ -15,6 +15,7 @@ import (
 	"kvmreplica/nbd"
 	"kvmreplica/replicad/delta"
 	"kvmreplica/replicad/firmware"
+	"kvmreplica/replicad/overlay"
 	"kvmreplica/replicad/points"
 	"kvmreplica/replicad/wire"
 )
@@ -40,13 +41,7 @@ func (v *VM) storeConfig() points.Config {
 		Limits: v.limits(), Policy: v.retention(),
 		Bases:    v.openBase,
 		Identity: v.baseIdentity,
-		Free: func() (int64, error) {
-			var st unix.Statfs_t
-			if err := unix.Statfs(dir, &st); err != nil {
-				return 0, err
-			}
-			return int64(st.Bavail) * st.Bsize, nil
-		},
+		Free:     func() (int64, error) { return overlay.FreeBytes(dir) },
 	}
 }
 

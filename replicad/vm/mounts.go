@@ -111,7 +111,7 @@ func (v *VM) show(x *mounted, o MountOptions, s *points.Store) error {
 	var id [4]byte
 	_, _ = rand.Read(id[:]) // never fails
 	opts := mount.Options{
-		Dir: v.mountsDir(), ID: hex.EncodeToString(id[:]), TCP: o.TCP, Writable: o.Writable, Quota: o.Quota, ScratchDir: v.scratchDir(), Log: v.log,
+		Dir: v.mountsDir(), ID: hex.EncodeToString(id[:]), TCP: o.TCP, Writable: o.Writable, Quota: o.Quota, Reserve: v.deps.Store.Reserve, ScratchDir: v.scratchDir(), Log: v.log,
 	}
 	if o.Writable {
 		if err := os.MkdirAll(opts.ScratchDir, 0o700); err != nil {

@@ -5,8 +5,6 @@ import (
 	"fmt"
 	"os"
 
-	"golang.org/x/sys/unix"
-
 	"kvmreplica/internal/block"
 	"kvmreplica/replicad/delta"
 	"kvmreplica/replicad/overlay"
@@ -85,13 +83,13 @@ func (v *VM) overlayPatch(view *points.View, s *points.Store, p *Patch) (*patche
 	if err := os.MkdirAll(v.scratchDir(), 0o700); err != nil {
 		return nil, fmt.Errorf("make the directory of scratch overlays: %w", err)
 	}
-	var free unix.Statfs_t
-	if err := unix.Statfs(v.scratchDir(), &free); err != nil {
-		return nil, fmt.Errorf("find room for the patch: %w", err)
+	have, err := overlay.FreeBytes(v.scratchDir())
+	if err != nil {
+		return nil, err
 	}
-	if have := int64(free.Bavail) * free.Bsize; have-p.Bytes < v.limits().Reserve {
+	if have-p.Bytes < v.deps.Store.Reserve {
 		return nil, &wire.Error{
-			Kind: wire.KindNoSpace, Text: fmt.Sprintf("a mounted patch takes its %d bytes in %s; %d are free, %d of them must stay so", p.Bytes, v.scratchDir(), have, v.limits().Reserve),
+			Kind: wire.KindNoSpace, Text: fmt.Sprintf("a mounted patch takes its %d bytes in %s; %d are free, %d of them must stay so", p.Bytes, v.scratchDir(), have, v.deps.Store.Reserve),
 			Hint: "free space there, or write it elsewhere: replicactl failover patch export",
 		}
 	}
@@ -101,12 +99,12 @@ func (v *VM) overlayPatch(view *points.View, s *points.Store, p *Patch) (*patche
 		if err != nil {
 			return nil, errors.Join(err, out.close())
 		}
-		if out.disks[d.Name], err = overlay.CreateScratch(v.scratchDir(), dev, 0); err != nil {
+		if out.disks[d.Name], err = overlay.CreateScratch(v.scratchDir(), dev, 0, v.deps.Store.Reserve); err != nil {
 			delete(out.disks, d.Name)
 			return nil, errors.Join(err, out.close())
 		}
 	}
-	_, _, err := walkPatch(p.File, func(h *delta.Header, c delta.Chunk) error {
+	_, _, err = walkPatch(p.File, func(h *delta.Header, c delta.Chunk) error {
 		d := out.disks[h.Disks[c.Disk].Name]
 		if d == nil {
 			return &wire.Error{Kind: wire.KindConflict, Text: fmt.Sprintf("the VM has no disk %s any more", h.Disks[c.Disk].Name), Hint: "replicactl failover patch export"}

@@ -235,7 +235,8 @@ const (
 	pointPoll    = 20 * time.Millisecond
 )
 
-// PinPoint keeps a point from being thinned or given up, or lets go of it.
+// PinPoint keeps a point from being thinned or given up, or lets go of it; what
+// a test copy pinned it keeps until it ends.
 func (v *VM) PinPoint(ctx context.Context, text string, on bool) (points.Point, error) {
 	p, err := v.ChoosePoint(text)
 	if err != nil {
@@ -251,7 +252,12 @@ func (v *VM) PinPoint(ctx context.Context, text string, on bool) (points.Point, 
 		err = v.becomePoint(ctx, s, p)
 	}
 	if err == nil {
-		p.Pinned = on
+		p.Pinned, p.Owners = on, nil
+		for _, q := range s.Points() {
+			if q.Pos == p.Pos {
+				p.Pinned, p.Owners = q.Pinned, q.Owners
+			}
+		}
 		v.log.Info("recovery point pinned", "pos", p.Pos, "on", on)
 	}
 	return p, pointError(err, v.record().Name)

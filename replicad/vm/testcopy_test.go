@@ -20,6 +20,7 @@ import (
 	"kvmreplica/libvirt"
 	"kvmreplica/nbd"
 	"kvmreplica/replicad/isolate"
+	"kvmreplica/replicad/points"
 	"kvmreplica/replicad/testcopy"
 	"kvmreplica/replicad/wire"
 )
@@ -284,6 +285,63 @@ func TestACopyOfAPointStaysAsItIsWhileReplicationGoesOn(t *testing.T) {
 		t.Errorf("again: %v, %v", ended, err)
 	}
 	w.rest()
+}
+
+// Pins have owners: a person's unpin leaves a copy its point, and a copy's end
+// leaves a person theirs, over restarts of the daemon.
+func TestAPersonAndACopyPinTheSamePointForThemselves(t *testing.T) {
+	w, c := tested(t)
+	one := c.must(testcopy.Options{Request: "one"})
+	two := c.must(testcopy.Options{Point: one.At.String(), Request: "two"})
+	owners := func(want ...string) {
+		t.Helper()
+		c.restart()
+		w.b.restart()
+		w.until("the store to be open", func() error { _, err := w.b.vm().store(); return err })
+		st, err := w.b.vm().store()
+		must(t, err)
+		var got []string
+		for _, p := range st.Points() {
+			if p.Pos == one.At {
+				got = p.Owners
+			} else if p.Pinned {
+				t.Errorf("point %d is pinned, too", p.Ordinal)
+			}
+		}
+		slices.Sort(got)
+		slices.Sort(want)
+		if !slices.Equal(got, want) {
+			t.Errorf("the point is pinned by %q, not by %q", got, want)
+		}
+	}
+	pin := func(on bool) (p points.Point) {
+		t.Helper()
+		must(t, w.b.do(func(ctx context.Context, _ *Manager, v *VM) (err error) {
+			p, err = v.PinPoint(ctx, one.At.String(), on)
+			return err
+		}))
+		return p
+	}
+	end := func(name string) {
+		t.Helper()
+		_, err := c.m.Stop(t.Context(), testVM, name, nil)
+		must(t, err)
+	}
+	owners("test:"+one.ID, "test:"+two.ID)
+	if p := pin(false); !p.Pinned {
+		t.Error("a person let go of what the copies need, and is not told that they keep it")
+	}
+	owners("test:"+one.ID, "test:"+two.ID)
+	pin(true)
+	owners("", "test:"+one.ID, "test:"+two.ID)
+	end(one.ID)
+	owners("", "test:"+two.ID)
+	end(two.ID)
+	owners("")
+	if p := pin(false); p.Pinned {
+		t.Errorf("it is pinned still, by %q", p.Owners)
+	}
+	must(t, c.left())
 }
 
 func TestACopyKeepsWhatItWroteOverARestartOfTheDaemon(t *testing.T) {

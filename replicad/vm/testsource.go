@@ -49,38 +49,33 @@ func (v *VM) OpenView(pos delta.Pos) (*points.View, error) {
 	return s.View(pos)
 }
 
-// HoldPoint keeps a recovery point from being thinned, durably. already says
-// that somebody else had pinned it before. The newest state becomes a recovery
-// point for that, which it does only while a view of it is open.
-func (v *VM) HoldPoint(ctx context.Context, pos delta.Pos) (already bool, err error) {
-	s, err := v.store()
-	if err != nil {
-		return false, err
-	}
-	for _, p := range s.Points() {
-		if p.Pos == pos && p.Pinned {
-			return true, nil
-		}
-	}
-	if err = s.Pin(pos); !errors.Is(err, points.ErrNoPoint) {
-		return false, err
-	}
-	if err := s.ApplyAll(ctx); err != nil {
-		return false, err
-	}
-	if _, err := s.Step(ctx); err != nil { // what is viewed and applied becomes a point
-		return false, err
-	}
-	return false, s.Pin(pos)
-}
-
-// ReleasePoint lets go of it. A point that is gone is fine.
-func (v *VM) ReleasePoint(pos delta.Pos) error {
+// HoldPoint keeps a recovery point from being thinned, durably, for an owner
+// that is no person. The newest state becomes a recovery point for that, which
+// it does only while a view of it is open.
+func (v *VM) HoldPoint(ctx context.Context, pos delta.Pos, owner string) error {
 	s, err := v.store()
 	if err != nil {
 		return err
 	}
-	if err := s.Unpin(pos); !errors.Is(err, points.ErrPromoted) {
+	if err = s.Hold(pos, owner); !errors.Is(err, points.ErrNoPoint) {
+		return err
+	}
+	if err := s.ApplyAll(ctx); err != nil {
+		return err
+	}
+	if _, err := s.Step(ctx); err != nil { // what is viewed and applied becomes a point
+		return err
+	}
+	return s.Hold(pos, owner)
+}
+
+// ReleasePoint takes that back. A point that is gone is fine.
+func (v *VM) ReleasePoint(pos delta.Pos, owner string) error {
+	s, err := v.store()
+	if err != nil {
+		return err
+	}
+	if err := s.Release(pos, owner); !errors.Is(err, points.ErrPromoted) {
 		return err
 	}
 	return nil
