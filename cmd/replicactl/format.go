@@ -18,19 +18,8 @@ import (
 	"kvmreplica/replicad/wire"
 )
 
-// bytesText is a size for people.
-func bytesText(n int64) string {
-	const units = "KMGTPE"
-	if n < 1024 {
-		return fmt.Sprintf("%d B", n)
-	}
-	f, u := float64(n), -1
-	for f >= 1024 && u < len(units)-1 {
-		f /= 1024
-		u++
-	}
-	return fmt.Sprintf("%.1f %ciB", f, units[u])
-}
+// bytesText is a size for people; negative ones are unknown.
+func bytesText(n int64) string { return status.Bytes(n) }
 
 func age(d time.Duration) string {
 	switch {
@@ -78,7 +67,9 @@ func (a *app) show(v status.VM) {
 	} else {
 		line("Last copy", "%s (%s old)", v.LastCommit.Format(time.DateTime), age(v.RPO))
 	}
-	line("Pending", "%s", bytesText(v.Pending))
+	if v.Pending >= 0 {
+		line("Pending", "%s", bytesText(v.Pending))
+	}
 	if p := v.Program; p != nil {
 		line("Served by", "%s, process %d%s", p.Version, p.PID, map[bool]string{true: "; another program is installed"}[p.Outdated])
 	}
@@ -93,8 +84,23 @@ func (a *app) show(v status.VM) {
 		line("Plan", "%s, step %s%s", v.Plan.Kind, v.Plan.Step, map[bool]string{true: " (interrupted)"}[v.Plan.Interrupted])
 	}
 	for _, d := range v.Disks {
-		line("Disk "+string(d.Name), "%s  %s  pending %s", bytesText(d.Size), d.Path, bytesText(d.Pending))
+		pending := ""
+		if d.Pending >= 0 {
+			pending = "  pending " + bytesText(d.Pending)
+		}
+		line("Disk "+string(d.Name), "%s  %s%s", bytesText(d.Size), d.Path, pending)
 	}
+	if v.Role == status.Primary {
+		showMeasured(v, line)
+	}
+	a.showTests(v, line)
+	for _, c := range v.Conditions {
+		fmt.Fprintf(a.out, "  [%s] %s: %s\n      -> %s\n", c.Severity, c.Code, clean(c.Text), clean(c.Remedy))
+	}
+}
+
+// showMeasured prints what only the host that sends can measure.
+func showMeasured(v status.VM, line func(k, format string, args ...any)) {
 	s := v.Stats
 	line("Cycles", "%d, missed %d, errors %d, abandoned %d", s.Cycles, s.CyclesMissed, s.Errors, s.Abandoned)
 	line("Size of a cycle", "average %s, largest %s", bytesText(s.AverageBytes), bytesText(s.LargestBytes))
@@ -106,10 +112,6 @@ func (a *app) show(v status.VM) {
 	}
 	if s.LastError != "" {
 		line("Last error", "%s", s.LastError)
-	}
-	a.showTests(v, line)
-	for _, c := range v.Conditions {
-		fmt.Fprintf(a.out, "  [%s] %s: %s\n      -> %s\n", c.Severity, c.Code, clean(c.Text), clean(c.Remedy))
 	}
 }
 

@@ -67,13 +67,16 @@ type VM struct {
 	// LastCommit is the time of the last cut the replica holds; zero when none.
 	LastCommit time.Time `json:"last_commit"`
 	// RPO is the age of that cut now; negative when there is none.
-	RPO     time.Duration `json:"rpo_ns"`
-	Pending int64         `json:"pending_bytes"`
-	Job     *Job          `json:"job,omitempty"`
-	Disks   []Disk        `json:"disks"`
-	Stats   Stats         `json:"stats"`
-	Plan    *Plan         `json:"plan,omitempty"`
-	Program *Program      `json:"program,omitempty"`
+	RPO time.Duration `json:"rpo_ns"`
+	// Pending is what was changed and not yet committed on the replica, the rest
+	// of an initial copy included; negative where it is not known: on the
+	// replica's host, and while the data plane does not answer.
+	Pending int64    `json:"pending_bytes"`
+	Job     *Job     `json:"job,omitempty"`
+	Disks   []Disk   `json:"disks"`
+	Stats   Stats    `json:"stats"`
+	Plan    *Plan    `json:"plan,omitempty"`
+	Program *Program `json:"program,omitempty"`
 	// Failover is set while a failover can be taken back, or is being completed.
 	Failover *Failover `json:"failover,omitempty"`
 	// Tests are the test copies that exist on this host, TestsThere how many the
@@ -143,7 +146,7 @@ type Disk struct {
 	Name    wire.DiskName `json:"name"`
 	Size    int64         `json:"size_bytes"`
 	Path    string        `json:"path"`
-	Pending int64         `json:"pending_bytes"`
+	Pending int64         `json:"pending_bytes"`           // changed; negative when unknown, as the VM's
 	Suspect int64         `json:"suspect_bytes,omitempty"` // still to be compared by digest
 }
 

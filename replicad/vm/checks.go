@@ -12,6 +12,7 @@ import (
 
 	"kvmreplica/libvirt"
 	"kvmreplica/replicad/lineage"
+	"kvmreplica/replicad/status"
 	"kvmreplica/replicad/wire"
 )
 
@@ -73,10 +74,10 @@ func (m *Manager) checkSpace(c *checklist, g Grant, q wire.CheckRequest) error {
 	}
 	free := int64(st.Bavail) * st.Bsize
 	if q.Need > free {
-		c.add("Free space", wire.Warning, "free space below "+g.Root, "%d bytes are free, the disks are %d when full (replicas are sparse)", free, q.Need)
+		c.add("Free space", wire.Warning, "free space below "+g.Root, "%s are free, the disks are %s when full (replicas are sparse)", status.Bytes(free), status.Bytes(q.Need))
 		return nil
 	}
-	c.add("Free space", wire.OK, "", "%d bytes free in %s", free, g.Root)
+	c.add("Free space", wire.OK, "", "%s free in %s", status.Bytes(free), g.Root)
 	return nil
 }
 
@@ -222,9 +223,9 @@ func (v *VM) checkCopy(c *checklist) {
 	case st.Failures > 0:
 		c.add("Replication", wire.Failed, "replicactl peer test "+v.mgr.peerName(v.record().Peer), "the last cycle failed: %s", st.LastError)
 	case st.Paused:
-		c.add("Replication", wire.Warning, "", "it is paused; the failover sends the %d pending bytes all the same", st.Pending)
+		c.add("Replication", wire.Warning, "", "it is paused; the failover sends the pending %s all the same", status.Bytes(st.Pending))
 	default:
-		c.add("Replication", wire.OK, "", "%d bytes are pending", st.Pending)
+		c.add("Replication", wire.OK, "", "%s pending", status.Bytes(st.Pending))
 	}
 }
 

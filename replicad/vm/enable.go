@@ -13,6 +13,7 @@ import (
 	"kvmreplica/replicad/delta"
 	"kvmreplica/replicad/failover"
 	"kvmreplica/replicad/lineage"
+	"kvmreplica/replicad/status"
 	"kvmreplica/replicad/wire"
 )
 
@@ -94,9 +95,9 @@ func (m *Manager) PlanEnable(ctx context.Context, o EnableOptions) (EnablePlan, 
 	if p.run {
 		how = "put the exports under the running guest's disks, one by one, without a stop"
 	}
-	copying := fmt.Sprintf("%scopy %d bytes of disks while the guest runs", begins(o.StartAt), p.rec.bytes())
+	copying := fmt.Sprintf("%scopy %s of disks while the guest runs", begins(o.StartAt), status.Bytes(p.rec.bytes()))
 	if o.Existing {
-		copying = fmt.Sprintf("%scompare %d bytes of disks with the images that lie ready on the replica host and send what differs, while the guest runs", begins(o.StartAt), p.rec.bytes())
+		copying = fmt.Sprintf("%scompare %s of disks with the images that lie ready on the replica host and send what differs, while the guest runs", begins(o.StartAt), status.Bytes(p.rec.bytes()))
 	}
 	p.Steps = []string{
 		fmt.Sprintf("announce the VM to %s, which defines it there, off", m.peerName(o.Peer)), "start the data plane and the change tracking", how,

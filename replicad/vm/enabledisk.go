@@ -12,6 +12,7 @@ import (
 	"kvmreplica/internal/block"
 	"kvmreplica/libvirt"
 	"kvmreplica/nbd"
+	"kvmreplica/replicad/status"
 	"kvmreplica/replicad/wire"
 )
 
@@ -84,7 +85,7 @@ func (p *EnablePlan) takeFile(d libvirt.Domain, k libvirt.Disk) {
 		return
 	}
 	p.rec.Disks = append(p.rec.Disks, Disk{Name: wire.DiskName(k.Target), Size: f.Size(), Kind: kind, Path: f.Path(), Live: k})
-	p.check(name, wire.OK, "", "%d bytes in %s", f.Size(), f.Path())
+	p.check(name, wire.OK, "", "%s in %s", status.Bytes(f.Size()), f.Path())
 }
 
 // takeNBD asks the server of a network disk for its size.
@@ -108,7 +109,7 @@ func (p *EnablePlan) takeNBD(ctx context.Context, k libvirt.Disk) {
 		return
 	}
 	p.rec.Disks = append(p.rec.Disks, Disk{Name: wire.DiskName(k.Target), Size: size, Kind: diskNBD, URI: uri, Live: k})
-	p.check(name, wire.OK, "", "%d bytes at %s", size, uri)
+	p.check(name, wire.OK, "", "%s at %s", status.Bytes(size), uri)
 }
 
 // nbdURI is the address of a network disk's server.

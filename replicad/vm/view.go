@@ -37,11 +37,11 @@ func (v *VM) Status(ctx context.Context, peerName string) status.VM {
 	now := v.deps.Now()
 	out := status.VM{
 		Name: r.Name, ID: r.VM, Peer: r.Peer, Interval: r.Interval, AppEvery: r.AppEvery, Generation: r.Lineage.Generation.String()[:8],
-		RPO: -1, Running: v.guestRuns(),
+		RPO: -1, Pending: -1, Running: v.guestRuns(),
 	}
 	f := health.Facts{Name: r.Name, Interval: r.Interval, Since: r.Created, Running: out.Running}
 	for _, d := range r.Disks {
-		out.Disks = append(out.Disks, status.Disk{Name: d.Name, Size: d.Size, Path: d.where()})
+		out.Disks = append(out.Disks, status.Disk{Name: d.Name, Size: d.Size, Path: d.where(), Pending: -1})
 	}
 	if r.Lineage.State == lineage.Replica {
 		out.Role, out.Primary, out.Replica = status.Replica, peerName, v.deps.HostName
@@ -235,6 +235,9 @@ func viewSession(s session.Status, out *status.VM, f *health.Facts) {
 	if !s.Committed.IsZero() {
 		out.Position, out.Epoch = s.Committed.String(), s.Committed.Epoch
 	}
+	if s.Seeding && out.Pending >= 0 {
+		out.Pending += unseeded(s.Progress, out.Disks)
+	}
 	out.LastCommit = s.LastCut
 	f.AppFailed = s.Stats.AppError
 	viewConditions(s, f)
@@ -248,6 +251,18 @@ func viewSession(s session.Status, out *status.VM, f *health.Facts) {
 		LastError: s.Stats.LastError, Abandoned: s.Stats.Abandoned,
 		AppPoints: s.Stats.AppPoints, LastApp: s.Stats.LastApp, AppFailed: s.Stats.AppFailed, AppError: s.Stats.AppError,
 	}
+}
+
+// unseeded is what the initial copy has still to send, at most.
+func unseeded(p *session.Progress, disks []status.Disk) int64 {
+	if p != nil && p.Total > 0 {
+		return max(0, p.Total-p.Done)
+	}
+	all := int64(0)
+	for _, d := range disks {
+		all += d.Size
+	}
+	return all
 }
 
 // viewConditions tells a silent peer from one that says no and from trouble

@@ -58,6 +58,9 @@ func run(args []string) (int, error) {
 
 // onHost runs the verbs that name a host.
 func onHost(ctx context.Context, verb string, h *lab.Host, rest []string) (int, error) {
+	if (verb == "exec" || verb == "daemon") && len(rest) > 0 && rest[0] == "--" {
+		rest = rest[1:] // as ssh, sudo and docker users type it
+	}
 	switch {
 	case verb == "exec" && len(rest) > 0:
 		return execute(ctx, h, rest)
