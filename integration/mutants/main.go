@@ -30,7 +30,7 @@ func run(ctx context.Context) error {
 	pattern := flag.String("run", "", "only mutants whose name matches")
 	check := flag.Bool("check", false, "only see whether every mutant applies and compiles")
 	by := flag.String("by", "", "what to look with: empty = the mutant's own packages, sim = the simulation")
-	limit := flag.Duration("timeout", 10*time.Minute, "for the tests of one mutant")
+	limit := flag.Duration("timeout", 20*time.Minute, "for a run of one mutant's tests")
 	flag.Parse()
 	root, err := moduleRoot()
 	if err != nil {
@@ -104,9 +104,8 @@ func (w *workshop) test(ctx context.Context, m *Mutant, by string) (string, erro
 		if err != nil {
 			return "", err
 		}
-		for _, which := range rounds(tests) {
-			out, err := w.command(ctx, filepath.Join(w.root, p), binary,
-				append([]string{"-test.failfast", "-test.timeout", w.limit.String()}, which...)...)
+		for _, r := range w.rounds(tests) {
+			out, err := w.command(ctx, filepath.Join(w.root, p), binary, "-test.failfast", "-test.timeout", r.limit.String(), r.flag, r.pattern)
 			if ctx.Err() != nil {
 				return "", ctx.Err()
 			}
@@ -123,12 +122,22 @@ func (w *workshop) test(ctx context.Context, m *Mutant, by string) (string, erro
 const slow = "LosesABlock|LosesNoBlock|Crash|EveryFail|EveryFault|Truncated|Damage|Detected|Sweep|EveryCell|CutAnywhere|" +
 	"RandomLives|Histories|KillCosts|HandedOn|FailingFileCall|WhileEverythingRuns|AtEvery|DiesAt"
 
-// rounds are the arguments of a test program's runs: quick tests first.
-func rounds(tests string) [][]string {
+// quickLimit is for the tests that are not slow: a mutant that hangs is caught
+// by it.
+const quickLimit = 3 * time.Minute
+
+// round is one run of a test program.
+type round struct {
+	flag, pattern string
+	limit         time.Duration
+}
+
+// rounds are the runs of a package's tests: the quick ones first.
+func (w *workshop) rounds(tests string) []round {
 	if tests != "" {
-		return [][]string{{"-test.run", tests}}
+		return []round{{"-test.run", tests, w.limit}}
 	}
-	return [][]string{{"-test.skip", slow}, {"-test.run", slow}}
+	return []round{{"-test.skip", slow, min(quickLimit, w.limit)}, {"-test.run", slow, w.limit}}
 }
 
 // build makes a package's test program with the mutant in it.

@@ -85,7 +85,7 @@ func ValidateDisks(disks []Disk) error {
 	seen := make(map[string]bool, len(disks))
 	for _, d := range disks {
 		if !validDiskName(d.Name) {
-			return malformed("disk name %q", d.Name)
+			return malformed("disk name %.64q", d.Name)
 		}
 		if seen[d.Name] {
 			return malformed("disk %s is listed twice", d.Name)

@@ -88,6 +88,24 @@ func replay(t *testing.T, stream []byte, disks int) ([][]byte, delta.Pos) {
 	}
 }
 
+// One byte is enough: a granule is zero when all of it is.
+func TestAGranuleWithASingleByteIsNoZeroGranule(t *testing.T) {
+	for _, at := range []int{0, 1, 511, 512, 2047, 2048, 2049, 4094, 4095} {
+		s := testSpec()
+		disk := make([]byte, 3*4096)
+		disk[4096+at] = 1
+		s.Header.Disks = []delta.Disk{{Name: "vda", Size: int64(len(disk))}}
+		s.Changed, s.Content = [][]block.Range{{{Off: 0, Len: int64(len(disk))}}}, [][]byte{disk}
+		b, err := s.Build()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, _ := replay(t, b.Bytes(), 1); !bytes.Equal(got[0], disk) {
+			t.Errorf("the only byte at %d of its granule is lost", at)
+		}
+	}
+}
+
 func TestStreamCarriesChangedRangesWithEveryCodec(t *testing.T) {
 	for _, comp := range []delta.Compression{delta.CompressAuto, delta.CompressNone, delta.CompressZstd, delta.CompressS2} {
 		s := testSpec()

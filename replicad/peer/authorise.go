@@ -60,15 +60,23 @@ func (s *Server) mayWithdraw(rec Record, q wire.Withdraw) error {
 	return nil
 }
 
-// mayFailover: a caller may only ask for a VM back where the entry says so.
+// mayFailover: a caller may only ask for a VM, or for the release of what an
+// old primary has, where the entry says so.
 func (s *Server) mayFailover(rec Record, q wire.FailoverRequest) error {
 	if err := s.mayTouch(rec, q.VM); err != nil {
 		return err
 	}
 	rel, _ := s.cfg.Ownership.Relation(q.VM)
-	if q.Step == "request-planned" && !rel.Receives && !rec.Allow.MayRequestReverse {
+	if rel.Receives || rec.Allow.MayRequestReverse {
+		return nil
+	}
+	switch q.Step {
+	case "request-planned":
 		return refused("start the planned failover on the primary, or allow it there: replicactl peer allow",
 			"this host may not ask for the VM")
+	case "release":
+		return refused("allow it on the old primary: replicactl peer allow "+rec.Name+" --may-send",
+			"this host may not send replicas there, so the old primary does not give up what it has")
 	}
 	return nil
 }

@@ -81,6 +81,9 @@ func TestDataIsTakenOnlyWhereAReplicaIs(t *testing.T) {
 	if _, err := c.Failover(soon(t), wire.FailoverRequest{VM: vmA, Step: "request-planned"}); kindOf(err) != wire.KindRefused {
 		t.Errorf("a replica asked for the VM without leave: %v", err)
 	}
+	if _, err := c.Failover(soon(t), wire.FailoverRequest{VM: vmA, Step: "release"}); kindOf(err) != wire.KindRefused {
+		t.Errorf("a replica asked for a release without leave: %v", err)
+	}
 }
 
 func TestNothingIsReceivedUntilItIsSwitchedOnAndAllowed(t *testing.T) {

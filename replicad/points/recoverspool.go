@@ -221,7 +221,7 @@ func (s *Store) invalidate(sl *slot) error {
 // rewrite writes [from, to) of a file again and syncs it: after an earlier
 // failed or missing sync the kernel may hold it clean in memory only.
 func rewrite(f fsx.File, from, to int64) error {
-	b := make([]byte, 1<<20)
+	b := make([]byte, min(1<<20, max(0, to-from)))
 	for off := from; off < to; off += int64(len(b)) {
 		p := b[:min(int64(len(b)), to-off)]
 		if n, err := f.ReadAt(p, off); n < len(p) {

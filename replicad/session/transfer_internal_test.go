@@ -1,10 +1,12 @@
 package session
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"io"
 	"testing"
+	"testing/iotest"
 
 	"kvmreplica/replicad/wire"
 )
@@ -39,5 +41,22 @@ func TestAnEarlyNoOfTheOtherHostIsNotBlamedOnTheSource(t *testing.T) {
 	var w *wire.Error
 	if !errors.As(err, &w) || w.Kind != wire.KindNoSpace || classify(err) != ClassNoSpace {
 		t.Fatalf("%v, class %s", err, classify(err))
+	}
+}
+
+// A link error behind a failed read is that read's fault: a resend over the
+// link would read the same bytes and fail for ever.
+func TestASourceThatFailsHalfWayIsBlamedWhateverTheLinkSays(t *testing.T) {
+	for _, before := range []int{0, 1, 3000} {
+		boom := errors.New("the disk cannot be read")
+		s := &Session{}
+		frames := io.NopCloser(io.MultiReader(bytes.NewReader(make([]byte, before)), iotest.ErrReader(boom)))
+		n, err := s.transfer(t.Context(), frames, func(_ context.Context, r io.Reader) error {
+			_, _ = io.Copy(io.Discard, r)
+			return &wire.Error{Kind: wire.KindUnavailable, Text: "the connection was reset"}
+		})
+		if n != int64(before) || !errors.Is(err, boom) || classify(err) != ClassSource {
+			t.Errorf("after %d bytes: %d sent, %v, class %s", before, n, err, classify(err))
+		}
 	}
 }

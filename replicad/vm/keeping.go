@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"time"
@@ -102,9 +103,20 @@ func openNBDBase(d Disk, size int64) (block.Device, error) {
 	return c, nil
 }
 
-// makeImage makes an empty image.
+// makeImage makes an empty image. A link where the VM's directory would be leads
+// somewhere else than the storage root this peer was given.
 func makeImage(path string) error {
-	if err := os.MkdirAll(filepath.Dir(path), 0o711); err != nil {
+	dir := filepath.Dir(path)
+	err := os.MkdirAll(filepath.Dir(dir), 0o711)
+	if err == nil {
+		if err = os.Mkdir(dir, 0o711); errors.Is(err, fs.ErrExist) {
+			var st fs.FileInfo
+			if st, err = os.Lstat(dir); err == nil && !st.IsDir() {
+				err = fmt.Errorf("%s is no directory (%s); move it away", dir, st.Mode().Type())
+			}
+		}
+	}
+	if err != nil {
 		return fmt.Errorf("make the replica's directory: %w", err)
 	}
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)

@@ -195,7 +195,7 @@ func checkOffer(o wire.Offer) error {
 		return &wire.Error{Kind: wire.KindInvalid, Text: "offer: " + fmt.Sprintf(format, a...)}
 	}
 	if _, err := delta.ParseVM(string(o.VM)); err != nil || strings.ToLower(string(o.VM)) != string(o.VM) {
-		return bad("%q is no VM id", o.VM)
+		return bad("%.64q is no VM id", o.VM)
 	}
 	if !goodName(o.Name) {
 		return bad("the name is empty, too long or not printable")
@@ -221,7 +221,7 @@ func checkOffer(o wire.Offer) error {
 	var ds []delta.Disk
 	for _, d := range o.Disks {
 		if d.Format != "raw" {
-			return bad("disk %s: format %q; only raw travels", d.Name, d.Format)
+			return bad("disk %.64q: format %.64q; only raw travels", d.Name, d.Format)
 		}
 		ds = append(ds, delta.Disk{Name: string(d.Name), Size: d.Size})
 	}

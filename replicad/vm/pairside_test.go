@@ -52,6 +52,8 @@ type side struct {
 	grant   Grant             // guarded by mu
 	silent  atomic.Bool       // its link is cut
 	full    bool              // it takes no second VM; set before start
+	patient bool              // it waits long for a silent peer; set before start
+	fence   string            // its fencing command; set before start
 	now     func() time.Time  // its clock; nil = ours; set before start
 }
 
@@ -247,6 +249,10 @@ func (s *side) start() {
 	if s.full {
 		deps.MaxVMs = 1
 	}
+	if s.patient {
+		deps.SilentAfter = time.Hour
+	}
+	deps.Fence = s.fence
 	m, err := Open(mortal, deps)
 	if err != nil {
 		s.t.Fatalf("%s: %v", s.name, err)

@@ -74,6 +74,10 @@ func (v *VM) savePatch(ctx context.Context, request string, base delta.Pos, rang
 	return bytes, nil
 }
 
+// patchEpoch is the epoch of a patch. No epoch is ever given it, and none from
+// it on is received: a patch must not pass for one.
+const patchEpoch = 1 << 62
+
 // patchName is unique for a generation and request.
 func patchName(g delta.Generation, request string) string {
 	return g.String()[:8] + "-" + fileWord(request) + patchSuffix
@@ -126,8 +130,7 @@ func (v *VM) writePatch(ctx context.Context, w io.Writer, base delta.Pos, ranges
 		return 0, err
 	}
 	enc := delta.NewEncoder(w, nil)
-	// The epoch is one that is never frozen: a patch must not pass for one.
-	h := delta.Header{VM: vm, Generation: v.record().Lineage.Generation, Epoch: 1 << 62, Parent: base, Disks: disks}
+	h := delta.Header{VM: vm, Generation: v.record().Lineage.Generation, Epoch: patchEpoch, Parent: base, Disks: disks}
 	if err := enc.Header(h, 0); err != nil {
 		return 0, err
 	}

@@ -220,6 +220,9 @@ func (v *VM) release(ctx context.Context, q wire.FailoverRequest) (wire.Failover
 		// A repeated request: what was changed is not known any more.
 		return wire.FailoverReply{State: stateAccepted, All: true, Detail: "released before"}, v.up(ctx)
 	}
+	if err := v.overtaken(ctx); err != nil {
+		return wire.FailoverReply{}, err
+	}
 	reply, err := v.giveUp(ctx, q)
 	v.audit(q.Request, "host "+v.mgr.peerName(v.record().Peer), "release asked for", released(reply, err))
 	if err != nil {
@@ -255,6 +258,24 @@ func (v *VM) yield() error {
 		c.Event = lineage.Keep
 	}
 	return v.move(c, nil)
+}
+
+// overtaken refuses a release to a host that never took over: a primary does not
+// give its data up because its replica asks for it.
+func (v *VM) overtaken(ctx context.Context) error {
+	r := v.record()
+	switch l := r.Lineage; {
+	case l.State == lineage.Demoting, l.State == lineage.Demoted, l.Diverged != nil, r.Superseded != "":
+		return nil
+	}
+	why, answered := v.askPeer(ctx)
+	switch {
+	case !answered:
+		return &wire.Error{Kind: wire.KindUnavailable, Text: "the old primary cannot ask this host whether it was promoted", Hint: "there: replicactl peer test " + v.mgr.peerName(r.Peer)}
+	case why == "":
+		return &wire.Error{Kind: wire.KindRefused, Text: "that host is the VM's primary and knows of no failover", Hint: "there: replicactl failover planned " + r.Name}
+	}
+	return nil
 }
 
 // released is the answer to a release in words.

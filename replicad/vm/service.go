@@ -174,6 +174,9 @@ func (m *Manager) PutEpoch(ctx context.Context, k wire.EpochKey, from uint32, bo
 	if h.Seed || h.VM.String() != string(k.VM) || h.Generation != k.Generation || h.Epoch != k.Epoch || h.Nonce != k.Nonce {
 		return delta.Pos{}, &wire.Error{Kind: wire.KindInvalid, Text: "the stream is not the epoch that was announced"}
 	}
+	if h.Epoch >= patchEpoch {
+		return delta.Pos{}, &wire.Error{Kind: wire.KindInvalid, Text: fmt.Sprintf("epoch %d is no epoch: patches have such numbers", h.Epoch)}
+	}
 	v, rcv, err := m.beginEpoch(ctx, k, h)
 	if err != nil {
 		return delta.Pos{}, storeError(err)
@@ -203,11 +206,38 @@ func (m *Manager) beginEpoch(ctx context.Context, k wire.EpochKey, h delta.Heade
 	if err != nil {
 		return nil, nil, err
 	}
+	if err := m.roomFor(v, h.Disks); err != nil {
+		return nil, nil, err
+	}
 	if err := v.expect(k.Generation); err != nil {
 		return nil, nil, err
 	}
 	rcv, err := s.Begin(h)
 	return v, rcv, err
+}
+
+// roomFor holds disks that grew against what their host was granted, before
+// anything of the epoch is received.
+func (m *Manager) roomFor(v *VM, disks []delta.Disk) error {
+	r := v.record()
+	var need int64
+	for _, d := range disks { // at most MaxDisks of at most delta.MaxDiskSize
+		need += d.Size
+	}
+	if need <= r.bytes() {
+		return nil
+	}
+	g, err := m.deps.Grant(r.Peer)
+	if err != nil {
+		return err
+	}
+	if _, used := m.Count(r.Peer, r.VM); g.MaxBytes > 0 && used+need > g.MaxBytes {
+		return &wire.Error{
+			Kind: wire.KindNoSpace, Text: fmt.Sprintf("%s may send %d bytes of disks, with what %s has grown to it would be %d", g.Name, g.MaxBytes, r.Name, used+need),
+			Hint: "on the replica host: replicactl peer allow " + g.Name + " --may-send …",
+		}
+	}
+	return nil
 }
 
 // Beat says that nothing changed since the committed cut.
