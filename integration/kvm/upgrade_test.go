@@ -116,6 +116,77 @@ func TestAGuestGoesThroughUpgradesOfItsDataPlaneOnOneConnection(t *testing.T) {
 	}
 }
 
+// The daemon that asked for an upgrade is killed at each step of it, under the
+// guest's load: the upgrade goes on or was not begun, one data plane serves, the
+// guest sees no error, and the daemon that is started again takes up both and
+// ships what changed, not the disk.
+func TestADaemonKilledAtAnyStepOfAnUpgradeIsMissedByNobody(t *testing.T) {
+	w := up(t, estate.Options{})
+	d := w.guest("orphaned", 6, 1, "lab.interval=5")
+	c := w.start(d)
+	w.protect(d, "1s")
+	for _, p := range []string{
+		"started", "checked", "held", "rested", "sent", "ready", "committed", "gone", // of the data plane that is to go
+		"succeeded", "keeperless", // of the daemon
+	} {
+		point := "upgrade/" + p
+		if p != "succeeded" && p != "keeperless" {
+			point += "@/run/replicad/control.sock"
+		}
+		// The data plane has the environment of the daemon that started it.
+		w.must(w.Daemon("A").Kill())
+		w.killKeeper("A", d)
+		w.must(w.StartDaemon(w.step(), "A", "REPLICAD_CRASH_AT="+point))
+		before := w.replicating("A", d.Name)
+		armed := w.Daemon("A")
+		out, err := w.Ctl(w.step(), "A", "vm", "upgrade", d.Name, "--force")
+		if err == nil {
+			t.Fatalf("%s: the daemon survived: %s", point, out)
+		}
+		select {
+		case <-armed.Done():
+		case <-w.step().Done():
+			t.Fatalf("%s: the daemon lives: %v", point, err)
+		}
+		_, err = c.WaitSynced(w.step(), c.Synced()+10) // without a daemon
+		w.must(err)
+		begun := time.Now()
+		w.must(w.StartDaemon(w.step(), "A"))
+		after := w.wait(d, "replicating", func(v status.VM) bool { return v.State == status.Replicating && v.LastCommit.After(begun) })
+		if after.Stats.RawBytes > after.Disks[0].Size/2 {
+			t.Errorf("%s: %d bytes were shipped, the disk has %d", point, after.Stats.RawBytes, after.Disks[0].Size)
+		}
+		w.onePlane(d)
+		t.Logf("%s: data plane %d, then %d", point, before.Program.PID, after.Program.PID)
+	}
+	w.must(w.Daemon("A").Kill())
+	w.killKeeper("A", d)
+	w.must(w.StartDaemon(w.step(), "A"))
+	w.replicating("A", d.Name)
+	w.ctl("A", "vm", "upgrade", d.Name, "--force")
+	_, err := c.WaitSynced(w.step(), c.Synced()+10)
+	w.must(err)
+	w.onePlane(d)
+	w.noErrors("A", d, false)
+}
+
+// onePlane waits until a VM has one data plane and one keeper on host A, those
+// that their files name.
+func (w *world) onePlane(d guest.Domain) {
+	w.t.Helper()
+	dir := "/run/replicad/vm/" + d.UUID
+	var out string
+	ok := waitFor(w.step(), func() bool {
+		out, _ = w.Lab.Host("A").Exec(w.step(), "sh", "-c", "cd "+dir+" && cat keeper.pid dataplane.pid && "+
+			"pgrep -f '^[^ ]*replicad keeper .*"+d.UUID+"'; pgrep -f '^[^ ]*replicad dataplane .*"+d.UUID+"'")
+		f := strings.Fields(out)
+		return len(f) == 4 && f[0] == f[2] && f[1] == f[3]
+	})
+	if ok != nil {
+		w.t.Fatalf("keeper and data plane by their files, then those that run: %s", out)
+	}
+}
+
 func (w *world) wait(d guest.Domain, what string, want func(status.VM) bool) status.VM {
 	w.t.Helper()
 	v, err := w.WaitStatus(w.step(), "A", d.Name, what, want)

@@ -196,10 +196,10 @@ func Stop(ctx context.Context, cfg Config) error {
 	}
 }
 
-// ReplaceKeeper ends the keeper and starts one of the installed program, which
-// adopts the data plane. A guest does not notice: the data plane has the
-// sockets as well.
-func ReplaceKeeper(ctx context.Context, cfg Config) error {
+// EndKeeper ends the keeper and nothing else. Ensure starts one of the installed
+// program then, which adopts the data plane. A guest does not notice: the data
+// plane has the sockets as well.
+func EndKeeper(ctx context.Context, cfg Config) error {
 	pid, err := runningPID(cfg.keeperPID())
 	if err != nil {
 		return fmt.Errorf("find the keeper of %s: %w", cfg.Name, err)
@@ -213,7 +213,7 @@ func ReplaceKeeper(ctx context.Context, cfg Config) error {
 	for {
 		now, err := runningPID(cfg.keeperPID())
 		if err == nil && now != pid {
-			break // gone, or another one is there already
+			return nil // gone, or another one is there already
 		}
 		select {
 		case <-ctx.Done():
@@ -221,12 +221,6 @@ func ReplaceKeeper(ctx context.Context, cfg Config) error {
 		case <-time.After(pollEvery):
 		}
 	}
-	c, err := Ensure(ctx, cfg)
-	if err != nil {
-		return err
-	}
-	c.Close()
-	return nil
 }
 
 // asWire gives every error the shape that crosses the socket.

@@ -333,21 +333,26 @@ func (p *Plane) run(ctx context.Context, guests, control net.Listener) error {
 }
 
 // crashEnv names the point of an upgrade at which a process kills itself, or,
-// with "/keeper" behind it, its keeper. For tests of exactly that.
+// with "/keeper" behind it, its keeper, or, with "@SOCKET", who listens there.
+// For tests of exactly that.
 const crashEnv = "REPLICAD_CRASH_AT"
 
 func newCrash(cfg Config, log *slog.Logger) func(string) {
 	want := os.Getenv(crashEnv)
 	return func(point string) {
-		if want != point && want != point+"/keeper" {
+		socket, other := strings.CutPrefix(want, point+"@")
+		victim, err := os.Getpid(), error(nil)
+		switch {
+		case want == point:
+		case want == point+"/keeper":
+			victim, err = runningPID(cfg.keeperPID())
+		case other:
+			victim, err = listenerPID(socket)
+		default:
 			return
 		}
-		victim := os.Getpid()
-		if want != point {
-			var err error
-			if victim, err = runningPID(cfg.keeperPID()); err != nil || victim == 0 {
-				return
-			}
+		if err != nil || victim == 0 {
+			return
 		}
 		log.Error("crashing, as the environment asks", "point", point, "pid", victim)
 		_ = unix.Kill(victim, unix.SIGKILL)

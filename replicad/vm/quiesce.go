@@ -51,9 +51,7 @@ func (v *VM) quiesce(ctx context.Context) (func() (bool, error), error) {
 		}
 		return nil, err
 	}
-	if f := v.deps.Failpoint; f != nil {
-		f(frozenPoint)
-	}
+	v.failpoint(frozenPoint)
 	return func() (bool, error) {
 		held, err := thaw()
 		if err == nil {

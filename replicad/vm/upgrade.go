@@ -48,6 +48,7 @@ func (v *VM) Upgrade(ctx context.Context, dryRun, force bool) (u status.Upgrade,
 			return u, err
 		}
 	}
+	v.failpoint("upgrade/succeeded")
 	if st.KeeperOutdated || force {
 		if err := v.replaceKeeper(ctx); err != nil {
 			return u, err
@@ -80,6 +81,13 @@ func (v *VM) handOver(ctx context.Context, c *dataplane.Client, before dataplane
 	}
 }
 
+// failpoint is where a test may end the daemon.
+func (v *VM) failpoint(name string) {
+	if f := v.deps.Failpoint; f != nil {
+		f(name)
+	}
+}
+
 // replaceKeeper puts a keeper of the installed program in the old one's place.
 func (v *VM) replaceKeeper(ctx context.Context) error {
 	v.machine.Lock()
@@ -90,5 +98,14 @@ func (v *VM) replaceKeeper(ctx context.Context) error {
 	if s == nil {
 		return nil
 	}
-	return dataplane.ReplaceKeeper(ctx, s.cfg)
+	if err := dataplane.EndKeeper(ctx, s.cfg); err != nil {
+		return err
+	}
+	v.failpoint("upgrade/keeperless")
+	c, err := dataplane.Ensure(ctx, s.cfg)
+	if err != nil {
+		return err
+	}
+	c.Close()
+	return nil
 }
