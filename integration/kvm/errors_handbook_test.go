@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -22,7 +23,7 @@ func TestEveryErrorIsInTheHandbook(t *testing.T) {
 	}
 	names := regexp.MustCompile(`\b(kept|free|variant|nosuch|nobody)(\b|\.raw)`)
 	hosts := regexp.MustCompile(`\bkvm-[ab]\b`)
-	for _, c := range append(enableErrors(), operateErrors()...) {
+	for _, c := range slices.Concat(enableErrors(), operateErrors(), pointErrors()) {
 		row, ok := rows[c.id]
 		if !ok {
 			t.Errorf("docs/operations/errors.md has no row for %q", c.id)

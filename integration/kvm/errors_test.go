@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -141,7 +142,7 @@ func enable(name string, more ...string) []string {
 // names the cause and the next command, and leaves nothing half done.
 func TestEachMistakeGivesItsOwnErrorAndLeavesNothingBehind(t *testing.T) {
 	w := upErrors(t)
-	for _, c := range append(enableErrors(), operateErrors()...) {
+	for _, c := range slices.Concat(enableErrors(), operateErrors(), pointErrors()) {
 		t.Run(c.id, func(t *testing.T) { w.run(t, c) })
 	}
 	w.replicating("A", keptVM)
