@@ -70,7 +70,7 @@ func (v *VM) choose(text string, st storeState) (delta.Pos, time.Time, error) {
 	}
 	p, err := s.Choose(text)
 	if err != nil {
-		return delta.Pos{}, time.Time{}, choiceError(err, v.record().Name)
+		return delta.Pos{}, time.Time{}, pointError(err, v.record().Name)
 	}
 	if p.Latest {
 		return p.Pos, st.CutTime, nil
@@ -84,21 +84,6 @@ func (v *VM) choose(text string, st storeState) (delta.Pos, time.Time, error) {
 		}
 	}
 	return p.Pos, p.Cut, nil
-}
-
-// choiceError gives a choice that finds no point its kind.
-func choiceError(err error, name string) error {
-	hint := "--point takes " + points.ChoiceHelp
-	var many *points.AmbiguousError
-	switch {
-	case errors.Is(err, points.ErrNoPoint):
-		return &wire.Error{Kind: wire.KindNotFound, Text: err.Error(), Hint: hint}
-	case errors.Is(err, points.ErrChoice), errors.As(err, &many):
-		return &wire.Error{Kind: wire.KindInvalid, Text: err.Error(), Hint: hint}
-	case errors.Is(err, points.ErrDamaged):
-		return &wire.Error{Kind: wire.KindCorrupt, Text: err.Error(), Hint: "choose another: replicactl failover unplanned " + name + " --point POINT"}
-	}
-	return storeError(err)
 }
 
 // trial is how the failover begins: on an overlay, unless a person wants the

@@ -195,6 +195,8 @@ func pointError(err error, name string) error {
 		return &wire.Error{Kind: wire.KindNotFound, Text: err.Error(), Hint: list}
 	case errors.Is(err, points.ErrChoice):
 		return &wire.Error{Kind: wire.KindInvalid, Text: err.Error(), Hint: list}
+	case errors.Is(err, points.ErrDamaged):
+		return &wire.Error{Kind: wire.KindCorrupt, Text: err.Error(), Hint: "choose another: " + list}
 	case errors.Is(err, points.ErrPolicy):
 		return &wire.Error{Kind: wire.KindInvalid, Text: err.Error(), Hint: "replicactl point keep --help"}
 	}
