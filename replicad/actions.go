@@ -99,7 +99,7 @@ func (d *Daemon) actOn(ctx context.Context, v *vm.VM, a api.Action, request stri
 	case api.VMSync:
 		return v.SyncNow(ctx)
 	case api.VMResync:
-		return v.Resync(ctx)
+		return d.resync(ctx, v, a, request, emit)
 	case api.PointPin, api.PointUnpin, api.PointKeep, api.PointApp, api.PointMount, api.PointUnmount, api.PointExport:
 		return d.pointAction(ctx, v, a, emit)
 	case api.VMStatsReset:
@@ -274,10 +274,6 @@ func (d *Daemon) settleTrial(ctx context.Context, v *vm.VM, a api.Action, reques
 	return d.result(ctx, v, emit)
 }
 
-// compareRate is what the time of a digest pass is estimated from, in bytes per
-// second: one side's disk or hash, whichever is slower.
-const compareRate = 200 << 20
-
 // noteReverse says what a return will send, or that everything is compared.
 func noteReverse(ctx context.Context, v *vm.VM, name string, emit func(api.Event)) {
 	p, err := v.PlanReverse(ctx)
@@ -285,7 +281,7 @@ func noteReverse(ctx context.Context, v *vm.VM, name string, emit func(api.Event
 	case err != nil:
 		note(emit, "%s cannot be asked what it changed (%v); here %d bytes were changed since.", name, err, p.Own)
 	case p.Compare:
-		note(emit, "Everything is COMPARED by digest first, %d bytes, about %s: %s.", p.Size, (time.Duration(p.Size/compareRate)*time.Second + time.Second).String(), p.Why)
+		note(emit, "Everything is COMPARED by digest first, %d bytes, about %s: %s.", p.Size, vm.CompareTime(p.Size, 0), p.Why)
 		note(emit, "What %s gives up is not known block by block and is NOT kept: if you may need it, copy its images first.", name)
 	default:
 		between := fmt.Sprintf("the failover to an older point took back %d bytes", p.Between)

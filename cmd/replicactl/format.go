@@ -77,6 +77,9 @@ func (a *app) show(v status.VM) {
 	if v.Job != nil {
 		line("Now", "%s", jobText(*v.Job))
 	}
+	if c := v.Compare; c != nil {
+		line("Compared", "%s", compareText(*c))
+	}
 	if f := v.Failover; f != nil {
 		line("Failover", "%s", failoverText(*f))
 	}

@@ -83,6 +83,12 @@ type Action struct {
 	Existing   bool          `json:"existing,omitempty"` // enable: compare with images that lie ready on the replica host
 	StartAt    time.Time     `json:"start_at,omitzero"`  // enable: when the initial copy begins; zero = at once
 	Reason     string        `json:"reason,omitempty"`
+	// Of vm-resync: between the cycles, at most so many bytes per second, in a
+	// time of day ("22:00-06:00"); or the end of that.
+	Background bool   `json:"background,omitempty"`
+	Rate       int64  `json:"rate,omitempty"`
+	Window     string `json:"window,omitempty"`
+	Stop       bool   `json:"stop,omitempty"`
 	// Point names a recovery point, as points.Choose reads it.
 	Point string `json:"point,omitempty"`
 	// Retention and Quota say what a replica keeps, as points.ParsePolicy reads

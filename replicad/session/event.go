@@ -91,6 +91,13 @@ type (
 	EvInterval struct{ Interval time.Duration }
 	// EvAppEvery changes the interval of application-consistent cuts, 0 = none.
 	EvAppEvery struct{ Every time.Duration }
+	// EvScan begins the background pass over everything, changes the bounds of
+	// one that is under way, or ends it; Verified is then what was known before.
+	EvScan struct {
+		Pass     Pass
+		Stop     bool
+		Verified bool
+	}
 )
 
 func (EvHandshake) event()   {}
@@ -114,6 +121,7 @@ func (EvFinal) event()       {}
 func (EvFinalCancel) event() {}
 func (EvInterval) event()    {}
 func (EvAppEvery) event()    {}
+func (EvScan) event()        {}
 
 // Class of a failure: who to ask and what to do next.
 type Class string

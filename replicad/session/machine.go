@@ -33,8 +33,11 @@ type MachineConfig struct {
 	ScrubRate int64         // bytes per second
 	Verified  bool
 	Scrub     Cursor
-	Holes     bool
-	LastCut   time.Time
+	// Pass bounds an unfinished pass, Mismatched is what it found so far.
+	Pass       Pass
+	Mismatched int64
+	Holes      bool
+	LastCut    time.Time
 	// Rand returns values in [0,1) for jitter.
 	Rand func() float64
 }
@@ -86,6 +89,7 @@ type Machine struct {
 	compared  bool              // ... and the comparison came to its end
 
 	verified   bool
+	pass       Pass
 	scrub      Cursor
 	scrubAt    time.Time
 	mismatched int64
@@ -105,6 +109,7 @@ type Machine struct {
 func NewMachine(cfg MachineConfig, now time.Time) *Machine {
 	m := &Machine{
 		cfg: cfg, phase: Idle, verified: cfg.Verified, scrub: cfg.Scrub, lastCut: cfg.LastCut,
+		pass: cfg.Pass, mismatched: cfg.Mismatched,
 		cond: map[string]Condition{},
 	}
 	m.meter.stats.Since = now
@@ -122,7 +127,7 @@ func (m *Machine) Status() Status {
 	s := Status{
 		Phase: m.phase, Protected: m.protected, Seeding: m.seeding, Verifying: m.verify, Paused: m.paused,
 		Committed: m.parent, LastCut: m.lastCut, Pending: m.source.Pending, Suspect: m.source.Suspect,
-		Stats: m.meter.snapshot(), Verified: m.verified, Scrub: m.scrub, Mismatched: m.mismatched,
+		Stats: m.meter.snapshot(), Verified: m.verified, Pass: m.pass, Scrub: m.scrub, Mismatched: m.mismatched,
 		Failures: m.failures, LastError: m.lastErr, Since: m.since,
 	}
 	if m.shipped != nil {
@@ -167,6 +172,8 @@ func (m *Machine) Step(now time.Time, ev Event) []Action {
 	case EvAppEvery:
 		m.cfg.AppEvery, m.nextApp = e.Every, time.Time{}
 		return m.onWake(now)
+	case EvScan:
+		return m.onScan(now, e)
 	}
 	m.busy = false
 	switch e := ev.(type) {
@@ -303,8 +310,8 @@ func (m *Machine) next(now time.Time) []Action {
 	if m.cfg.AppEvery > 0 && m.nextApp.Before(at) {
 		at = m.nextApp
 	}
-	if m.scrubbing() && m.scrubAt.Before(at) {
-		at = m.scrubAt
+	if due := m.scrubTime(now); m.scrubbing() && due.Before(at) {
+		at = due
 	}
 	return m.sleep(Waiting, at)
 }
@@ -336,12 +343,6 @@ func (m *Machine) seedPiece(disk wire.DiskName) DoSeed {
 		a.Done += min(m.seeds[d], size)
 	}
 	return a
-}
-
-func (m *Machine) scrubbing() bool { return !m.verified && m.protected && !m.final }
-
-func (m *Machine) scrubDue(now time.Time) bool {
-	return m.scrubbing() && !m.trigger && !now.Before(m.scrubAt)
 }
 
 // settled ends a row of failures: something durable was achieved.

@@ -119,19 +119,3 @@ func (m *Machine) schedule(now time.Time, empty bool) {
 		m.nextCut = now
 	}
 }
-
-// onScrubbed: one window of the background pass is done.
-func (m *Machine) onScrubbed(now time.Time, e EvScrubbed) []Action {
-	m.scrub = e.Next
-	if e.Done {
-		m.verified, m.scrub = true, Cursor{}
-	}
-	if e.Mismatched > 0 {
-		m.mismatched += e.Mismatched
-		m.condition(CondMismatch, "look for writers past the tracker and for failing memory or disks",
-			"%d bytes differed from the replica although they were not marked; they are sent again", m.mismatched)
-	}
-	m.settled()
-	m.scrubAt = now.Add(time.Duration(float64(e.Bytes) / float64(m.cfg.ScrubRate) * float64(time.Second)))
-	return m.next(now)
-}

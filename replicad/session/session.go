@@ -86,8 +86,11 @@ type Config struct {
 	ScrubRate int64
 	// Verified says that the seed was verified before; Scrub is where an
 	// interrupted pass goes on. Both come from an earlier Status.
-	Verified bool
-	Scrub    Cursor
+	// Pass bounds it, Mismatched is what it found so far.
+	Verified   bool
+	Scrub      Cursor
+	Pass       Pass
+	Mismatched int64
 	// LastCut is the time of the last cut the replica holds, from an earlier
 	// Status; it only feeds the display until the next one.
 	LastCut time.Time
@@ -157,7 +160,7 @@ func New(cfg Config) *Session {
 func (s *Session) Run(ctx context.Context) error {
 	s.m = NewMachine(MachineConfig{
 		Interval: s.cfg.Interval, AppEvery: s.cfg.AppEvery, ScrubRate: s.cfg.ScrubRate, Verified: s.cfg.Verified,
-		Scrub: s.cfg.Scrub, Holes: s.cfg.Holes, LastCut: s.cfg.LastCut, Rand: s.cfg.Rand.Float64,
+		Scrub: s.cfg.Scrub, Pass: s.cfg.Pass, Mismatched: s.cfg.Mismatched, Holes: s.cfg.Holes, LastCut: s.cfg.LastCut, Rand: s.cfg.Rand.Float64,
 	}, time.Now())
 	timer := time.NewTimer(0)
 	defer timer.Stop()

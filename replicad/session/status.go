@@ -53,6 +53,7 @@ type Status struct {
 	// Verified: everything was compared with the replica after the seed.
 	// Scrub is the pass's cursor, Mismatched the bytes it found to differ.
 	Verified   bool
+	Pass       Pass
 	Scrub      Cursor
 	Mismatched int64
 	Conditions []Condition

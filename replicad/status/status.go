@@ -71,8 +71,10 @@ type VM struct {
 	// Pending is what was changed and not yet committed on the replica, the rest
 	// of an initial copy included; negative where it is not known: on the
 	// replica's host, and while the data plane does not answer.
-	Pending int64    `json:"pending_bytes"`
-	Job     *Job     `json:"job,omitempty"`
+	Pending int64 `json:"pending_bytes"`
+	Job     *Job  `json:"job,omitempty"`
+	// Compare is the comparison of everything that was asked for last.
+	Compare *Compare `json:"compare,omitempty"`
 	Disks   []Disk   `json:"disks"`
 	Stats   Stats    `json:"stats"`
 	Plan    *Plan    `json:"plan,omitempty"`
@@ -139,6 +141,17 @@ type Job struct {
 	Total int64         `json:"total_bytes"`
 	Rate  int64         `json:"rate_bytes_per_second"`
 	ETA   time.Duration `json:"eta_ns"` // negative when unknown
+}
+
+// Compare is a comparison of everything by digest, in the background.
+type Compare struct {
+	Asked   time.Time `json:"asked"`
+	Ended   time.Time `json:"ended,omitzero"` // zero: under way
+	Rate    int64     `json:"rate_bytes_per_second,omitempty"`
+	Window  string    `json:"window,omitempty"`
+	Done    int64     `json:"done_bytes"`
+	Total   int64     `json:"total_bytes"`
+	Differs int64     `json:"differs_bytes"`
 }
 
 // Disk is one protected disk.

@@ -92,15 +92,15 @@ func (v *VM) SyncNow(ctx context.Context) error {
 	}
 }
 
-// Resync distrusts the tracker and the replica's content: everything is
-// compared by digest, what differs is sent. On a replica that takes nothing,
-// because its images were changed from outside or its store is damaged, it
-// gives up what cannot be trusted; then the primary compares everything.
-func (v *VM) Resync(ctx context.Context) error {
-	if v.session() == nil {
-		return v.trustAgain()
+// distrusted refuses where no replica distrusts what it holds.
+func (v *VM) distrusted() error {
+	s, err := v.store()
+	if err != nil {
+		return v.notShipping()
 	}
-	v.distrust(ctx, "asked for by an operator")
+	if st := s.Status().State; st != points.Suspect && st != points.Damaged {
+		return v.notShipping()
+	}
 	return nil
 }
 

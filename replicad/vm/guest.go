@@ -402,7 +402,9 @@ func (v *VM) lookAtGraph(ctx context.Context) {
 	was := v.bypassed()
 	v.seen(strings.Join(bypass, ", "), strings.Join(overlay, ", "))
 	if was != "" && len(bypass) == 0 {
-		v.distrust(ctx, "the guest wrote past the tracker: "+was)
+		if err := v.distrust(ctx, "the guest wrote past the tracker: "+was); err != nil {
+			v.log.Error("distrust the tracker", "err", err)
+		}
 	}
 }
 
@@ -413,18 +415,18 @@ func (v *VM) bypassed() string {
 }
 
 // distrust marks everything: what was written past us is found by digest.
-func (v *VM) distrust(ctx context.Context, why string) {
+func (v *VM) distrust(ctx context.Context, why string) error {
 	c, err := v.plane()
 	if err == nil {
 		err = c.Mark(ctx, dataplane.MarkRequest{Reason: why})
 	}
 	if err != nil {
-		v.log.Error("distrust the tracker", "err", err)
-		return
+		return err
 	}
 	if s := v.session(); s != nil {
 		s.Retry()
 	}
+	return nil
 }
 
 // resumeLater lets a guest go on that QEMU stopped because its disk was away.

@@ -317,7 +317,7 @@ func (h *history) operate() {
 		return
 	}
 	if st, err := keep.other.vm().storeStatus(); err == nil && (st.State == points.Suspect || st.State == points.Damaged) {
-		_ = h.told("resync", keep.other, func(ctx context.Context, _ *Manager, v *VM) error { return v.Resync(ctx) })
+		_ = h.told("resync", keep.other, func(ctx context.Context, _ *Manager, v *VM) error { return v.Resync(ctx, ResyncOptions{}) })
 		return
 	}
 	if s := keep.vm().session(); s != nil && s.Status().Stop != nil {

@@ -50,6 +50,8 @@ type Record struct {
 	// Verified and Scrub are the session's progress of the full comparison.
 	Verified bool           `json:"verified"`
 	Scrub    session.Cursor `json:"scrub"`
+	// Pass is the comparison of everything that a person asked for last.
+	Pass *Pass `json:"pass,omitempty"`
 	// NoReverse: promoted, and nothing ships back (yet).
 	NoReverse bool `json:"no_reverse"`
 	// Existing: the replica begins with images that were given (see existing.go);

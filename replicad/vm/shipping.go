@@ -68,12 +68,14 @@ func (v *VM) startShipping() {
 		return
 	}
 	ctx, cancel := context.WithCancel(context.Background())
+	pass, differs := r.bounds()
 	sess := session.New(session.Config{
 		VM: r.VM, Name: r.Name, Source: v.ship.plane, Replica: &courier{v: v},
 		Interval: r.Interval, AppEvery: r.AppEvery, Quiesce: v.quiesce, Complete: v.complete, Describe: v.describe, Union: v.union,
 		Firmware: v.firmware, FirmwareCommitted: v.firmwareCommitted,
 		Limit: v.limit(r.Peer), Slots: slots,
-		Verified: r.Verified, Scrub: r.Scrub, LastCut: r.LastCut, Holes: true,
+		Verified: r.Verified && !r.Pass.open(), Scrub: r.Scrub, Pass: pass, Mismatched: differs,
+		LastCut: r.LastCut, Holes: true,
 		Paused:   r.Paused || v.facts.overlay != "" || v.deps.Now().Before(r.StartAt), // see seen, startDue
 		OnChange: v.sessionChanged,
 		Log:      v.log,
@@ -144,17 +146,22 @@ func (v *VM) limit(host wire.HostID) func(context.Context, io.Reader) io.Reader 
 func (v *VM) sessionChanged(s session.Status) {
 	v.measure(s)
 	r := v.record()
-	scrubbed := s.Verified != r.Verified || s.Scrub.Disk != r.Scrub.Disk || s.Scrub.Offset-r.Scrub.Offset >= scrubKept
+	_, passed := r.Pass.progress(s, v.deps.Now())
+	scrubbed := passed || s.Verified != r.Verified || s.Scrub.Disk != r.Scrub.Disk || s.Scrub.Offset-r.Scrub.Offset >= scrubKept
 	moved := !s.Committed.IsZero() && (s.Committed != r.Acked || s.LastCut.After(r.LastCut))
 	late := s.LastCut.Sub(r.LastCut) >= ackKept || s.Phase == session.Idle
 	if !scrubbed && !(moved && late) {
 		return
 	}
 	err := v.update(func(r *Record) error {
-		r.Verified, r.Scrub = s.Verified, s.Scrub
 		if moved {
 			r.Acked, r.LastCut = s.Committed, s.LastCut
 		}
+		if r.Pass.open() && r.Pass.Request != s.Pass.ID {
+			return nil // said before the session heard of the pass
+		}
+		r.Verified, r.Scrub = s.Verified, s.Scrub
+		r.Pass, _ = r.Pass.progress(s, v.deps.Now())
 		return nil
 	})
 	if err != nil {

@@ -14,7 +14,7 @@ import (
 	"kvmreplica/replicad/wire"
 )
 
-func resync(ctx context.Context, _ *Manager, v *VM) error { return v.Resync(ctx) }
+func resync(ctx context.Context, _ *Manager, v *VM) error { return v.Resync(ctx, ResyncOptions{}) }
 
 // A replica's image is put back from a copy, as a backup would. It takes
 // nothing, says so, and what it names as the remedy brings it back.

@@ -184,6 +184,7 @@ func (v *VM) viewPrimary(ctx context.Context, out *status.VM, f *health.Facts) {
 		st := s.Status()
 		f.NoCopy = !st.Protected
 		viewSession(st, out, f)
+		v.viewPass(st, out)
 	}
 }
 
