@@ -231,6 +231,8 @@ func (d *Daemon) Act(ctx context.Context, a api.Action, emit func(api.Event)) er
 		err = d.testPeer(ctx, a, emit)
 	case api.VMEnable:
 		err = d.enable(ctx, a, request, step, emit)
+	case api.VMExport, api.VMImport:
+		err = d.media(ctx, a, emit)
 	default:
 		var v *vm.VM
 		if v, err = d.vms.Lookup(a.VM); err == nil {

@@ -27,6 +27,7 @@ func allowed() map[string][]string {
 		"replicad/isolate":   {},
 		"replicad/testcopy":  {"nbd", "libvirt", "replicad/delta", "replicad/wire", "replicad/failover", "replicad/lineage", "replicad/points", "replicad/overlay", "replicad/isolate", "replicad/status", "replicad/health", "internal"},
 		"replicad/peer":      {"replicad/delta", "replicad/wire", "internal"},
+		"replicad/media":     {"replicad/delta", "internal"},
 		"replicad/mount":     {"nbd", "replicad/overlay", "internal"},
 		"replicad/dataplane": {"nbd", "cbt", "replicad/delta", "replicad/overlay", "replicad/points", "replicad/standby", "replicad/wire", "internal"},
 		// The data plane's client and messages are the session's other end.
@@ -74,6 +75,7 @@ func homes() []home {
 		{module: "github.com/digitalocean/go-libvirt", folders: []string{"libvirt"}},
 		{module: "libvirt.org/go/libvirtxml", files: []string{"libvirt/domain.go", "libvirt/vmspec.go"}, tests: true},
 		{module: "github.com/pojntfx/go-nbd", files: []string{"nbd/proto.go", "nbd/gonbd.go"}, tests: true},
+		{module: "filippo.io/age", folders: []string{"replicad/media"}, tests: true},
 		{module: "github.com/spf13/cobra", folders: []string{"cmd"}},
 		{module: "github.com/prometheus/client_golang", folders: []string{"replicad/metrics"}},
 		{module: "github.com/vishvananda", folders: []string{"libvirt", "replicad/isolate", "replicad/peer", "integration"}},

@@ -57,6 +57,10 @@ const (
 	PointUnmount Verb = "point-unmount"
 	// PointExport ends when its caller goes away: it is no plan.
 	PointExport Verb = "point-export"
+	// VMExport writes a VM's disks onto an external medium, VMImport makes images
+	// of one. Both end when their caller goes away; repeated, they go on.
+	VMExport Verb = "vm-export"
+	VMImport Verb = "vm-import"
 
 	FailoverTest Verb = "failover-test"
 	TestStop     Verb = "failover-test-stop"
@@ -83,6 +87,12 @@ type Action struct {
 	Existing   bool          `json:"existing,omitempty"` // enable: compare with images that lie ready on the replica host
 	StartAt    time.Time     `json:"start_at,omitzero"`  // enable: when the initial copy begins; zero = at once
 	Reason     string        `json:"reason,omitempty"`
+	// Of vm-export and vm-import: the medium's directory is To or From; at most
+	// one of the secrets.
+	From       string `json:"from,omitempty"`
+	Recipient  string `json:"recipient,omitempty"`  // age recipient to encrypt for
+	Passphrase string `json:"passphrase,omitempty"` // to encrypt and decrypt with
+	Identity   string `json:"identity,omitempty"`   // an age identity file's content
 	// Of vm-resync: between the cycles, at most so many bytes per second, in a
 	// time of day ("22:00-06:00"); or the end of that.
 	Background bool   `json:"background,omitempty"`

@@ -165,7 +165,7 @@ func (s *Server) act(w http.ResponseWriter, r *http.Request) {
 		}
 	}
 	ctx := context.WithoutCancel(r.Context())
-	if a.Verb == PointExport {
+	if a.Verb == PointExport || a.Verb == VMExport || a.Verb == VMImport {
 		ctx = r.Context()
 	}
 	err = s.back.Act(ctx, a, emit)
