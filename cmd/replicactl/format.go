@@ -62,6 +62,9 @@ func (a *app) show(v status.VM) {
 		line("Because", "%s", v.Reason)
 	}
 	line("Interval", "%s", v.Interval)
+	if v.Rate > 0 {
+		line("Limit", "%s/s", bytesText(v.Rate))
+	}
 	if v.LastCommit.IsZero() {
 		line("Last copy", "none: nothing could be failed over to")
 	} else {

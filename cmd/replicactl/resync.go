@@ -63,3 +63,19 @@ func compareText(c status.Compare) string {
 	}
 	return s
 }
+
+func newVMLimit(a *app) *cobra.Command {
+	return &cobra.Command{
+		Use: "limit NAME RATE", Short: "Bound what is sent of a VM; 0 = only the host's own limits",
+		Long: `Bound the initial copy and the changes of a VM to RATE bytes per second (e.g. 20M), beside the host's
+[[bandwidth]] schedule. It takes effect at once and lasts; each host has its own, for when it is the primary.` + "\n" + exitHelp,
+		Args: cobra.ExactArgs(2),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			n, err := parseSize(args[1])
+			if err != nil {
+				return err
+			}
+			return a.act(cmd.Context(), api.Action{Verb: api.VMLimit, VM: args[0], Rate: n})
+		},
+	}
+}

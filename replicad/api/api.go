@@ -29,6 +29,7 @@ const (
 	VMResume   Verb = "vm-resume"
 	VMSync     Verb = "vm-sync"   // one cycle now
 	VMResync   Verb = "vm-resync" // compare everything by digest, send what differs
+	VMLimit    Verb = "vm-limit"  // bound what is sent of a VM
 	VMStart    Verb = "vm-start"
 	VMUpgrade  Verb = "vm-upgrade" // the installed program takes the data plane over
 	Planned    Verb = "failover-planned"
@@ -94,7 +95,7 @@ type Action struct {
 	Passphrase string `json:"passphrase,omitempty"` // to encrypt and decrypt with
 	Identity   string `json:"identity,omitempty"`   // an age identity file's content
 	// Of vm-resync: between the cycles, at most so many bytes per second, in a
-	// time of day ("22:00-06:00"); or the end of that.
+	// time of day ("22:00-06:00"); or the end of that. Rate also of vm-limit.
 	Background bool   `json:"background,omitempty"`
 	Rate       int64  `json:"rate,omitempty"`
 	Window     string `json:"window,omitempty"`

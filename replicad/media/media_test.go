@@ -280,3 +280,31 @@ func TestAnExportRefusesWhatItWouldMixUp(t *testing.T) {
 		t.Errorf("among other files: %v", err)
 	}
 }
+
+// A medium that version 1 wrote is read by every later build.
+func TestAMediumOfVersion1IsRead(t *testing.T) {
+	const dir = "testdata/v1"
+	if os.Getenv("UPDATE_GOLDEN") != "" {
+		if err := errors.Join(os.RemoveAll(dir), os.MkdirAll(dir, 0o755)); err != nil {
+			t.Fatal(err)
+		}
+		fs, err := fsx.OS(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := media.Export(t.Context(), fs, source(), options(media.Key{Passphrase: "golden"})); err != nil {
+			t.Fatal(err)
+		}
+	}
+	fs, err := fsx.OS(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	to := fsxtest.NewMem()
+	if _, err := media.Import(t.Context(), fs, to, media.Key{Passphrase: "golden"}, nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := same(to, source()); err != nil {
+		t.Error(err)
+	}
+}

@@ -63,7 +63,8 @@ type VM struct {
 	Position   string             `json:"position"` // last committed position as this host knows it
 	Epoch      uint64             `json:"epoch"`
 	Interval   time.Duration      `json:"interval_ns"`
-	AppEvery   time.Duration      `json:"app_every_ns"` // of application-consistent points, 0 = none
+	AppEvery   time.Duration      `json:"app_every_ns"`         // of application-consistent points, 0 = none
+	Rate       int64              `json:"rate_limit,omitempty"` // bytes per second of this VM, 0 = only the host's limits
 	// LastCommit is the time of the last cut the replica holds; zero when none.
 	LastCommit time.Time `json:"last_commit"`
 	// RPO is the age of that cut now; negative when there is none.

@@ -2,7 +2,6 @@ package vm
 
 import (
 	"context"
-	"io"
 	"log/slog"
 	"time"
 
@@ -86,8 +85,8 @@ type Deps struct {
 	Fence string
 	// LibvirtState is where libvirt keeps firmware state; empty = /var/lib/libvirt.
 	LibvirtState string
-	// Limit wraps bulk bodies to a peer; nil = unlimited.
-	Limit func(host wire.HostID) func(context.Context, io.Reader) io.Reader
+	// Limiter makes what bounds one VM's bulk bodies; nil = nothing does.
+	Limiter func() Limiter
 	// ShippingSlots bounds how many VMs read, compare and send to one peer at
 	// once; 0 = unlimited.
 	ShippingSlots int

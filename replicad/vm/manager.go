@@ -86,11 +86,16 @@ func Open(fsys fsx.FS, deps Deps) (*Manager, error) {
 }
 
 func (m *Manager) newVM(r Record) *VM {
-	return &VM{
+	v := &VM{
 		deps: &m.deps, mgr: m, id: r.VM, fsys: fsx.Sub(m.fsys, "vms/"+string(r.VM)), rec: r,
 		log: m.deps.Log.With("vm", r.Name, "id", string(r.VM)), plan: make(chan struct{}, 1),
 		facts: guestFacts{running: r.WantRunning}, // until libvirt is heard
 	}
+	if m.deps.Limiter != nil {
+		v.band = m.deps.Limiter()
+		v.band.Set(r.Rate)
+	}
+	return v
 }
 
 // slotsTo are the slots of the sessions to a peer; nil = unlimited.

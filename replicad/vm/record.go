@@ -93,6 +93,9 @@ type Record struct {
 	// AppEvery is the interval of application-consistent points while this host
 	// ships, 0 = none; handed on when roles change.
 	AppEvery time.Duration `json:"app_every_ns,omitempty"`
+	// Rate bounds what this host sends of the VM, in bytes per second, 0 = only
+	// the host's own limits do. It is this host's and stays when roles change.
+	Rate int64 `json:"rate,omitempty"`
 	// Orphan: the primary ended the relationship; the copy is kept until this
 	// host's administrator deletes it.
 	Orphan *Orphan `json:"orphan,omitempty"`

@@ -73,7 +73,7 @@ func (v *VM) startShipping() {
 		VM: r.VM, Name: r.Name, Source: v.ship.plane, Replica: &courier{v: v},
 		Interval: r.Interval, AppEvery: r.AppEvery, Quiesce: v.quiesce, Complete: v.complete, Describe: v.describe, Union: v.union,
 		Firmware: v.firmware, FirmwareCommitted: v.firmwareCommitted,
-		Limit: v.limit(r.Peer), Slots: slots,
+		Limit: v.limit(), Slots: slots,
 		Verified: r.Verified && !r.Pass.open(), Scrub: r.Scrub, Pass: pass, Mismatched: differs,
 		LastCut: r.LastCut, Holes: true,
 		Paused:   r.Paused || v.facts.overlay != "" || v.deps.Now().Before(r.StartAt), // see seen, startDue
@@ -131,13 +131,6 @@ func (v *VM) stopShipping() {
 	v.mu.Lock()
 	s.sess, s.cancel, s.done = nil, nil, nil
 	v.mu.Unlock()
-}
-
-func (v *VM) limit(host wire.HostID) func(context.Context, io.Reader) io.Reader {
-	if v.deps.Limit == nil {
-		return nil
-	}
-	return v.deps.Limit(host)
 }
 
 // sessionChanged keeps what must survive a restart. Where the replica stands

@@ -56,6 +56,7 @@ type VM struct {
 	thawing bool       // guarded by mu; somebody thaws in the background
 
 	figures figures
+	band    Limiter // nil = nothing bounds what is sent
 
 	// The role's machinery; set while the role is up, guarded by mu.
 	ship *shipping
