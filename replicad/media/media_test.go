@@ -113,6 +113,10 @@ func TestWhatIsExportedIsImportedWithEveryKindOfKey(t *testing.T) {
 					t.Errorf("without a key: %v", err)
 				}
 			}
+			// What an import of something else has left must not show through.
+			if err := fsx.WriteAtomic(to, "vda.raw.part", bytes.Repeat([]byte{0xEE}, 3*piece)); err != nil {
+				t.Fatal(err)
+			}
 			if _, err := media.Import(t.Context(), medium, to, c.open, nil); err != nil {
 				t.Fatal(err)
 			}
@@ -202,6 +206,18 @@ func TestADamagedMediumIsRefused(t *testing.T) {
 		}
 	}
 	m := fresh()
+	whole, err := fsx.ReadFile(m, "vda-000001.krs", mib)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for n := range whole { // also where a frame ends
+		if err := fsx.WriteAtomic(m, "vda-000001.krs", whole[:n]); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := media.Import(t.Context(), m, fsxtest.NewMem(), media.Key{}, nil); !errors.Is(err, media.ErrDamaged) {
+			t.Fatalf("a piece cut to %d of %d bytes: %v", n, len(whole), err)
+		}
+	}
 	if err := m.Remove("vda-000001.krs"); err != nil {
 		t.Fatal(err)
 	}
