@@ -52,6 +52,29 @@ func TestACrashWhileDegradedVerifiesEverything(t *testing.T) {
 	}
 }
 
+// A write that waits for its mark when the tracker ends fails: it never goes
+// through without one.
+func TestAHeldWriteThatIsGivenUpTouchesNothing(t *testing.T) {
+	w := started(t, one(2<<20), nil)
+	held := make(chan struct{}, 1)
+	w.held = func() {
+		select {
+		case held <- struct{}{}:
+		default:
+		}
+	}
+	w.h.Power.SetHook(failAllFiles)
+	done := result(func() error { return w.fill("vda", 0, 512, 1) })
+	<-held
+	_ = w.g.Close(t.Context()) // what it keeps nowhere it cannot write either
+	if err := <-done; err == nil {
+		t.Error("the write is answered with success")
+	}
+	if c := w.h.Disk("vda", 2<<20).Content(); c[0] != 0 {
+		t.Error("the write went through unmarked")
+	}
+}
+
 // I14, all combinations of channels: a write is let through only if some
 // durable place says "verify everything".
 func TestWritesAreHeldUntilSomePlaceKnows(t *testing.T) {

@@ -1,7 +1,10 @@
 package archtest
 
 import (
+	"go/ast"
 	"os"
+	"regexp"
+	"strconv"
 	"strings"
 	"testing"
 	"testing/fstest"
@@ -146,5 +149,48 @@ func TestNestedModulesAndCachesAreLeftOut(t *testing.T) {
 	})
 	if len(tr.files) != 1 {
 		t.Errorf("%d files loaded, want 1", len(tr.files))
+	}
+}
+
+// A handbook page that names a test which does not exist shows nothing.
+func TestTheAttacksNamedInTheHandbookAreTests(t *testing.T) {
+	page, err := os.ReadFile("../../docs/operations/attacks.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	tree, err := Load(os.DirFS("../.."))
+	if err != nil {
+		t.Fatal(err)
+	}
+	have := map[string]bool{}
+	for _, f := range tree.files {
+		for _, d := range f.ast.Decls {
+			if fn, ok := d.(*ast.FuncDecl); ok && f.test {
+				have[f.dir+" "+fn.Name.Name] = true
+			}
+		}
+	}
+	rows := regexp.MustCompile(`(?m)^\| A(\d+) \|.*$`).FindAllStringSubmatch(string(page), -1)
+	if len(rows) != 20 {
+		t.Errorf("%d of 20 attacks are listed", len(rows))
+	}
+	for i, row := range rows {
+		if row[1] != strconv.Itoa(i+1) {
+			t.Errorf("row %d is A%s", i+1, row[1])
+		}
+		dir, named := "", 0
+		for _, w := range regexp.MustCompile("`([a-z]+(?:/[a-z]+)*)`|((?:Test|Fuzz)\\w+)").FindAllStringSubmatch(row[0], -1) {
+			switch {
+			case w[1] != "":
+				dir = w[1]
+			case !have[dir+" "+w[2]]:
+				t.Errorf("A%s: %s has no %s", row[1], dir, w[2])
+			default:
+				named++
+			}
+		}
+		if named == 0 {
+			t.Errorf("A%s names no test", row[1])
+		}
 	}
 }

@@ -270,3 +270,37 @@ func TestTooLittleCaptureMemoryCostsTheEpochNotTheGuest(t *testing.T) {
 	shipOne(t, p, delta.Pos{})
 	g.Check()
 }
+
+func TestASealIsAtTheAcknowledgedPositionOnly(t *testing.T) {
+	ctx := context.Background()
+	p := dt.Serve(t, dt.Config(t, 4*mib))
+	p.Create(dataplane.CreateRequest{Generation: dt.Generation(1)})
+	e, err := p.Freeze(ctx, dataplane.FreezeRequest{Force: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, err := p.Frames(ctx, e.Epoch, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pos := dt.MustApply(t, r, map[string]*block.Mem{}).Pos
+	if err := p.Ack(ctx, pos); err != nil {
+		t.Fatal(err)
+	}
+	for name, change := range map[string]func(q *delta.Pos){
+		"the next epoch":     func(q *delta.Pos) { q.Epoch++ },
+		"the epoch before":   func(q *delta.Pos) { q.Epoch-- },
+		"another content":    func(q *delta.Pos) { q.Digest[0] ^= 1 },
+		"another generation": func(q *delta.Pos) { q.Generation[0] ^= 1 },
+		"nothing":            func(q *delta.Pos) { *q = delta.Pos{} },
+	} {
+		q := pos
+		change(&q)
+		if err := p.Seal(ctx, q); err == nil {
+			t.Fatalf("sealed at %s", name)
+		}
+	}
+	if err := p.Seal(ctx, pos); err != nil {
+		t.Fatal(err)
+	}
+}

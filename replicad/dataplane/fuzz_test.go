@@ -52,6 +52,7 @@ func FuzzControl(f *testing.F) {
 	client := &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return (&net.Dialer{}).DialContext(ctx, "unix", cfg.ControlSocket())
 	}}}
+	plane := dataplane.NewClient(cfg.ControlSocket()) // one: each keeps its connection
 	f.Fuzz(func(t *testing.T, path string, body []byte) {
 		defer boundtest.Input(t)()
 		if strings.Contains(path, "shutdown") || strings.ContainsAny(path, "?#%.\\ ") || strings.HasPrefix(path, "/") {
@@ -72,7 +73,7 @@ func FuzzControl(f *testing.F) {
 		if a.StatusCode == http.StatusInternalServerError {
 			t.Fatalf("%s %s: internal error", path, body)
 		}
-		st, err := dataplane.NewClient(cfg.ControlSocket()).Status(t.Context())
+		st, err := plane.Status(t.Context())
 		if err != nil || st.VM != dt.ID || st.Disks[0].Name != wire.DiskName("vda") {
 			t.Fatalf("afterwards: %+v, %v", st, err)
 		}

@@ -310,3 +310,46 @@ func TestSeedStreamEndsBetweenChunksAndCarriesHoles(t *testing.T) {
 		t.Errorf("hole in an epoch: %v", err)
 	}
 }
+
+// A manifest closes the chunks that came and the header before it, and no
+// others.
+func TestAManifestIsHeldAgainstItsChunksAndItsHeader(t *testing.T) {
+	s := testSpec()
+	whole := build(t, s)
+	m, err := delta.ParseManifest(whole.Manifest)
+	must(t, err)
+	h, err := delta.ParseHeader(whole.Header)
+	must(t, err)
+	cd, err := delta.NewChunkDecoder()
+	must(t, err)
+	defer cd.Close()
+	var tally, other delta.Tally
+	for i, f := range whole.Chunks {
+		c, err := cd.Decode(f)
+		must(t, err)
+		must(t, tally.Add(c.Index, c.Digest, c.Covered()))
+		if i == 0 {
+			c.Digest[5] ^= 1 // as many chunks and bytes, of other content
+		}
+		must(t, other.Add(c.Index, c.Digest, c.Covered()))
+	}
+	must(t, errors.Join(m.Matches(&h), tally.Check(&m)))
+	if err := other.Check(&m); !errors.Is(err, delta.ErrChecksum) {
+		t.Errorf("other content under the manifest's counts: %v", err)
+	}
+	for name, change := range map[string]func(h *delta.Header){
+		"VM":         func(h *delta.Header) { h.VM[0] ^= 1 },
+		"generation": func(h *delta.Header) { h.Generation[0] ^= 1 },
+		"epoch":      func(h *delta.Header) { h.Epoch++ },
+		"nonce":      func(h *delta.Header) { h.Nonce++ },
+		"parent":     func(h *delta.Header) { h.Parent.Digest[0] ^= 1 },
+		"disk name":  func(h *delta.Header) { h.Disks = []delta.Disk{{Name: "vdz", Size: h.Disks[0].Size}, h.Disks[1]} },
+		"disk size":  func(h *delta.Header) { h.Disks = []delta.Disk{{Name: "vda", Size: h.Disks[0].Size + 4096}, h.Disks[1]} },
+	} {
+		was := h
+		change(&was)
+		if err := m.Matches(&was); err == nil {
+			t.Errorf("a header with another %s", name)
+		}
+	}
+}
