@@ -54,6 +54,7 @@ type conn struct {
 	draining atomic.Bool // reads fail because of drain
 	refusing atomic.Bool // new requests are answered ESHUTDOWN
 	serving  atomic.Bool // the handshake is over
+	admitted atomic.Bool // an export was chosen; what is waited for is not the client's
 }
 
 const (

@@ -84,7 +84,7 @@ type deadliner interface{ SetDeadline(time.Time) error }
 
 // Hold stops accepting and brings every connection to rest between two
 // requests: what was read is executed and answered, what follows stays in the
-// socket. It returns what a successor needs, in no order. When ctx ends first
+// socket. A client whose handshake does not end at once is dropped. It returns what a successor needs, in no order. When ctx ends first
 // everything goes on as if nothing had been asked. After success the caller
 // must call Resume or Leave.
 func (s *Server) Hold(ctx context.Context) ([]Handed, error) {
@@ -116,11 +116,26 @@ func (s *Server) Hold(ctx context.Context) ([]Handed, error) {
 			_ = c.nc.SetReadDeadline(time.Unix(1, 0))
 		}
 	}
+	slow := time.AfterFunc(handshakeGrace, h.dropSlow)
+	defer slow.Stop()
 	if err := s.awaitRest(ctx, h); err != nil {
 		s.Resume()
 		return nil, err
 	}
 	return s.handed(h), nil
+}
+
+// handshakeGrace is how long a hold waits for a client that has not chosen an
+// export yet: the guests' requests wait meanwhile.
+const handshakeGrace = 100 * time.Millisecond
+
+// dropSlow ends the connections whose handshake does not come to an end.
+func (h *hold) dropSlow() {
+	for c := range h.resting {
+		if !c.serving.Load() && !c.admitted.Load() {
+			_ = c.nc.Close()
+		}
+	}
 }
 
 func (s *Server) awaitRest(ctx context.Context, h *hold) error {

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -351,5 +352,36 @@ func TestAClientsConnectionIsHandedOnBetweenTwoRequests(t *testing.T) {
 			t.Fatalf("round %d: %v", i, err)
 		}
 		c = next
+	}
+}
+
+// A client that never chooses an export must not keep the guests' requests
+// waiting while a hold waits for it.
+func TestAHoldDoesNotWaitForAHandshakeThatDoesNotEnd(t *testing.T) {
+	dev := newHeld(t, 1<<20)
+	dev.gate.Open()
+	r := newRelay(t, dev)
+	guest := service{socket: r.socket}.connect(t)
+	guest.enter(true)
+	silent, err := net.Dial("unix", r.socket)
+	must(t, err)
+	defer silent.Close()
+	_, err = io.ReadFull(silent, make([]byte, 18)) // greeted, and no word of it
+	must(t, err)
+	begun := time.Now()
+	held, err := r.hold(patience)
+	must(t, err)
+	if took := time.Since(begun); took > patience/4 {
+		t.Fatalf("the hold took %v", took)
+	}
+	if n := r.next(held); n != 1 {
+		t.Fatalf("%d connections were handed on, one has chosen an export", n)
+	}
+	if _, err := silent.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
+		t.Fatalf("the silent client: %v", err)
+	}
+	guest.request(0, cmdRead, 1, 0, 512)
+	if cookie, errno := guest.answer(); cookie != 1 || errno != 0 {
+		t.Fatalf("after the hand-over: cookie %d, error %d", cookie, errno)
 	}
 }

@@ -166,7 +166,10 @@ func (h *handshake) exportName(ctx context.Context, name string) (*export, error
 // requests of an ended connection.
 func (h *handshake) admit(ctx context.Context, e *export) error {
 	_ = h.c.nc.SetDeadline(time.Time{})
-	return e.admit(ctx, h.c)
+	h.c.admitted.Store(true)
+	err := e.admit(ctx, h.c)
+	h.c.admitted.Store(err == nil)
+	return err
 }
 
 // abandon takes an admission back.

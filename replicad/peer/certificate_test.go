@@ -426,3 +426,45 @@ func TestRemovalAtTheCallerEndsItsConnectionsToo(t *testing.T) {
 		t.Fatalf("got %v", err)
 	}
 }
+
+// An open connection, in the middle of a transfer, ends with the certificate of
+// either side.
+func TestAConnectionEndsWithItsCertificate(t *testing.T) {
+	brief := func(f *forgery) { f.template.NotAfter = time.Now().Add(2 * time.Second) }
+	for name, c := range map[string]struct {
+		caller, server bool // whose certificate is brief
+	}{"caller's": {caller: true}, "server's": {server: true}} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			p, r := newHost(t, "primary"), newHost(t, "replica")
+			if c.caller {
+				p = newHostAs(t, forge(t, p, brief))
+			}
+			if c.server {
+				r = newHostAs(t, forge(t, r, brief))
+			}
+			r.serve(t)
+			r.trust(t, p, all())
+			p.trust(t, r, Authorisation{})
+			r.own.set(vmA, Relation{Peer: p.id.Host(), Receives: true})
+			started := make(chan struct{})
+			r.svc.put = func(ctx context.Context, _ io.Reader) error {
+				close(started)
+				<-ctx.Done()
+				return ctx.Err()
+			}
+			cl, failed, ctx := p.client(t, r), make(chan error, 1), soon(t)
+			go func() {
+				_, err := cl.PutEpoch(ctx, key(), 0, bytes.NewReader([]byte("x")))
+				failed <- err
+			}()
+			<-started
+			if err := <-failed; err == nil || ctx.Err() != nil {
+				t.Fatalf("the transfer went on: %v", err)
+			}
+			if _, err := cl.Status(soon(t), vmA); kindOf(err) != wire.KindRefused {
+				t.Fatalf("afterwards: %v", err)
+			}
+		})
+	}
+}

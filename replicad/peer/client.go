@@ -114,7 +114,7 @@ func (c *Client) dial(ctx context.Context, _, _ string) (net.Conn, error) {
 		}
 		return c.conns.add(&stallConn{Conn: n, limit: c.cfg.Stall})
 	}
-	conn, _, err := dialTLS(ctx, c.cfg.Identity, rec.Address, protoMain, raw, c.verify)
+	conn, cs, err := dialTLS(ctx, c.cfg.Identity, rec.Address, protoMain, raw, c.verify)
 	if err != nil {
 		return nil, err
 	}
@@ -122,7 +122,9 @@ func (c *Client) dial(ctx context.Context, _, _ string) (net.Conn, error) {
 		_ = conn.Close()
 		return nil, err
 	}
-	return &readNote{Conn: conn}, nil
+	// It ends, whatever it is doing, with the other side's certificate.
+	end := time.AfterFunc(cs.PeerCertificates[0].NotAfter.Sub(c.cfg.Now()), func() { _ = conn.Close() })
+	return &readNote{Conn: conn, end: end}, nil
 }
 
 // verify accepts the one host this client is for.

@@ -36,8 +36,9 @@ type conn struct {
 	// refused: the alert that says so must arrive before the connection ends.
 	refused atomic.Bool
 
-	// host is empty until authenticated; guarded by set.mu.
+	// host is empty until authenticated; guarded by set.mu, as what follows.
 	host wire.HostID
+	end  *time.Timer // closes the connection when its certificate expires
 }
 
 var errTooMany = errors.New("too many connections")
@@ -75,8 +76,9 @@ func hostPart(a net.Addr) string {
 	return host
 }
 
-// authenticated moves c from the waiting room to host's connections.
-func (s *conns) authenticated(c *conn, host wire.HostID) error {
+// authenticated moves c from the waiting room to its host's connections. It
+// ends, whatever it is doing, with its certificate.
+func (s *conns) authenticated(c *conn, host wire.HostID, valid time.Duration) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if !s.all[c] || c.host != "" {
@@ -87,6 +89,7 @@ func (s *conns) authenticated(c *conn, host wire.HostID) error {
 	}
 	s.leaveRoom(c)
 	c.host = host
+	c.end = time.AfterFunc(valid, func() { _ = c.Close() })
 	s.peers[host]++
 	return nil
 }
@@ -142,6 +145,9 @@ func (c *conn) Close() error {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		delete(s.all, c)
+		if c.end != nil {
+			c.end.Stop()
+		}
 		if c.host == "" {
 			s.leaveRoom(c)
 			return

@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http/httptrace"
 	"sync"
+	"time"
 
 	"kvmreplica/replicad/wire"
 )
@@ -111,8 +112,15 @@ func (c *dialedConn) Close() error {
 // refuses us, a failing write may be all that the HTTP client reports.
 type readNote struct {
 	net.Conn
+	end *time.Timer // closes it when the certificate expires
 	mu  sync.Mutex
 	err error // guarded by mu
+}
+
+// Close implements net.Conn.
+func (n *readNote) Close() error {
+	n.end.Stop()
+	return n.Conn.Close()
 }
 
 func (n *readNote) Read(p []byte) (int, error) {

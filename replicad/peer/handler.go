@@ -2,6 +2,7 @@ package peer
 
 import (
 	"context"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -102,14 +103,10 @@ func drain(rc *http.ResponseController, r *http.Request) {
 	_, _ = io.CopyN(io.Discard, r.Body, drainBytes)
 }
 
-// caller looks the connection's host up again for every request: a connection
-// outlives neither its entry nor a change of it.
+// caller checks the connection's certificate again for every request: a
+// connection outlives neither its entry, nor a change of it, nor its dates.
 func (s *Server) caller(r *http.Request) (Record, error) {
-	host, err := hostOf(r.TLS.PeerCertificates[0])
-	if err != nil {
-		return Record{}, err
-	}
-	return s.cfg.Store.trusted(host)
+	return verifyPeer(*r.TLS, s.cfg.Store, x509.ExtKeyUsageClientAuth, s.cfg.Now())
 }
 
 func writeReply(w http.ResponseWriter, reply any, err error) {

@@ -172,7 +172,7 @@ func (s *Server) verify(c *conn, cs tls.ConnectionState) error {
 		err = &AuthError{Kind: ErrWrongUse, Host: rec.Host, Detail: "no common protocol"}
 	}
 	if err == nil {
-		err = s.conns.authenticated(c, rec.Host)
+		err = s.conns.authenticated(c, rec.Host, cs.PeerCertificates[0].NotAfter.Sub(s.cfg.Now()))
 	}
 	if err == nil {
 		// Removed between the two steps: recordChanged did not see c.
