@@ -99,7 +99,8 @@ type Runner struct {
 	Now   func() time.Time
 	Event func(Event) // may be nil
 	// Failpoint is told "KIND/STEP/begun" before a step acts and
-	// "KIND/STEP/acted" before its end is recorded; tests crash there. May be nil.
+	// "KIND/STEP/acted" before its end is recorded, and in a take-back
+	// "KIND/STEP/undo" and "KIND/STEP/undone"; tests crash there. May be nil.
 	Failpoint func(point string)
 
 	j Journal
@@ -264,7 +265,9 @@ func (r *Runner) TakeBack(ctx context.Context, steps []Step, cause error) error 
 			continue
 		}
 		begun := r.Now()
+		r.fail(s, "undo")
 		err := s.Undo(ctx)
+		r.fail(s, "undone")
 		ev := Event{Step: wire.Step{Name: s.Title, Result: wire.OK, Took: r.Now().Sub(begun)}, Index: i, Total: len(steps), Undo: true}
 		if err != nil {
 			ev.Result, ev.Detail = wire.Failed, err.Error()

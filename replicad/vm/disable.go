@@ -32,6 +32,12 @@ func (m *Manager) Disable(ctx context.Context, v *VM, o DisableOptions, event fu
 		return err
 	}
 	defer unlock()
+	switch { // an interrupted try may have come to its end meanwhile
+	case v.forgotten():
+		return nil
+	case v.over():
+		return m.remove(v)
+	}
 	st := v.record().Lineage.State
 	switch st {
 	case lineage.Primary, lineage.Promoted, lineage.Replica:

@@ -24,6 +24,8 @@ type position = delta.Pos
 const (
 	testVM   wire.VMID = "deadbeef-0000-4000-8000-0000000000aa"
 	diskSize           = 4 << 20
+
+	testInterval = 20 * time.Millisecond
 )
 
 // pair is two hosts that know only each other, and one VM.
@@ -177,7 +179,7 @@ func newSide(t testing.TB, w *pair, dir, name string) *side {
 func (w *pair) protect() {
 	w.t.Helper()
 	err := w.a.do(func(ctx context.Context, m *Manager, _ *VM) error {
-		_, err := m.Enable(ctx, EnableOptions{Name: "web", Peer: w.b.host, Interval: 20 * time.Millisecond, Request: "enable"}, nil)
+		_, err := m.Enable(ctx, EnableOptions{Name: "web", Peer: w.b.host, Interval: testInterval, Request: "enable"}, nil)
 		return err
 	})
 	if err != nil {
@@ -299,9 +301,12 @@ func (w *pair) settled() error {
 }
 
 // revive starts daemons that died.
-func (w *pair) revive() {
+func (w *pair) revive() { w.reviveBut(nil) }
+
+// reviveBut does so, but for a host that is off.
+func (w *pair) reviveBut(lost *side) {
 	for _, s := range []*side{w.a, w.b} {
-		if s.died() {
+		if s != lost && s.died() {
 			s.restart()
 		}
 	}
