@@ -60,7 +60,7 @@ func CompareTime(n, rate int64) time.Duration {
 // PlanResync says what a comparison would cost.
 func (v *VM) PlanResync(o ResyncOptions) ([]string, error) {
 	if v.session() == nil && o.foreground() {
-		return []string{"What this replica cannot trust any more is given up; then the primary compares everything."}, v.distrusted()
+		return []string{"What this replica cannot trust any more is given up, recovery points that need it END; then the primary compares everything."}, v.distrusted()
 	}
 	if err := v.mayResync(o); err != nil {
 		return nil, err
