@@ -167,6 +167,16 @@ func (s Schedule) due(now, last time.Time) bool {
 	return since >= 0 && since < dueWindow
 }
 
+// ready says whether there is anything to drill: a replica that holds no
+// complete copy yet is shown as such, and its drill waits for that.
+func ready(v Subject) bool {
+	_, _, err := v.TestSource()
+	if err == nil {
+		_, err = v.ChoosePoint("latest")
+	}
+	return err == nil
+}
+
 // runDue begins at most one drill that is due; it goes on in the background.
 func (m *Manager) runDue(ctx context.Context) {
 	m.mu.Lock()
@@ -187,13 +197,13 @@ func (m *Manager) runDue(ctx context.Context) {
 			last = m.drills[v.ID()][n-1].Started
 		}
 		due := s.due(now, last) && now.Sub(m.drilled[v.ID()]) >= min(dueAgain, s.Every)
-		if due {
-			m.drilled[v.ID()], m.drilling = now, true
-		}
 		m.mu.Unlock()
-		if !due {
+		if !due || !ready(v) {
 			continue
 		}
+		m.mu.Lock()
+		m.drilled[v.ID()], m.drilling = now, true
+		m.mu.Unlock()
 		m.background.Add(1)
 		go func() {
 			defer m.background.Done()
