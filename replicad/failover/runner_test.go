@@ -249,3 +249,62 @@ func TestStepsAreTakenBackInReverseOrder(t *testing.T) {
 		t.Fatal(d)
 	}
 }
+
+func TestAStepThatCannotBeTakenBackLeavesThePlanOpen(t *testing.T) {
+	fsys := diskFS(t)
+	w := &world{done: map[string]bool{}}
+	stuck := true
+	steps := w.steps(4, 3, func(name string, undo bool) error {
+		if undo && name == "s1" && stuck || !undo && name == "s2" {
+			return errBoom
+		}
+		return nil
+	})
+	r := newRunner(t, fsys)
+	if err := r.Begin(failover.Planned, "one", nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Run(t.Context(), steps); !errors.Is(err, errBoom) {
+		t.Fatal(err)
+	}
+	if !w.done["s0"] || !w.done["s1"] {
+		t.Fatalf("a step behind one that could not be taken back was taken back: %v", w.log)
+	}
+	j, err := failover.Load(fsys, "plan.json")
+	if err != nil || j == nil || j.Phase != failover.Undoing {
+		t.Fatalf("the journal says %+v, %v", j, err)
+	}
+	if err := newRunner(t, fsys).Begin(failover.Planned, "two", nil); !errors.Is(err, failover.ErrInterrupted) {
+		t.Fatalf("another plan over it: %v", err)
+	}
+	stuck = false
+	again := newRunner(t, fsys)
+	again.Resume(j)
+	if err := again.Run(t.Context(), steps); err == nil {
+		t.Fatal("what was taken back counts as done")
+	}
+	if j, err := failover.Load(fsys, "plan.json"); len(w.done) > 0 || j != nil || err != nil {
+		t.Fatalf("left: %v, %+v, %v", w.done, j, err)
+	}
+}
+
+func TestAPlanWhoseCallerIsGoneDoesNotBeginItsCommit(t *testing.T) {
+	w := &world{done: map[string]bool{}}
+	ctx, cancel := context.WithCancel(t.Context())
+	steps := w.steps(3, 2, func(name string, undo bool) error {
+		if name == "s1" && !undo {
+			cancel()
+		}
+		return nil
+	})
+	r := newRunner(t, diskFS(t))
+	if err := r.Begin(failover.Planned, "one", nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Run(ctx, steps); !errors.Is(err, context.Canceled) {
+		t.Fatal(err)
+	}
+	if r.Journal().Committed || len(w.done) > 0 {
+		t.Fatalf("committed %v, done %v", r.Journal().Committed, w.log)
+	}
+}
