@@ -16,6 +16,7 @@ import (
 	"kvmreplica/nbd"
 	"kvmreplica/replicad/delta"
 	"kvmreplica/replicad/lineage"
+	"kvmreplica/replicad/points"
 	"kvmreplica/replicad/wire"
 )
 
@@ -218,6 +219,9 @@ func (w *pair) copied(from, to *side) error {
 	rs, err := r.storeStatus()
 	if err != nil {
 		return err
+	}
+	if rs.State != points.Replica && rs.State != points.Seeding {
+		return fmt.Errorf("the replica is %s", rs.State) // what both say was true before
 	}
 	rec := r.record()
 	if rs.Committed != st.Committed || rec.Incomplete {
