@@ -85,21 +85,26 @@ fuzz: ## every fuzz target for FUZZTIME (60s)
 # Campaigns. Seeds, and the totals of "powerfail", outlive a run.
 N        ?= 15
 DURATION ?= 1h
-CAMPAIGN ?= $(CURDIR)/.cache/powerfail.jsonl
+CAMPAIGN ?= docs/operations/campaigns
 SYSTEMTEST = KVMREPLICA_LAB=1 go test -count=1 -v
 
 .PHONY: powerfail
-powerfail: deps ## N further power cuts (15) of a kernel with the product in it; adds to the file CAMPAIGN
-	@mkdir -p $(dir $(CAMPAIGN))
-	KVMREPLICA_POWERFAIL=$(N) KVMREPLICA_CAMPAIGN=$(CAMPAIGN) $(SYSTEMTEST) -timeout 24h ./integration/powerfail
+powerfail: deps ## N further power cuts (15) of a kernel with the product in it; adds to powerfail.jsonl in CAMPAIGN
+	KVMREPLICA_POWERFAIL=$(N) KVMREPLICA_CAMPAIGN=$(abspath $(CAMPAIGN))/powerfail.jsonl $(SYSTEMTEST) -timeout 24h ./integration/powerfail
+
+.PHONY: kill
+kill: deps build ## N further kills (15) of daemons and data plane under four verified connections; adds to kill.jsonl in CAMPAIGN
+	KVMREPLICA_KILLS=$$((($(N)+1)/2)) KVMREPLICA_CAMPAIGN=$(abspath $(CAMPAIGN))/kill.jsonl \
+	  $(SYSTEMTEST) -timeout 24h -run TestKillsUnderFour ./integration/kvm
 
 .PHONY: kernel
-kernel: deps ## the kernel's NBD client on our exports, nbd-server below us, a database at every point
+kernel: deps ## the kernel's NBD client on our exports, killed data planes, nbd-server below us, a database at every point
 	KVMREPLICA_KERNEL=full $(SYSTEMTEST) -timeout 2h ./integration/kernel
 
 .PHONY: faults
-faults: deps ## failing system calls of the real data plane, the whole table
+faults: deps ## failing system calls of the real data plane, the whole table, and of the real daemons
 	KVMREPLICA_FAULTS=full $(SYSTEMTEST) -timeout 2h ./integration/faults
+	$(SYSTEMTEST) -timeout 2h -run TestFailingSystemCalls ./integration/kvm
 
 .PHONY: soak
 soak: deps ## three VMs over a bad line for DURATION (1h)

@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"kvmreplica/integration/campaign"
 	"kvmreplica/integration/estate"
 	"kvmreplica/integration/lab/guest"
 	"kvmreplica/integration/oracle"
@@ -78,19 +79,46 @@ type siege struct {
 	history *oracle.History
 	cold    []byte // the part nobody writes
 	rng     *rand.Rand
-	kills   map[string]int
-	ops     int
+	rounds  *campaign.File[killRound]
+	seed    uint64
+	ops     int      // of the last round
+	env     []string // of daemons that are started again
+}
+
+// killRound is one round in the campaign's file: the first victim, and then
+// always the replica's replicad, so that what it holds can be judged.
+type killRound struct {
+	Seed       uint64 `json:"seed"`
+	Victim     string `json:"victim"`
+	Operations int    `json:"operations"`
+}
+
+// killsPerRound: see killRound.
+const killsPerRound = 2
+
+// killTotals counts a campaign.
+func killTotals(rounds []killRound) (kills map[string]int, all, ops int) {
+	kills = map[string]int{}
+	for _, r := range rounds {
+		kills[r.Victim]++
+		kills["replica's replicad"]++
+		ops += r.Operations
+	}
+	return kills, killsPerRound * len(rounds), ops
 }
 
 // The three processes are killed at random moments while a client writes and
 // verifies over four connections. No request is answered with an error, what
 // was read was right, after each kill the next state the replica holds is a
 // legal cut, and nothing is copied whole. KVMREPLICA_KILLS=N makes it N rounds
-// of two kills.
+// of two kills ("make kill"), counted over all runs that share the file
+// KVMREPLICA_CAMPAIGN.
 func TestKillsUnderFourConnectionsLeaveLegalCuts(t *testing.T) {
 	w := up(t, estate.Options{Config: anyClient})
 	seed := seeded(t)
-	s := &siege{world: w, rng: rand.New(rand.NewPCG(seed, 4)), kills: map[string]int{}}
+	c, err := campaign.Open[killRound](os.Getenv("KVMREPLICA_CAMPAIGN"))
+	w.must(err)
+	s := &siege{world: w, rng: rand.New(rand.NewPCG(seed, 4)), rounds: c, seed: seed}
 	s.prepare()
 	began := time.Now()
 	var order []int
@@ -98,12 +126,13 @@ func TestKillsUnderFourConnectionsLeaveLegalCuts(t *testing.T) {
 		if len(order) == 0 {
 			order = s.rng.Perm(3) // each of them in every three rounds
 		}
-		s.round(i, order[0], seed)
+		s.kill(i, order[0])
 		order = order[1:]
 	}
 	s.final()
-	t.Logf("%v: kills %v, %d operations over %d connections, %d of them lost their connection, none failed",
-		time.Since(began).Round(time.Second), s.kills, s.ops, killLines, s.disk.lost.Load())
+	kills, all, ops := killTotals(c.Entries)
+	t.Logf("%v; %d of the requests lost their connection, none failed; the whole campaign: %d kills %v, %d operations over %d connections",
+		time.Since(began).Round(time.Second), s.disk.lost.Load(), all, kills, ops, killLines)
 }
 
 func (s *siege) prepare() {
@@ -180,23 +209,31 @@ func (s *siege) progress(n int64) {
 	s.must(waitFor(s.step(), func() bool { return s.disk.answered.Load() >= want }))
 }
 
-func (s *siege) round(i, which int, seed uint64) {
+func (s *siege) kill(i, which int) {
 	s.t.Helper()
-	stop := s.write(seed + uint64(i))
-	defer stop()
-	s.progress(20 + s.rng.Int64N(300))
 	victim := [...]string{"data plane", "primary's replicad", "replica's replicad"}[which]
-	s.kills[victim]++
-	var begun time.Time
-	w, err := s.history.During(victim, uint64(i), func() error {
-		switch victim {
-		case "data plane":
+	s.round(i, victim, func() {
+		switch which {
+		case 0:
 			s.killPlane("A", s.d)
-		case "primary's replicad":
+		case 1:
 			s.killDaemon("A")
 		default:
 			s.killDaemon("B")
 		}
+	})
+	s.must(s.rounds.Add(killRound{s.seed, victim, s.ops}))
+}
+
+// round lets harm be done under load, and judges what it left.
+func (s *siege) round(i int, what string, harm func()) {
+	s.t.Helper()
+	stop := s.write(s.seed + uint64(i))
+	defer stop()
+	s.progress(20 + s.rng.Int64N(300))
+	var begun time.Time
+	w, err := s.history.During(what, uint64(i), func() error {
+		harm()
 		begun = time.Now()
 		s.progress(20 + s.rng.Int64N(100))
 		v, err := s.WaitStatus(s.step(), "A", s.d.Name, "replicating again", func(v status.VM) bool {
@@ -205,17 +242,16 @@ func (s *siege) round(i, which int, seed uint64) {
 		s.must(err)
 		if v.Disks[0].Suspect > 0 || v.Stats.LargestBytes > killHot+1<<20 {
 			s.t.Fatalf("round %d (%s): %d bytes are suspect, the largest epoch has %d; only %d were written to: %+v",
-				i, victim, v.Disks[0].Suspect, v.Stats.LargestBytes, killHot, v)
+				i, what, v.Disks[0].Suspect, v.Stats.LargestBytes, killHot, v)
 		}
 		s.must(s.Daemon("B").Kill())
-		s.kills["replica's replicad"]++
 		return nil
 	})
 	s.must(err)
-	s.legal(i, victim, w)
-	s.must(s.StartDaemon(s.step(), "B"))
+	s.legal(i, what, w)
+	s.must(s.StartDaemon(s.step(), "B", s.env...))
 	stop()
-	s.visible(i, victim)
+	s.visible(i, what)
 }
 
 // legal judges what a replica that died holds.
@@ -249,7 +285,7 @@ func (s *siege) visible(i int, victim string) {
 	if err := oracle.CheckVisible(s.history, oracle.Images{got}); err != nil {
 		s.t.Fatalf("round %d (%s): the client reads what it did not write: %v", i, victim, err)
 	}
-	s.ops += len(s.history.Ops())
+	s.ops = len(s.history.Ops())
 	s.history = s.history.Restart(oracle.Images{got})
 }
 

@@ -2,7 +2,6 @@ package powerfail_test
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -10,6 +9,7 @@ import (
 	"strconv"
 	"testing"
 
+	"kvmreplica/integration/campaign"
 	"kvmreplica/integration/lab"
 	"kvmreplica/integration/powerfail/cutdisk"
 )
@@ -115,17 +115,18 @@ func live(ctx context.Context, t *testing.T, seed uint64, cuts int, make func(co
 
 // run is a campaign of so many further cuts.
 func run(t *testing.T, want int, life func(*testing.T, uint64, int) (entry, error)) {
-	c, err := openCampaign(os.Getenv("KVMREPLICA_CAMPAIGN"))
+	file, err := campaign.Open[entry](os.Getenv("KVMREPLICA_CAMPAIGN"))
 	if err != nil {
 		t.Fatal(err)
 	}
+	c := lives{file}
 	for goal := c.cuts() + want; c.cuts() < goal && t.Context().Err() == nil; {
 		seed := c.next()
 		e, err := life(t, seed, cutsPerLife)
 		if err != nil {
 			t.Errorf("seed %d: %v", seed, err)
 		}
-		if err := c.add(e); err != nil {
+		if err := c.Add(e); err != nil {
 			t.Fatal(err)
 		}
 		if err != nil && e.Cuts == 0 {
@@ -135,75 +136,32 @@ func run(t *testing.T, want int, life func(*testing.T, uint64, int) (entry, erro
 	t.Log(c.totals())
 }
 
-// campaign is the file of all lives so far.
-type campaign struct {
-	path    string
-	entries []entry
-}
-
-func openCampaign(path string) (*campaign, error) {
-	c := &campaign{path: path}
-	if path == "" {
-		return c, nil
-	}
-	f, err := os.Open(path)
-	if errors.Is(err, os.ErrNotExist) {
-		return c, nil
-	}
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	for d := json.NewDecoder(f); d.More(); {
-		var e entry
-		if err := d.Decode(&e); err != nil {
-			return nil, fmt.Errorf("%s: %w", path, err)
-		}
-		c.entries = append(c.entries, e)
-	}
-	return c, nil
-}
+// lives is the campaign: all lives so far.
+type lives struct{ *campaign.File[entry] }
 
 // next is the first seed that was not lived yet.
-func (c *campaign) next() (n uint64) {
-	for _, e := range c.entries {
+func (c lives) next() (n uint64) {
+	for _, e := range c.Entries {
 		n = max(n, e.Seed+1)
 	}
 	return n
 }
 
-func (c *campaign) cuts() (n int) {
-	for _, e := range c.entries {
+func (c lives) cuts() (n int) {
+	for _, e := range c.Entries {
 		n += e.Cuts
 	}
 	return n
 }
 
-func (c *campaign) add(e entry) error {
-	c.entries = append(c.entries, e)
-	if c.path == "" {
-		return nil
-	}
-	b, err := json.Marshal(e)
-	if err != nil {
-		return err
-	}
-	f, err := os.OpenFile(c.path, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(append(b, '\n'))
-	return errors.Join(err, f.Close())
-}
-
 // totals is a table of all lives so far.
-func (c *campaign) totals() string {
+func (c lives) totals() string {
 	text := "\nfs     role     lives  cuts  sectors kept  lost  violations\n"
 	for _, fs := range []string{"ext4", "xfs", "btrfs"} {
 		for _, role := range []string{"primary", "replica"} {
 			var lives, cuts, violations int
 			var kept, lost int64
-			for _, e := range c.entries {
+			for _, e := range c.Entries {
 				if e.FS != fs || e.Role != role {
 					continue
 				}
