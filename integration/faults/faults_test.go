@@ -1,7 +1,6 @@
 package faults_test
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -10,11 +9,11 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
 	"kvmreplica/integration/lab"
+	"kvmreplica/integration/lab/labtest"
 	"kvmreplica/integration/oracle"
 	"kvmreplica/internal/block"
 	"kvmreplica/nbd"
@@ -119,7 +118,7 @@ func suffer(t *testing.T, bin string, f fault, seed uint64) string {
 	st, err := h.plane.Status(ctx)
 	must(t, err)
 	before := len(h.history.Ops())
-	detach := attach(t, st.PID, f)
+	fault := labtest.Inject(t, st.PID, f.call, f.errno, f.when)
 	_ = h.load(seed+200, 60) // errors are in the history
 	epochErr, cleanErr := h.epoch(ctx), h.clean(ctx)
 	_ = h.load(seed+300, 60)
@@ -128,7 +127,7 @@ func suffer(t *testing.T, bin string, f fault, seed uint64) string {
 	if err != nil {
 		t.Fatalf("the data plane does not answer under the fault: %v", err)
 	}
-	detach()
+	fault.End()
 
 	failed, done := 0, 0
 	for _, o := range h.history.Ops()[before:] {
@@ -229,32 +228,6 @@ func (h *host) ship(ctx context.Context, e dataplane.Epoch, to map[string]*block
 func (h *host) clean(ctx context.Context) error {
 	_, err := h.plane.Clean(ctx)
 	return err
-}
-
-// attach starts strace on a process and returns what ends it. It returns when
-// the fault is in force.
-func attach(t *testing.T, pid int, f fault) func() {
-	t.Helper()
-	cmd := exec.Command("strace", "-f", "-p", fmt.Sprint(pid), "-o", "/dev/null",
-		"-e", "trace="+f.call, "-e", fmt.Sprintf("inject=%s:error=%s:when=%s", f.call, f.errno, f.when))
-	out, err := cmd.StderrPipe()
-	must(t, err)
-	must(t, cmd.Start())
-	end := func() {
-		_ = cmd.Process.Signal(syscall.SIGTERM) // detaches
-		_, _ = io.Copy(io.Discard, out)
-		_ = cmd.Wait() // killed by our signal
-	}
-	lines := bufio.NewScanner(out)
-	for lines.Scan() {
-		if strings.Contains(lines.Text(), "attached") {
-			return end
-		}
-		t.Log(lines.Text())
-	}
-	end()
-	t.Skip("strace cannot attach here (ptrace is not permitted)")
-	return nil
 }
 
 // truthful finds answers that cannot be true while every such call fails.

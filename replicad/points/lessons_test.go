@@ -2,10 +2,12 @@ package points_test
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"strings"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"kvmreplica/internal/block"
@@ -341,4 +343,38 @@ func TestForgottenEpochIsReceivedAnew(t *testing.T) {
 	}
 	must(t, p.send(s, b))
 	must(t, p.sound(s))
+}
+
+// A sync that fails while an epoch is received ends the store, although Run has
+// nothing to do: Run returns, so that its caller opens the store again. It slept
+// on, and no epoch was ever taken again until the daemon was restarted.
+func TestAStoreThatFailedWhileReceivingEndsItsRun(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p, h, s := started(t, 54)
+		must(t, p.epochs(s, 2, time.Second, true))
+		must(t, settle(s))
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		run := make(chan error, 1)
+		go func() { run <- s.Run(ctx) }()
+		synctest.Wait() // it sleeps
+		h.Power.SetHook(func(op fsxtest.Op) error {
+			if op.Kind == fsxtest.Sync && strings.HasPrefix(op.Path, "spool/") {
+				return syscall.EIO
+			}
+			return nil
+		})
+		if err := p.send(s, p.cut(p.touch(4))); !errors.Is(err, points.ErrFailed) {
+			t.Fatalf("an epoch whose sync failed: %v", err)
+		}
+		synctest.Wait()
+		select {
+		case err := <-run:
+			if !errors.Is(err, points.ErrFailed) {
+				t.Fatalf("run ended with: %v", err)
+			}
+		default:
+			t.Fatal("run sleeps on")
+		}
+	})
 }

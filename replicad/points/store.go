@@ -319,7 +319,8 @@ func (s *Store) putSuper(sup *super) error {
 	return nil
 }
 
-// fail records a final error; others pass through.
+// fail records a final error; others pass through. Run is woken to return it,
+// whoever met it: its caller opens the store again.
 func (s *Store) fail(err error) error {
 	var sync *syncError
 	if !errors.As(err, &sync) {
@@ -330,6 +331,7 @@ func (s *Store) fail(err error) error {
 	if s.failed == nil {
 		s.failed = err
 		s.log.Error("replica store failed, it must be opened again", "err", err)
+		s.signal()
 	}
 	return fmt.Errorf("%w: %w", ErrFailed, err)
 }
