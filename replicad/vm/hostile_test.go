@@ -123,6 +123,29 @@ func TestAHostilePrimarysForgedEpochsAreRefused(t *testing.T) {
 	w.rest()
 }
 
+// From the moment a promotion is decided until its role is durable, even a
+// perfect epoch is not taken.
+func TestNoEpochIsTakenWhileAPromotionIsDecided(t *testing.T) {
+	t.Parallel()
+	w := newPair(t)
+	w.protect()
+	w.rest()
+	m, asked := w.b.manager(), false
+	var taken error
+	w.b.mu.Lock()
+	w.b.atPoint = map[string]func(){"promote/apply/acted": func() {
+		asked = true
+		k, stream := w.forged(nil)
+		_, taken = m.PutEpoch(w.as(w.a.host), k, 0, bytes.NewReader(stream))
+	}}
+	w.b.mu.Unlock()
+	must(t, w.a.do(planned))
+	if !asked || !kindIs(taken, wire.KindUnavailable) {
+		t.Fatalf("asked %t, an epoch meanwhile: %v", asked, taken)
+	}
+	w.rest()
+}
+
 // What a replica's host may say, and what must not come of it.
 func TestAHostileReplicaChangesNeitherDataNorRole(t *testing.T) {
 	t.Parallel()
