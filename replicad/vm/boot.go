@@ -12,8 +12,7 @@ import (
 // the peer. It acts once per boot and only for a guest that is off; it goes on
 // until that is decided, so that nothing is held for ever by what has passed.
 func (v *VM) bootDecision(ctx context.Context) {
-	booted := filepath.Join(v.deps.RunDir, "booted", string(v.id))
-	if _, err := os.Stat(booted); err == nil {
+	if _, err := os.Stat(v.bootNote()); err == nil {
 		v.publishGate()
 		return
 	}
@@ -26,7 +25,7 @@ func (v *VM) bootDecision(ctx context.Context) {
 			v.setTrouble(err.Error())
 		}
 		if done || failures >= bootTries {
-			v.noteBoot(booted)
+			v.noteBoot()
 			return
 		}
 		if !pause.wait(ctx) {
@@ -97,8 +96,12 @@ func (v *VM) decideBoot(ctx context.Context, begun time.Time) (done bool, err er
 	return true, nil
 }
 
-func (v *VM) noteBoot(path string) {
-	if err := writeFile(path, "decided\n"); err != nil {
+// bootNote exists, until the host goes down, once what the boot asks for was
+// decided.
+func (v *VM) bootNote() string { return filepath.Join(v.deps.RunDir, "booted", string(v.id)) }
+
+func (v *VM) noteBoot() {
+	if err := writeFile(v.bootNote(), "decided\n"); err != nil {
 		v.log.Error("remember that the boot was handled", "err", err)
 	}
 }

@@ -171,6 +171,7 @@ func (m *Manager) add(r Record) (*VM, error) {
 		return nil, fmt.Errorf("make the VM's state directory: %w", err)
 	}
 	v := m.newVM(r)
+	v.noteBoot() // it was not here when the host booted: nothing is to be started for that
 	if err := saveRecord(v.fsys, r); err != nil {
 		return nil, errors.Join(err, removeTree(m.fsys, dir))
 	}

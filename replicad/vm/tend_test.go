@@ -300,3 +300,26 @@ func TestStatisticsSurviveARestartAndAResetHidesNoFault(t *testing.T) {
 	}
 	w.b.silent.Store(false)
 }
+
+// A guest that was shut down stays off when the daemon is restarted, also when
+// the VM was protected after the host's boot: no boot is to be decided for it.
+func TestARestartOfTheDaemonStartsNoGuest(t *testing.T) {
+	t.Parallel()
+	w := newPair(t)
+	w.protect()
+	for _, s := range []*side{w.a, w.b} {
+		if _, err := os.Stat(s.vm().bootNote()); err != nil {
+			t.Errorf("%s takes its next start for a boot of the host: %v", s.name, err)
+		}
+	}
+	w.a.kill()
+	if err := w.a.hyper.Destroy(t.Context(), string(testVM), false); err != nil {
+		t.Fatal(err)
+	}
+	w.a.start()
+	w.until("the guest may be started by hand", w.a.hook)
+	w.until("replication goes on", func() error { return w.copied(w.a, w.b) })
+	if w.a.hyper.runs() {
+		t.Fatal("the guest was started")
+	}
+}
