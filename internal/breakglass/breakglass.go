@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"syscall"
 	"time"
 
 	"kvmreplica/internal/fsx"
@@ -43,17 +44,35 @@ func Set(fsys fsx.FS, m Mark) error {
 	return nil
 }
 
-// Read returns the mark and whether there is one.
+// Read returns the mark and whether there is one. One that cannot be read, or
+// is damaged, counts.
 func Read(fsys fsx.FS) (Mark, bool) {
+	m, there, err := Look(fsys)
+	if err != nil {
+		return unreadable(err), true
+	}
+	return m, there
+}
+
+// Look is Read for who can look again: the error says that the system failed
+// to answer, which may pass.
+func Look(fsys fsx.FS) (Mark, bool, error) {
 	m := Mark{}
 	err := fsx.ReadJSON(fsys, File, maxMark, &m)
-	if errors.Is(err, fs.ErrNotExist) {
-		return Mark{}, false
+	var sys syscall.Errno
+	switch {
+	case err == nil:
+		return m, true, nil
+	case errors.Is(err, fs.ErrNotExist):
+		return Mark{}, false, nil
+	case errors.As(err, &sys):
+		return Mark{}, false, err
 	}
-	if err != nil {
-		return Mark{By: "somebody (the mark cannot be read: " + err.Error() + ")"}, true
-	}
-	return m, true
+	return unreadable(err), true, nil
+}
+
+func unreadable(err error) Mark {
+	return Mark{By: "somebody (the mark cannot be read: " + err.Error() + ")"}
 }
 
 // Clear takes the mark away, durably.

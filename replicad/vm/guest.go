@@ -38,6 +38,7 @@ type guestFacts struct {
 	decision       lineage.Decision
 	told           string // why the last handshake held the guest
 	hands          hands  // whether the VM was released
+	unread         int    // times in a row that this could not be read
 }
 
 // The gate is what the libvirt hook looks at before any start. The protected

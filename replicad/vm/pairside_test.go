@@ -14,6 +14,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -75,7 +76,7 @@ func (f *mortalFS) Open(name string, flag int) (fsx.File, error) {
 		return nil, errDead
 	}
 	if n, _ := f.unreadable.Load().(string); n != "" && filepath.Base(name) == n {
-		return nil, errors.New("input/output error")
+		return nil, &fs.PathError{Op: "open", Path: name, Err: syscall.EIO}
 	}
 	return f.FS.Open(name, flag)
 }

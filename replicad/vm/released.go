@@ -59,13 +59,24 @@ func releaseText(m breakglass.Mark) string {
 	return fmt.Sprintf("released by %s at %s", m.By, m.At.Local().Format(time.DateTime))
 }
 
-// noticeRelease sees a release that happened under a running daemon. The VM
+// noticeRelease sees a release that happened under a running daemon; true also
+// while that cannot be known: the VM is left alone for now. A released one
 // stays out of our hands until the next start: whoever forced it wants it so.
 func (v *VM) noticeRelease() bool {
 	if v.outOfHands() {
 		return true
 	}
-	m, ok := breakglass.Read(v.fsys)
+	m, ok, err := breakglass.Look(v.fsys)
+	if err != nil {
+		if v.unreadAgain() < unreadLooks {
+			v.log.Warn("whether the VM was released cannot be read; looking again", "err", err)
+			return true
+		}
+		m, ok = breakglass.Read(v.fsys)
+	}
+	v.mu.Lock()
+	v.facts.unread = 0
+	v.mu.Unlock()
 	if !ok {
 		return false
 	}
@@ -82,6 +93,18 @@ func (v *VM) noticeRelease() bool {
 	v.machine.Unlock()
 	v.publishGate()
 	return true
+}
+
+// unreadLooks is how often in a row the mark may be impossible to read before
+// it counts. Nothing is decided meanwhile: an error of the disk that passes must
+// not end protection until the next start.
+const unreadLooks = 60
+
+func (v *VM) unreadAgain() int {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.facts.unread++
+	return v.facts.unread
 }
 
 // reclaim takes a released VM back, or says with errReleased that it must wait.

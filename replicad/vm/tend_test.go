@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"kvmreplica/internal/breakglass"
 	"kvmreplica/replicad/health"
 
 	"kvmreplica/libvirt"
@@ -321,5 +322,41 @@ func TestARestartOfTheDaemonStartsNoGuest(t *testing.T) {
 	w.until("replication goes on", func() error { return w.copied(w.a, w.b) })
 	if w.a.hyper.runs() {
 		t.Fatal("the guest was started")
+	}
+}
+
+// A mark of a release that cannot be read for a while does not end protection
+// until the next start; one that stays unreadable does.
+func TestAMarkThatCannotBeReadForAWhileEndsNothing(t *testing.T) {
+	t.Parallel()
+	w := newPair(t)
+	w.protect()
+	v := w.a.vm()
+	w.a.mu.Lock()
+	disk := w.a.fs
+	w.a.mu.Unlock()
+
+	disk.unreadable.Store(breakglass.File)
+	for range unreadLooks / 4 {
+		if !v.noticeRelease() {
+			t.Fatal("what cannot be read passes for not released")
+		}
+	}
+	if v.outOfHands() {
+		t.Fatal("protection ended")
+	}
+	disk.unreadable.Store("")
+	if v.noticeRelease() {
+		t.Fatal("there is no mark, and the VM is left alone all the same")
+	}
+	w.write(w.a, 3)
+	w.until("replication goes on", func() error { return w.copied(w.a, w.b) })
+
+	disk.unreadable.Store(breakglass.File)
+	for range unreadLooks {
+		v.noticeRelease()
+	}
+	if !v.outOfHands() {
+		t.Fatal("a mark that stays unreadable counts for nothing")
 	}
 }
