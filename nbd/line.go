@@ -174,10 +174,10 @@ func (l *line) Read(p []byte) (int, error) {
 // receive takes what is there; 0 and no error when that is nothing.
 func (l *line) receive(p []byte) (int, error) {
 	for {
-		n, err := unix.Read(l.fd, p)
+		n, err := syscall.Read(l.fd, p) // not x/sys: the race detector knows no order between the two
 		switch {
-		case err == unix.EINTR:
-		case err == unix.EAGAIN:
+		case err == syscall.EINTR:
+		case err == syscall.EAGAIN:
 			l.drained = true
 			return 0, nil
 		case err != nil:
@@ -276,14 +276,14 @@ func (l *line) Write(p []byte) (int, error) {
 	}
 	sent := 0
 	for sent < len(p) {
-		n, err := unix.Write(l.fd, p[sent:])
+		n, err := syscall.Write(l.fd, p[sent:])
 		sent += max(0, n)
 		switch {
-		case err == unix.EAGAIN:
+		case err == syscall.EAGAIN:
 			if err := l.awaitRoom(); err != nil {
 				return sent, err
 			}
-		case err != nil && err != unix.EINTR:
+		case err != nil && err != syscall.EINTR:
 			return sent, os.NewSyscallError("write", err)
 		}
 	}
