@@ -76,7 +76,7 @@ const helloWithin = 3 * time.Second
 func (d *Daemon) Peers(ctx context.Context) ([]status.Peer, error) {
 	out := []status.Peer{}
 	for _, r := range d.peers.Peers() {
-		p := status.Peer{Host: r.Host, Name: r.Name, Address: r.Address, MaySend: r.Allow.MaySend, Root: r.Allow.StorageRoot}
+		p := status.Peer{Host: r.Host, Name: r.Name, Address: r.Address, MaySend: r.Allow.MaySend, MayAsk: r.Allow.MayRequestReverse, Bandwidth: r.Allow.Bandwidth, Root: r.Allow.StorageRoot}
 		hctx, cancel := context.WithTimeout(ctx, helloWithin)
 		if c, err := d.client(r.Host); err == nil {
 			_, err = c.Hello(hctx, wire.HelloRequest{Min: wire.ProtocolMin, Max: wire.ProtocolMax, Host: d.id.Host(), Name: d.name, Version: version.String(), Now: time.Now()})
@@ -99,7 +99,7 @@ func (d *Daemon) Invite(_ context.Context, r api.InviteRequest) (api.InviteReply
 	if d.cfg.Listen == "" {
 		return api.InviteReply{}, &wire.Error{Kind: wire.KindRefused, Text: "this host does not listen for peers", Hint: "set listen in the configuration, or invite from the other host"}
 	}
-	inv, err := d.pair.Invite(peer.InviteOptions{TTL: r.TTL, Grant: d.authorisation(r.MaySend, r.Root, r.MaxVMs, r.Limit)})
+	inv, err := d.pair.Invite(peer.InviteOptions{TTL: r.TTL, Grant: d.authorisation(r.Rights)})
 	if err != nil {
 		return api.InviteReply{}, err
 	}
@@ -126,12 +126,17 @@ func (d *Daemon) advertised() string {
 
 const defaultMaxVMs = 100
 
-func (d *Daemon) authorisation(send bool, root string, vms int, limit int64) peer.Authorisation {
-	a := peer.Authorisation{MaySend: send, StorageRoot: root, MaxVMs: vms, MaxBytes: limit, MayRequestReverse: send}
-	if send && a.StorageRoot == "" && len(d.cfg.StorageRoots) > 0 {
+func (d *Daemon) authorisation(r api.Rights) peer.Authorisation {
+	a := peer.Authorisation{
+		MaySend: r.MaySend, StorageRoot: r.Root, MaxVMs: r.MaxVMs, MaxBytes: r.Limit, Bandwidth: r.Bandwidth, MayRequestReverse: r.MaySend,
+	}
+	if r.MayAsk != nil {
+		a.MayRequestReverse = *r.MayAsk
+	}
+	if r.MaySend && a.StorageRoot == "" && len(d.cfg.StorageRoots) > 0 {
 		a.StorageRoot = d.cfg.StorageRoots[0]
 	}
-	if send && vms == 0 {
+	if r.MaySend && r.MaxVMs == 0 {
 		a.MaxVMs = defaultMaxVMs
 	}
 	return a
@@ -149,11 +154,11 @@ func (d *Daemon) Join(ctx context.Context, r api.JoinRequest) (status.Peer, erro
 			listen = ":" + port
 		}
 	}
-	rec, err := peer.Join(ctx, d.id, d.peers, addr, r.Code, peer.JoinOptions{Listen: listen, Grant: d.authorisation(r.MaySend, r.Root, r.MaxVMs, r.Limit)})
+	rec, err := peer.Join(ctx, d.id, d.peers, addr, r.Code, peer.JoinOptions{Listen: listen, Grant: d.authorisation(r.Rights)})
 	if err != nil {
 		return status.Peer{}, err
 	}
-	return status.Peer{Host: rec.Host, Name: rec.Name, Address: rec.Address, Reachable: true, MaySend: rec.Allow.MaySend, Root: rec.Allow.StorageRoot}, nil
+	return status.Peer{Host: rec.Host, Name: rec.Name, Address: rec.Address, Reachable: true, MaySend: rec.Allow.MaySend, MayAsk: rec.Allow.MayRequestReverse, Bandwidth: rec.Allow.Bandwidth, Root: rec.Allow.StorageRoot}, nil
 }
 
 // Allow changes what a peer may do here.
@@ -162,7 +167,7 @@ func (d *Daemon) Allow(_ context.Context, r api.AllowRequest) error {
 	if err != nil {
 		return err
 	}
-	return d.peers.Allow(rec.Host, d.authorisation(r.MaySend, r.Root, r.MaxVMs, r.Limit))
+	return d.peers.Allow(rec.Host, d.authorisation(r.Rights))
 }
 
 // RemovePeer forgets a peer; VMs shared with it must be disabled first.

@@ -18,17 +18,32 @@ func newPeer(a *app) *cobra.Command {
 
 // rights are the flags that say what the other host may do here.
 type rights struct {
-	send  bool
-	root  string
-	vms   int
-	limit int64
+	api.Rights
+	rate string
+	ask  bool
 }
 
 func (r *rights) flags(c *cobra.Command) {
-	c.Flags().BoolVar(&r.send, "may-send", false, "the other host may replicate VMs to this one")
-	c.Flags().StringVar(&r.root, "root", "", "storage root for its replicas (default from the daemon's configuration)")
-	c.Flags().IntVar(&r.vms, "max-vms", 0, "how many VMs it may send (0 = default limit)")
-	c.Flags().Int64Var(&r.limit, "max-bytes", 0, "total size of the disks it may send (0 = no limit)")
+	f := c.Flags()
+	f.BoolVar(&r.MaySend, "may-send", false, "the other host may replicate VMs to this one")
+	f.BoolVar(&r.ask, "may-ask", false, "it may ask this host to fail a VM over to it, and after its own failover to give up\nwhat was written here since (default as --may-send)")
+	f.StringVar(&r.Root, "root", "", "storage root for its replicas (default from the daemon's configuration)")
+	f.IntVar(&r.MaxVMs, "max-vms", 0, "how many VMs it may send (0 = default limit)")
+	f.Int64Var(&r.Limit, "max-bytes", 0, "total size of the disks it may send (0 = no limit)")
+	f.StringVar(&r.rate, "bandwidth", "0", "bytes per second it may send, e.g. 20M (0 = no limit)")
+}
+
+// given is what was typed.
+func (r *rights) given(c *cobra.Command) (api.Rights, error) {
+	out := r.Rights
+	if c.Flags().Changed("may-ask") {
+		out.MayAsk = &r.ask
+	}
+	var err error
+	if out.Bandwidth, err = parseSize(r.rate); err != nil {
+		return out, usagef("--bandwidth: %v", err)
+	}
+	return out, nil
 }
 
 func newInvite(a *app) *cobra.Command {
@@ -39,7 +54,11 @@ func newInvite(a *app) *cobra.Command {
 	c := &cobra.Command{
 		Use: "invite", Short: "Print a one-time code with which one other host may pair", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			v, err := a.client().Invite(cmd.Context(), api.InviteRequest{TTL: ttl, MaySend: r.send, Root: r.root, MaxVMs: r.vms, Limit: r.limit})
+			g, err := r.given(cmd)
+			if err != nil {
+				return err
+			}
+			v, err := a.client().Invite(cmd.Context(), api.InviteRequest{TTL: ttl, Rights: g})
 			if err != nil {
 				return err
 			}
@@ -61,7 +80,11 @@ func newJoin(a *app) *cobra.Command {
 	c := &cobra.Command{
 		Use: "join HOST CODE", Short: "Pair with the host that printed CODE", Args: cobra.ExactArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			p, err := a.client().Join(cmd.Context(), api.JoinRequest{Address: args[0], Code: args[1], MaySend: r.send, Root: r.root, MaxVMs: r.vms, Limit: r.limit})
+			g, err := r.given(cmd)
+			if err != nil {
+				return err
+			}
+			p, err := a.client().Join(cmd.Context(), api.JoinRequest{Address: args[0], Code: args[1], Rights: g})
 			if err != nil {
 				return err
 			}
@@ -81,7 +104,11 @@ func newAllow(a *app) *cobra.Command {
 	c := &cobra.Command{
 		Use: "allow PEER", Short: "Change what a paired host may do here", Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return a.client().Allow(cmd.Context(), api.AllowRequest{Peer: args[0], MaySend: r.send, Root: r.root, MaxVMs: r.vms, Limit: r.limit})
+			g, err := r.given(cmd)
+			if err != nil {
+				return err
+			}
+			return a.client().Allow(cmd.Context(), api.AllowRequest{Peer: args[0], Rights: g})
 		},
 	}
 	r.flags(c)
@@ -100,9 +127,9 @@ func newPeerList(a *app) *cobra.Command {
 				return a.print(ps)
 			}
 			w := tabwriter.NewWriter(a.out, 0, 8, 2, ' ', 0)
-			fmt.Fprintln(w, "NAME\tADDRESS\tREACHABLE\tMAY SEND\tHOST")
+			fmt.Fprintln(w, "NAME\tADDRESS\tREACHABLE\tMAY SEND\tMAY ASK\tHOST")
 			for _, p := range ps {
-				fmt.Fprintf(w, "%s\t%s\t%v\t%v\t%s\n", clean(p.Name), clean(p.Address), p.Reachable, p.MaySend, clean(string(p.Host)))
+				fmt.Fprintf(w, "%s\t%s\t%v\t%v\t%v\t%s\n", clean(p.Name), clean(p.Address), p.Reachable, p.MaySend, p.MayAsk, clean(string(p.Host)))
 			}
 			return w.Flush()
 		},

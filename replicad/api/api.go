@@ -156,13 +156,23 @@ type Question struct {
 	Flag string `json:"flag"` // repeat the command with this flag to say yes
 }
 
+// Rights are what the other host may do on this one.
+type Rights struct {
+	MaySend bool   `json:"may_send"` // it may replicate VMs to this host
+	Root    string `json:"storage_root,omitempty"`
+	MaxVMs  int    `json:"max_vms,omitempty"`
+	Limit   int64  `json:"max_bytes,omitempty"`
+	// Bandwidth bounds what it sends, in bytes per second; 0 = no limit.
+	Bandwidth int64 `json:"bandwidth,omitempty"`
+	// MayAsk lets it ask this host to fail a VM over to it, and, once it was
+	// promoted, to give up what this host wrote since. Nil: as MaySend.
+	MayAsk *bool `json:"may_ask,omitempty"`
+}
+
 // InviteRequest opens the door for one pairing.
 type InviteRequest struct {
-	TTL     time.Duration `json:"ttl_ns"`
-	MaySend bool          `json:"may_send"` // the joiner may replicate VMs to this host
-	Root    string        `json:"storage_root,omitempty"`
-	MaxVMs  int           `json:"max_vms,omitempty"`
-	Limit   int64         `json:"max_bytes,omitempty"`
+	TTL time.Duration `json:"ttl_ns"`
+	Rights
 }
 
 // InviteReply is what the other host needs.
@@ -176,19 +186,13 @@ type InviteReply struct {
 type JoinRequest struct {
 	Address string `json:"address"`
 	Code    string `json:"code"`
-	MaySend bool   `json:"may_send"` // the inviter may replicate VMs to this host
-	Root    string `json:"storage_root,omitempty"`
-	MaxVMs  int    `json:"max_vms,omitempty"`
-	Limit   int64  `json:"max_bytes,omitempty"`
+	Rights
 }
 
 // AllowRequest changes what a paired host may do here.
 type AllowRequest struct {
-	Peer    string `json:"peer"`
-	MaySend bool   `json:"may_send"`
-	Root    string `json:"storage_root,omitempty"`
-	MaxVMs  int    `json:"max_vms,omitempty"`
-	Limit   int64  `json:"max_bytes,omitempty"`
+	Peer string `json:"peer"`
+	Rights
 }
 
 // Backend is what the server needs of the daemon. Every method may be called

@@ -72,11 +72,11 @@ func (s *Server) mayFailover(rec Record, q wire.FailoverRequest) error {
 	}
 	switch q.Step {
 	case "request-planned":
-		return refused("start the planned failover on the primary, or allow it there: replicactl peer allow",
+		return refused("start the planned failover on the primary, or allow it there: replicactl peer allow "+rec.Name+" --may-send --may-ask",
 			"this host may not ask for the VM")
 	case "release":
-		return refused("allow it on the old primary: replicactl peer allow "+rec.Name+" --may-send",
-			"this host may not send replicas there, so the old primary does not give up what it has")
+		return refused("allow it on the old primary: replicactl peer allow "+rec.Name+" --may-send --may-ask",
+			"this host may not ask the old primary, so that does not give up what it has")
 	}
 	return nil
 }

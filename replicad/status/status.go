@@ -228,7 +228,9 @@ type Peer struct {
 	Reachable bool        `json:"reachable"`
 	LastSeen  time.Time   `json:"last_seen"`
 	MaySend   bool        `json:"may_send"` // it may replicate VMs to this host
+	MayAsk    bool        `json:"may_ask"`  // it may ask this host to hand a VM over
 	Root      string      `json:"storage_root,omitempty"`
+	Bandwidth int64       `json:"bandwidth,omitempty"` // bytes per second it may send; 0 = no limit
 }
 
 // Host is the daemon's own state.
