@@ -65,6 +65,14 @@ func rows() []row {
 	return append(all, rowsSameGeneration()...)
 }
 
+// RowNames lists the names of the table's rows in the order in which it is read.
+func RowNames() (names []string) {
+	for _, r := range rows() {
+		names = append(names, r.name)
+	}
+	return names
+}
+
 func rowsUnusable() []row {
 	return []row{
 		{

@@ -25,6 +25,9 @@ type history struct {
 	log   []string
 	acked uint64 // the counter as the replica held it when somebody looked
 	kept  map[string]bool
+	tried int // promotions asked for while nobody served
+	// floor is the counter that some copy held, acknowledged, before a cell.
+	floor uint64
 }
 
 func envInt(name string, otherwise uint64) uint64 {
@@ -276,8 +279,22 @@ func (h *history) settleDown() {
 
 // operate is one decision of a person who looks at both hosts.
 func (h *history) operate() {
+	if what, s, f := h.remedy(); f != nil {
+		_ = h.told(what, s, f)
+	}
+}
+
+// byForce is an operator's unplanned failover, whatever it loses.
+func (h *history) byForce(s *side) (*side, action) {
+	h.lossy.Store(true)
+	h.forced.Store(true)
+	return s, failoverTo("", UnplannedOptions{Force: true, InPlace: true})
+}
+
+// remedy is what a person who looks at both hosts does next; nil = waits.
+func (h *history) remedy() (what string, s *side, f action) {
 	if h.a.planOpen() || h.b.planOpen() {
-		return
+		return "", nil, nil
 	}
 	a, b := h.a.vm().record(), h.b.vm().record()
 	owns := func(r Record) bool { return r.Lineage.State == lineage.Primary || r.Lineage.State == lineage.Promoted }
@@ -297,39 +314,32 @@ func (h *history) operate() {
 	case owns(b):
 		keep = h.b
 	case !owns(a):
-		for _, s := range []*side{h.a, h.b} {
-			h.lossy.Store(true)
-			h.forced.Store(true)
-			if h.told("unplanned (nobody serves)", s, failoverTo("", UnplannedOptions{Force: true, InPlace: true})) == nil {
-				return
-			}
+		if h.tried++; h.tried%2 == 0 {
+			keep = h.b
 		}
-		return
+		s, f = h.byForce(keep)
+		return "unplanned (nobody serves)", s, f
 	}
 	r := keep.vm().record()
 	if r.Overlay != nil && !r.Overlay.Committed && r.Lineage.Diverged == nil {
-		_ = h.told("commit", keep, commit)
-		return
+		return "commit", keep, commit
 	}
 	if r.NoReverse || owns(a) && owns(b) || r.Lineage.Diverged != nil {
 		h.stopGuest(keep.other)
-		_ = h.told("reverse", keep, reverse)
-		return
+		return "reverse", keep, reverse
 	}
 	if st, err := keep.other.vm().storeStatus(); err == nil && (st.State == points.Suspect || st.State == points.Damaged) {
-		_ = h.told("resync", keep.other, func(ctx context.Context, _ *Manager, v *VM) error { return v.Resync(ctx, ResyncOptions{}) })
-		return
+		return "resync", keep.other, func(ctx context.Context, _ *Manager, v *VM) error { return v.Resync(ctx, ResyncOptions{}) }
 	}
-	if s := keep.vm().session(); s != nil && s.Status().Stop != nil {
+	if x := keep.vm().session(); x != nil && x.Status().Stop != nil {
 		if o := keep.other; o.vm().record().Lineage.State == lineage.Replica {
 			h.stopGuest(keep)
-			h.lossy.Store(true)
-			h.forced.Store(true)
-			_ = h.told("unplanned (the other was put back)", o, failoverTo("", UnplannedOptions{Force: true, InPlace: true}))
-			return
+			s, f = h.byForce(o)
+			return "unplanned (the other was put back)", s, f
 		}
 	}
 	if !keep.hyper.runs() {
-		_ = h.told("start", keep, func(ctx context.Context, _ *Manager, v *VM) error { return v.StartGuest(ctx, false) })
+		return "start", keep, func(ctx context.Context, _ *Manager, v *VM) error { return v.StartGuest(ctx, false) }
 	}
+	return "", nil, nil
 }

@@ -46,6 +46,13 @@ type pair struct {
 	faults map[string]fault // guarded by mu; one-shot, by SIDE/METHOD
 	calls  map[string]int   // guarded by mu; messages that arrived, by METHOD
 	broken []string         // guarded by mu; violations seen
+	rows   map[string]int   // guarded by mu; rows of the handshake table met
+}
+
+func (w *pair) metRow(row string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.rows[row]++
 }
 
 func (w *pair) fault(key string) fault {
@@ -127,7 +134,7 @@ func (w *pair) check() {
 // newPair makes two hosts and a protected VM that runs on A, with a complete copy on B.
 func newPair(t testing.TB) *pair {
 	t.Helper()
-	w := &pair{t: t, faults: map[string]fault{}, calls: map[string]int{}}
+	w := &pair{t: t, faults: map[string]fault{}, calls: map[string]int{}, rows: map[string]int{}}
 	dir, err := os.MkdirTemp("", "vmp")
 	if err != nil {
 		t.Fatal(err)

@@ -23,6 +23,7 @@ import (
 	"kvmreplica/libvirt/libvirttest"
 	"kvmreplica/nbd"
 	"kvmreplica/replicad/dataplane"
+	"kvmreplica/replicad/lineage"
 	"kvmreplica/replicad/wire"
 )
 
@@ -422,7 +423,11 @@ func (l *link) Withdraw(ctx context.Context, q wire.Withdraw) error {
 }
 
 func (l *link) Handshake(ctx context.Context, q wire.HandshakeRequest) (wire.HandshakeReply, error) {
-	return carry(l, ctx, "Handshake", func(ctx context.Context, m *Manager) (wire.HandshakeReply, error) { return m.Handshake(ctx, q) })
+	r, err := carry(l, ctx, "Handshake", func(ctx context.Context, m *Manager) (wire.HandshakeReply, error) { return m.Handshake(ctx, q) })
+	if err == nil {
+		l.from.w.metRow(lineage.Decide(q, r).Row)
+	}
+	return r, err
 }
 
 func (l *link) PutSeed(ctx context.Context, q wire.SeedRequest, body io.Reader) (wire.SeedReply, error) {
