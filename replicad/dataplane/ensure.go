@@ -76,6 +76,10 @@ func launch(ctx context.Context, cfg Config) error {
 	if err != nil {
 		return err
 	}
+	// Begun is finished: a keeper that nobody waited for would come up after a
+	// Stop that did not see it, and hold the images for ever.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), launchTimeout)
+	defer cancel()
 	args := append(append([]string(nil), cfg.Launcher...), bin, "keeper", "--detach", "--config", cfg.configFile())
 	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
 	cmd.Stdout, cmd.Stderr = out, out
@@ -83,9 +87,21 @@ func launch(ctx context.Context, cfg Config) error {
 	return cmd.Run()
 }
 
-// Detach starts the keeper proper in a session of its own and returns: the
-// verb "keeper --detach". The keeper then has no parent that could take it down.
+// launchTimeout bounds the start of a keeper, detachTimeout the wait for its
+// sign of life in it.
+const (
+	launchTimeout = time.Minute
+	detachTimeout = 30 * time.Second
+)
+
+// Detach starts the keeper proper in a session of its own and returns when that
+// can be found, or has ended: the verb "keeper --detach". The keeper then has no
+// parent that could take it down.
 func Detach(configFile string) error {
+	cfg, err := LoadConfig(configFile)
+	if err != nil {
+		return err
+	}
 	bin, err := os.Executable()
 	if err != nil {
 		return err
@@ -97,7 +113,24 @@ func Detach(configFile string) error {
 	if err := cmd.Start(); err != nil {
 		return err
 	}
-	return cmd.Process.Release()
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		_ = cmd.Wait() // it says why it failed in the failure file
+	}()
+	tooLong := time.After(detachTimeout)
+	for {
+		if pid, err := runningPID(cfg.keeperPID()); err == nil && pid != 0 {
+			return nil
+		}
+		select {
+		case <-ended:
+			return nil
+		case <-tooLong:
+			return fmt.Errorf("the keeper of %s did not lock %s within %s (log: %s)", cfg.Name, cfg.keeperPID(), detachTimeout, cfg.logFile())
+		case <-time.After(pollEvery):
+		}
+	}
 }
 
 func openLog(path string) (*os.File, error) {

@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"testing"
@@ -271,6 +272,51 @@ func TestNoKeeperOutlivesATestThatIsKilled(t *testing.T) {
 			}
 			if time.Now().After(deadline) {
 				t.Fatalf("process %d outlives the test: %q", pid, b)
+			}
+		}
+	}
+}
+
+// A start that is given up half-way leaves no keeper that comes up afterwards
+// and holds the images of a role that has ended.
+func TestAStartThatIsGivenUpLeavesNoKeeperBehindStop(t *testing.T) {
+	for i := range 15 {
+		cfg := dt.Config(t, 16*mib)
+		file := filepath.Join(cfg.RunDir, "config.json")
+		ctx, cancel := context.WithCancel(context.Background())
+		given := make(chan error, 1)
+		go func() {
+			c, err := dataplane.Ensure(ctx, cfg)
+			if err == nil {
+				c.Close()
+			}
+			given <- err
+		}()
+		for deadline := time.Now().Add(dt.Patience); ; {
+			if _, err := os.Stat(file); err == nil {
+				break
+			}
+			if time.Now().After(deadline) {
+				t.Fatalf("%s never appeared", file)
+			}
+			runtime.Gosched()
+		}
+		<-time.After(time.Duration(i) * time.Millisecond) // somewhere in the start
+		cancel()
+		<-given
+		bounded, done := context.WithTimeout(context.Background(), dt.Patience)
+		err := dataplane.Stop(bounded, cfg)
+		done()
+		if err != nil {
+			t.Fatal(err)
+		}
+		procs, err := filepath.Glob("/proc/[0-9]*/cmdline")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, p := range procs {
+			if b, err := os.ReadFile(p); err == nil && strings.Contains(string(b), file) {
+				t.Fatalf("start given up after %d ms: after Stop there is %s: %q", i, filepath.Dir(p), b)
 			}
 		}
 	}
