@@ -92,11 +92,12 @@ func (v *VM) noteStuck(last *failover.Journal) error {
 }
 
 // settle continues a plan that has passed its point of no return and takes
-// back one that has not.
+// back one that has not. While somebody else has the VM it is busy, not done:
+// until it is done the role must not be brought up.
 func (v *VM) settle(ctx context.Context) error {
 	unlock, err := v.lock()
 	if err != nil {
-		return nil // somebody works on it already
+		return err
 	}
 	defer unlock()
 	j, err := failover.Load(v.fsys, planFile)

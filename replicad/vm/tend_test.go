@@ -325,6 +325,23 @@ func TestARestartOfTheDaemonStartsNoGuest(t *testing.T) {
 	}
 }
 
+// While somebody else has the VM an interrupted plan is not settled: its role
+// brought up then would serve disks that the plan had closed for good.
+func TestNoRoleIsBroughtUpBeforeAnInterruptedPlanIsSettled(t *testing.T) {
+	t.Parallel()
+	w := newPair(t)
+	w.protect()
+	v := w.a.vm()
+	unlock, err := v.lock()
+	must(t, err)
+	err = v.settle(t.Context())
+	unlock()
+	if !busy(err) {
+		t.Fatalf("settle says %v while somebody else has the VM", err)
+	}
+	must(t, v.settle(t.Context()))
+}
+
 // A mark of a release that cannot be read for a while does not end protection
 // until the next start; one that stays unreadable does.
 func TestAMarkThatCannotBeReadForAWhileEndsNothing(t *testing.T) {

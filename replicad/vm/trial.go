@@ -122,7 +122,7 @@ func (v *VM) cancelSteps(p *cancelVars) []failover.Step {
 		}},
 		{Name: "close", Title: "Close its disks", Do: v.closeDisks, Undo: v.reopenDisks},
 		{Name: "role", Title: "Become the replica again", Commit: true, Do: func(context.Context) (string, error) { return v.backToReplica(p) }},
-		{Name: "drop", Title: "Drop what the guest wrote", Do: v.dropTrial},
+		{Name: "drop", Title: "Drop what the guest wrote", Do: func(context.Context) (string, error) { return "", v.dropOverlay() }},
 		{Name: "follow", Title: "Receive again", Do: v.receiveAgain},
 	}
 }
@@ -188,18 +188,6 @@ func (v *VM) backToReplica(p *cancelVars) (string, error) {
 		r.Acked, r.LastCut = delta.Pos{}, time.Time{}
 	})
 	return "at " + p.Newest.String(), err
-}
-
-// dropTrial ends what serves the overlay before it deletes it: an attempt to take
-// the plan back, given up half-way, may have started it again since.
-func (v *VM) dropTrial(ctx context.Context) (string, error) {
-	if _, err := v.stopGuest(ctx); err != nil {
-		return "", err
-	}
-	if err := v.stopPlane(ctx); err != nil {
-		return "", err
-	}
-	return "", v.dropOverlay()
 }
 
 func (v *VM) receiveAgain(ctx context.Context) (string, error) {
