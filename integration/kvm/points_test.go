@@ -72,8 +72,9 @@ func TestRecoveryPointsOfARealGuest(t *testing.T) {
 	to := "/var/lib/libvirt/exports"
 	w.must(os.MkdirAll(w.Lab.Host("B").Path(to), 0o755))
 	w.ctl("B", "point", "pin", d.Name, "latest-app")
-	w.ctl("B", "point", "export", d.Name, "--point", "latest-app", "--to", to)
-	m := w.mountOn("B", "point", "mount", d.Name, "--point", "latest-app")
+	point := pinned(w.points("B", d.Name)) // a newer one may come any time
+	w.ctl("B", "point", "export", d.Name, "--point", point, "--to", to)
+	m := w.mountOn("B", "point", "mount", d.Name, "--point", point)
 	_, err = c.WaitSynced(w.step(), c.Synced()+20)
 	w.must(err)
 	for _, k := range m.Disks {
@@ -84,21 +85,22 @@ func TestRecoveryPointsOfARealGuest(t *testing.T) {
 		}
 		w.sameDisk(file, k.URI)
 	}
-	w.refused("B", 2, "point", "export", d.Name, "--point", "latest-app", "--to", to)
+	w.refused("B", 2, "point", "export", d.Name, "--point", point, "--to", to)
 	w.ctl("B", "point", "unmount", d.Name, m.ID)
 	w.ctl("B", "point", "keep", d.Name, "all:10m,1h:1d", "--quota", "1G")
-	if r := w.points("B", d.Name); r.Retention != "all:10m,1h:1d" || r.Quota != 1<<30 || !pinned(r) {
+	if r := w.points("B", d.Name); r.Retention != "all:10m,1h:1d" || r.Quota != 1<<30 || pinned(r) != point {
 		t.Errorf("what was set is not what is kept: %+v", r)
 	}
 }
 
-func pinned(r wire.PointsReply) bool {
+// pinned is the number of the application-consistent point that is kept.
+func pinned(r wire.PointsReply) string {
 	for _, p := range r.Points {
 		if p.Pinned && p.App {
-			return true
+			return fmt.Sprint(p.Ordinal)
 		}
 	}
-	return false
+	return ""
 }
 
 // mountOn runs a command that mounts a point, or a patch, and returns the mount

@@ -18,6 +18,7 @@ const (
 	backoffMax   = 30 * time.Second
 	fullRetry    = 30 * time.Second // a full replica, a refusal, a stop: ask again
 	idleGap      = 200 * time.Millisecond
+	appRetry     = time.Minute // an application-consistent cut that failed
 	// corruptLimit attempts with wrong digests end in a new epoch: the fault
 	// may sit in what was captured.
 	corruptLimit = 3
@@ -75,6 +76,7 @@ type Machine struct {
 	nextCut   time.Time
 	nextApp   time.Time // next application-consistent cut
 	appCut    bool      // the cut under way is one
+	appFails  int       // of them in a row
 
 	seeds   map[wire.DiskName]int64 // cursors of an unfinished seed
 	sizes   map[wire.DiskName]int64

@@ -21,16 +21,7 @@ func (m *Machine) onFrozen(now time.Time, e EvFrozen) []Action {
 	if e.Epoch.Cut.After(m.cutAt) {
 		m.cutAt = e.Epoch.Cut // it had to wait for its turn
 	}
-	if m.appCut {
-		m.nextApp = m.cutAt.Add(m.cfg.AppEvery)
-	}
-	switch {
-	case e.AppError != "":
-		m.meter.stats.AppError = e.AppError
-		m.meter.stats.AppFailed++
-	case e.Epoch.App:
-		m.meter.stats.AppError = ""
-	}
+	m.appTaken(e)
 	if !e.Epoch.Empty {
 		h := e.Epoch
 		m.held, m.resume, m.drop = &h, false, false
@@ -45,6 +36,25 @@ func (m *Machine) onFrozen(now time.Time, e EvFrozen) []Action {
 		return append(m.sleep(Finished, time.Time{}), FinalDone{m.parent})
 	}
 	return m.do(Shipping, DoBeat{m.parent})
+}
+
+// appTaken notes how a cut that was to be application-consistent went. One that
+// failed is made up for before its interval is over, which may be half a day:
+// after a minute, then after twice as long each time.
+func (m *Machine) appTaken(e EvFrozen) {
+	wait := m.cfg.AppEvery
+	switch {
+	case e.AppError != "":
+		m.meter.stats.AppError = e.AppError
+		m.meter.stats.AppFailed++
+		wait = min(wait, appRetry<<min(m.appFails, 16))
+		m.appFails++
+	case e.Epoch.App:
+		m.meter.stats.AppError, m.appFails = "", 0
+	}
+	if m.appCut {
+		m.nextApp = m.cutAt.Add(wait)
+	}
 }
 
 // onShipped: the replica committed; the data plane has to know before
@@ -91,6 +101,9 @@ func (m *Machine) onAcked(now time.Time, e EvAcked) []Action {
 func (m *Machine) onAbandoned(now time.Time) []Action {
 	if !m.paused {
 		m.meter.stats.Abandoned++
+	}
+	if m.held != nil && m.held.App {
+		m.nextApp = m.cutAt.Add(min(m.cfg.AppEvery, appRetry)) // it became no point
 	}
 	m.held, m.drop, m.resume = nil, false, false
 	return m.next(now)

@@ -3,6 +3,7 @@ package session
 import (
 	"context"
 	"errors"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -125,5 +126,52 @@ func TestApplicationConsistentCutsKeepTheirOwnInterval(t *testing.T) {
 	m.final = true
 	if m.appDue(now.Add(time.Hour)) {
 		t.Error("a final cut freezes the guest")
+	}
+}
+
+// With hours between application-consistent points, one bad moment of the guest
+// must not cost one.
+func TestAnApplicationConsistentCutThatFailsIsMadeUpFor(t *testing.T) {
+	now := start
+	m := NewMachine(MachineConfig{Interval: time.Hour, AppEvery: 12 * time.Hour, Verified: true, Rand: func() float64 { return 0 }}, now)
+	m.protected, m.phase = true, Waiting
+	m.nextCut = now.Add(time.Hour)
+	m.nextApp = now
+	var at []time.Duration
+	freeze := func(answer EvFrozen) {
+		t.Helper()
+		for range 100 {
+			for _, a := range m.Step(now, EvWake{}) {
+				if f, ok := a.(DoFreeze); ok {
+					answer.Epoch.Cut = now
+					m.Step(now, answer)
+					if f.App {
+						at = append(at, now.Sub(start))
+						return
+					}
+					m.Step(now, EvBeaten{})
+				}
+			}
+			now, _ = m.Wake()
+		}
+		t.Fatal("no application-consistent cut any more")
+	}
+	failed := EvFrozen{Epoch: dataplane.Epoch{Empty: true}, AppError: "the guest does not answer"}
+	for range 3 {
+		freeze(failed)
+		m.Step(now, EvBeaten{})
+	}
+	freeze(EvFrozen{Epoch: dataplane.Epoch{Epoch: 1, App: true}})
+	m.drop = true // given back: it is no point either
+	m.Step(now, EvFailed{Class: ClassLink})
+	m.Step(now, EvAbandoned{})
+	if want := m.cutAt.Add(appRetry); !m.nextApp.Equal(want) {
+		t.Errorf("after a cut was given back the next is at %v, want %v", m.nextApp, want)
+	}
+	if want := []time.Duration{0, time.Minute, 3 * time.Minute, 7 * time.Minute}; !slices.Equal(at, want) {
+		t.Errorf("application-consistent cuts after %v, want %v", at, want)
+	}
+	if m.appFails != 0 || m.meter.stats.AppFailed != 3 || m.meter.stats.AppError != "" {
+		t.Errorf("failed in a row %d, in all %d, last error %q", m.appFails, m.meter.stats.AppFailed, m.meter.stats.AppError)
 	}
 }
