@@ -241,14 +241,15 @@ func (d *Daemon) unplanned(ctx context.Context, v *vm.VM, a api.Action, request 
 		note(emit, "The guest runs beside the replica until: replicactl failover commit %s (ends %d recovery points), or cancel.", a.VM, l.Points)
 	}
 	if a.DryRun {
+		failed := emitChecks(v.PlanUnplanned(a.InPlace, a.KeepPoints), emit)
 		if l.Primary.Result != wire.OK && !a.Force {
-			return refusedBy(&l.Primary)
+			failed = &l.Primary
 		}
-		return nil
+		return refusedBy(failed)
 	}
 	err = v.Unplanned(ctx, vm.UnplannedOptions{
 		NoStart: a.NoStart, Force: a.Force, Request: request, Reason: a.Reason,
-		Point: a.Point, InPlace: a.InPlace, Unfenced: a.Unfenced, Within: a.Within, Then: a.Then,
+		Point: a.Point, InPlace: a.InPlace, Unfenced: a.Unfenced, Within: a.Within, Then: a.Then, KeepPoints: a.KeepPoints,
 	}, step)
 	if err != nil {
 		return err
@@ -259,6 +260,11 @@ func (d *Daemon) unplanned(ctx context.Context, v *vm.VM, a api.Action, request 
 // settleTrial makes an unplanned failover final, or gives it up.
 func (d *Daemon) settleTrial(ctx context.Context, v *vm.VM, a api.Action, request string, step func(failover.Event), emit func(api.Event)) error {
 	if a.DryRun {
+		if a.Verb == api.Commit {
+			if failed := emitChecks(v.PlanCommit(ctx, a.KeepPoints), emit); failed != nil {
+				return refusedBy(failed)
+			}
+		}
 		if f := v.Status(ctx, d.peerName(v.Peer())).Failover; f != nil && a.Verb == api.Commit {
 			note(emit, "The failover of %s becomes final: %d recovery points END; %d bytes are brought into the images while the guest runs.", a.VM, f.Points, f.Bytes)
 		} else if f != nil {
@@ -266,11 +272,13 @@ func (d *Daemon) settleTrial(ctx context.Context, v *vm.VM, a api.Action, reques
 		}
 		return nil
 	}
-	run := v.Commit
+	var err error
 	if a.Verb == api.Cancel {
-		run = v.Cancel
+		err = v.Cancel(ctx, request, step)
+	} else {
+		err = v.Commit(ctx, vm.CommitOptions{KeepPoints: a.KeepPoints, Request: request}, step)
 	}
-	if err := run(ctx, request, step); err != nil {
+	if err != nil {
 		return err
 	}
 	return d.result(ctx, v, emit)
@@ -349,14 +357,20 @@ func (d *Daemon) reverse(ctx context.Context, v *vm.VM, a api.Action, request st
 		return &wire.Error{Kind: wire.KindRefused, Text: fmt.Sprintf("there is nothing to reverse: %s replicates to %s", a.VM, name), Hint: "replicactl vm status " + a.VM}
 	}
 	if a.DryRun {
-		if f := s.Failover; f != nil && f.Phase == status.Trial {
-			note(emit, "The failover becomes final: %d recovery points END.", f.Points)
+		trial := s.Failover != nil && s.Failover.Phase == status.Trial
+		if trial {
+			note(emit, "The failover becomes final: %d recovery points END.", s.Failover.Points)
+		}
+		if trial || a.KeepPoints {
+			if failed := emitChecks(v.PlanCommit(ctx, a.KeepPoints), emit); failed != nil {
+				return refusedBy(failed)
+			}
 		}
 		note(emit, "%s becomes the replica. What it wrote after %s was promoted is DISCARDED.", name, d.name)
 		noteReverse(ctx, v, name, emit)
 		return nil
 	}
-	if err := v.Reverse(ctx, request, step); err != nil {
+	if err := v.Reverse(ctx, vm.CommitOptions{KeepPoints: a.KeepPoints, Request: request}, step); err != nil {
 		return err
 	}
 	return d.result(ctx, v, emit)

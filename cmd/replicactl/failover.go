@@ -94,6 +94,7 @@ The guest runs beside the replica, which keeps all its recovery points, until "f
 	}
 	f := c.Flags()
 	f.StringVar(&act.Point, "point", "latest", "the state to start from")
+	f.BoolVar(&act.KeepPoints, "keep-points", false, "keep the recovery points, which end otherwise, as files on this host: with --in-place now, else at the commit, whoever commits")
 	f.BoolVar(&act.InPlace, "in-place", false, "final at once: the images are changed, all recovery points end")
 	f.DurationVar(&commitIn, "commit-within", 0, "commit by itself after this time")
 	f.DurationVar(&cancelIn, "cancel-within", 0, "cancel by itself after this time")
@@ -114,6 +115,8 @@ func newCancel(a *app) *cobra.Command {
 	return newTrialEnd(a, api.Cancel, "cancel NAME", "Give an unplanned failover up: stop the guest, be the replica again", `What the guest wrote since the failover is dropped. All recovery points stay; another one can be tried.`)
 }
 
+const keepPointsHelp = "keep the recovery points, which end otherwise, as files on this host"
+
 func newTrialEnd(a *app, verb api.Verb, use, short, long string) *cobra.Command {
 	var (
 		act = api.Action{Verb: verb}
@@ -130,6 +133,9 @@ func newTrialEnd(a *app, verb api.Verb, use, short, long string) *cobra.Command 
 		},
 	}
 	c.Flags().BoolVar(&act.DryRun, "dry-run", false, "only show what would happen")
+	if verb == api.Commit {
+		c.Flags().BoolVar(&act.KeepPoints, "keep-points", false, keepPointsHelp)
+	}
 	c.Flags().BoolVarP(&yes, "yes", "y", false, "do not ask")
 	return c
 }
@@ -193,6 +199,7 @@ func newReverse(a *app) *cobra.Command {
 		},
 	}
 	c.Flags().BoolVar(&act.DryRun, "dry-run", false, "only show what will be discarded and sent")
+	c.Flags().BoolVar(&act.KeepPoints, "keep-points", false, keepPointsHelp+"; while the failover is on trial")
 	c.Flags().BoolVarP(&yes, "yes", "y", false, "do not ask")
 	return c
 }

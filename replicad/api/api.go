@@ -80,7 +80,8 @@ type Action struct {
 	Force     bool          `json:"force,omitempty"`
 	NoStart   bool          `json:"no_start,omitempty"`
 	NoReverse bool          `json:"no_reverse,omitempty"`
-	// KeepPoints of a planned failover: the replica's recovery points are copied.
+	// KeepPoints of planned, unplanned, commit and reverse: recovery points are
+	// copied before they end.
 	KeepPoints bool          `json:"keep_points,omitempty"`
 	Delete     bool          `json:"delete,omitempty"`     // disable: also delete the replica's data
 	Timeout    time.Duration `json:"timeout_ns,omitempty"` // guest shutdown deadline

@@ -25,6 +25,8 @@ const (
 	drainTimeout = 2 * time.Minute
 	dialTimeout  = 5 * time.Second
 
+	keepTimeout = 7 * 24 * time.Hour // images are copied; whoever waits ends it
+
 	upgradeTimeout = time.Minute // a program starts; the guest waits for milliseconds of it
 )
 
@@ -176,6 +178,19 @@ func (c *Client) UnlockQEMU(ctx context.Context, disk wire.DiskName) error {
 // stays; they are brought to it in the background, see Status.Overlay.
 func (c *Client) CommitOverlay(ctx context.Context) error {
 	return c.post(ctx, "overlay/commit", syncTimeout, struct{}{}, nil)
+}
+
+// History says what CommitOverlay will end; refused when it has.
+func (c *Client) History(ctx context.Context) (a HistoryReply, err error) {
+	return a, c.post(ctx, "overlay/history", callTimeout, struct{}{}, &a)
+}
+
+// KeepPoints copies the recovery points before CommitOverlay ends them, while
+// the guest goes on. It has no deadline of its own: images may be copied. When
+// ctx ends, or the data plane does, what was copied is removed, or lies in
+// r.Dir without being a store.
+func (c *Client) KeepPoints(ctx context.Context, r KeepRequest) (a KeepReply, err error) {
+	return a, c.post(ctx, "overlay/keep", keepTimeout, r, &a)
 }
 
 // Sync makes every image durable (the hand-over asks for it twice).

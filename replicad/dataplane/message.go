@@ -68,6 +68,26 @@ type OverlayStatus struct {
 	Failure string `json:",omitempty"`
 }
 
+// HistoryReply is what a commit of the overlay will end.
+type HistoryReply struct {
+	// Points there are, Pinned of them; Since is the oldest's time in words.
+	Points, Pinned int
+	Since          string `json:",omitempty"`
+	// Undo bytes belong to the points, Spool bytes are not in the images yet.
+	Undo, Spool int64
+}
+
+// KeepRequest copies the recovery points, images and all, into Dir, which must
+// not exist. An empty Dir only waits until no copy is under way.
+type KeepRequest struct{ Dir string }
+
+// KeepReply is what was copied: Bytes, and whether the images share blocks.
+type KeepReply struct {
+	Points int
+	Bytes  int64
+	Shared bool
+}
+
 // DiskStatus is one disk's part.
 type DiskStatus struct {
 	Name     wire.DiskName

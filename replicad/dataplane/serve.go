@@ -11,6 +11,8 @@ import (
 	"kvmreplica/cbt"
 	"kvmreplica/internal/block"
 	"kvmreplica/replicad/delta"
+	"kvmreplica/replicad/points"
+	"kvmreplica/replicad/standby"
 	"kvmreplica/replicad/wire"
 )
 
@@ -50,6 +52,8 @@ func (p *Plane) routes() http.Handler {
 	handle(m, "lock-qemu", func(_ context.Context, r LockRequest) (any, error) { return nil, p.lockQEMU(r.Disk, true) })
 	handle(m, "unlock-qemu", func(_ context.Context, r LockRequest) (any, error) { return nil, p.lockQEMU(r.Disk, false) })
 	handle(m, "overlay/commit", func(context.Context, struct{}) (any, error) { return nil, p.commitOverlay() })
+	handle(m, "overlay/history", func(context.Context, struct{}) (any, error) { return p.history() })
+	handle(m, "overlay/keep", func(ctx context.Context, r KeepRequest) (any, error) { return p.keepPoints(ctx, r) })
 	handle(m, "sync", func(context.Context, struct{}) (any, error) { return nil, p.sync() })
 	handle(m, "upgrade", func(_ context.Context, r UpgradeRequest) (any, error) { return p.upgrade(r) })
 	handle(m, "shutdown", func(context.Context, struct{}) (any, error) { p.stop(); return nil, nil })
@@ -154,6 +158,8 @@ func mapError(err error) error {
 		{cbt.ErrCorrupt, wire.KindCorrupt},
 		{cbt.ErrFeature, wire.KindVersion},
 		{cbt.ErrMismatch, wire.KindConflict},
+		{standby.ErrEnded, wire.KindRefused},
+		{points.ErrNoSpace, wire.KindNoSpace},
 		{block.ErrLocked, wire.KindConflict},
 		{block.ErrRange, wire.KindInvalid},
 		{context.DeadlineExceeded, wire.KindUnavailable},

@@ -138,6 +138,27 @@ func (p *Plane) commitOverlay() error {
 	return nil
 }
 
+// history says what the commit will end.
+func (p *Plane) history() (HistoryReply, error) {
+	if p.over == nil {
+		return HistoryReply{}, standby.ErrEnded
+	}
+	h, err := p.over.disks.History()
+	return HistoryReply(h), err
+}
+
+// keepPoints copies the recovery points for as long as somebody waits for it.
+func (p *Plane) keepPoints(ctx context.Context, r KeepRequest) (KeepReply, error) {
+	if p.over == nil {
+		return KeepReply{}, standby.ErrEnded
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(p.over.ctx, cancel)() // the disks are being closed
+	c, err := p.over.disks.KeepPoints(ctx, r.Dir)
+	return KeepReply(c), err
+}
+
 func (p *Plane) overlayStatus() *OverlayStatus {
 	if p.over == nil {
 		return nil

@@ -3,6 +3,7 @@ package points
 import (
 	"io"
 	"log/slog"
+	"math"
 	"time"
 
 	"kvmreplica/internal/block"
@@ -63,6 +64,12 @@ type Policy struct {
 	// every point of the last hour, hourly ones for 24 hours. Empty and not nil:
 	// no points, and no undo but for what is pinned or viewed.
 	Grid []Row
+}
+
+// KeepAll makes points as the default policy does and drops none: for whoever
+// applies what is left without being the one who decides what is kept.
+func KeepAll() Policy {
+	return Policy{Max: math.MaxInt32, Grid: []Row{{For: maxPolicyFor}}}
 }
 
 // Row keeps one point per Every (0: all of them) for the time For.

@@ -136,6 +136,11 @@ func (s *Store) filesIn(name string) ([]string, error) {
 	return found, nil
 }
 
+// cloner is an image that may share its blocks; *block.File is one.
+type cloner interface {
+	Clone(dst *os.File) error
+}
+
 // copyImage copies one image, or shares it.
 func copyImage(ctx context.Context, path string, src block.Device, c *Copied) error {
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
@@ -143,7 +148,7 @@ func copyImage(ctx context.Context, path string, src block.Device, c *Copied) er
 		return err
 	}
 	err = block.ErrNoClone
-	if img, ok := src.(*block.File); ok {
+	if img, ok := src.(cloner); ok {
 		err = img.Clone(f)
 	}
 	if errors.Is(err, block.ErrNoClone) {

@@ -17,6 +17,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"sync"
 	"sync/atomic"
 
@@ -40,9 +41,11 @@ type Standby struct {
 	cfg  Config
 	over *overlay.Durable
 
-	flat  sync.Mutex    // held by whoever commits, flattens or closes
+	flat  sync.RWMutex  // held by whoever commits, flattens or closes; shared by who looks at the store
 	store *points.Store // nil once the images hold the state; guarded by flat
 	view  *points.View  // guarded by flat
+
+	copying sync.Mutex // held by KeepPoints
 
 	moved atomic.Int64 // bytes written into the images
 }
@@ -79,6 +82,7 @@ func Open(cfg Config) (_ *Standby, err error) {
 // the state.
 func (s *Standby) openStore(h overlay.Head) error {
 	c := s.cfg.Store
+	c.Policy = points.KeepAll() // what is kept was decided before, and may be kept still
 	c.Bases = func(disk string, size int64) (block.Device, error) {
 		dev, err := s.cfg.Image(disk)
 		if err == nil && dev.Size() < size {
@@ -124,6 +128,14 @@ func (b borrowed) Size() int64 { return b.dev.Size() }
 // Close implements block.Device; the image stays open.
 func (b borrowed) Close() error { return nil }
 
+// Clone lets a copy share the image's blocks, where the image can.
+func (b borrowed) Clone(dst *os.File) error {
+	if c, ok := b.dev.(interface{ Clone(dst *os.File) error }); ok {
+		return c.Clone(dst)
+	}
+	return block.ErrNoClone
+}
+
 // Disk is a disk as the guest sees it, nil if there is none.
 func (s *Standby) Disk(name string) block.Device {
 	d := s.over.Disk(name)
@@ -144,6 +156,67 @@ type Status struct {
 // Status is a snapshot.
 func (s *Standby) Status() Status {
 	return Status{Head: s.over.Head(), Phase: s.over.Phase(), Bytes: s.over.Bytes(), Moved: s.moved.Load()}
+}
+
+// ErrEnded: the recovery points have ended; the promotion stays.
+var ErrEnded = errors.New("the recovery points have ended")
+
+// History is what Commit will end.
+type History struct {
+	Points, Pinned int
+	// Since is the time of the oldest, as people are shown it; "" without one.
+	Since string
+	// Undo is what the points take in bytes, Spool what is committed and not in
+	// the images yet, as it was received (compressed).
+	Undo, Spool int64
+}
+
+// History looks at the recovery points; ErrEnded when there are none any more.
+func (s *Standby) History() (History, error) {
+	s.flat.RLock()
+	defer s.flat.RUnlock()
+	if s.store == nil || s.over.Phase() != overlay.Running {
+		return History{}, ErrEnded
+	}
+	st := s.store.Status()
+	h := History{Undo: st.Undo, Spool: st.Spool}
+	for _, p := range s.store.Points() {
+		if h.Points++; h.Since == "" {
+			h.Since = p.TimeText()
+		}
+		if p.Pinned {
+			h.Pinned++
+		}
+	}
+	return h, nil
+}
+
+// KeepPoints applies what is left and copies the store, images and all, into
+// dir, which must not exist: see points.Store.CopyTo. The guest goes on. It
+// waits for an earlier call; with an empty dir it does only that. ErrEnded after
+// Commit; when ctx ends the half copy is removed.
+func (s *Standby) KeepPoints(ctx context.Context, dir string) (points.Copied, error) {
+	s.copying.Lock()
+	defer s.copying.Unlock()
+	if dir == "" {
+		return points.Copied{}, nil
+	}
+	s.flat.RLock()
+	defer s.flat.RUnlock()
+	if s.store == nil || s.over.Phase() != overlay.Running {
+		return points.Copied{}, ErrEnded
+	}
+	if err := ctx.Err(); err != nil {
+		return points.Copied{}, fmt.Errorf("keep the recovery points: %w", err)
+	}
+	if err := s.store.ApplyAll(ctx); err != nil {
+		return points.Copied{}, fmt.Errorf("keep the recovery points: %w", err)
+	}
+	c, err := s.store.CopyTo(ctx, dir)
+	if err != nil {
+		return points.Copied{}, fmt.Errorf("keep the recovery points: %w", err)
+	}
+	return c, nil
 }
 
 // Commit makes it durable that the promotion stays, and which blocks of the

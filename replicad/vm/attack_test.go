@@ -26,7 +26,7 @@ func unplanned(force bool) func(ctx context.Context, _ *Manager, v *VM) error {
 }
 
 func reverse(ctx context.Context, _ *Manager, v *VM) error {
-	return v.Reverse(ctx, fmt.Sprintf("reverse-%d", time.Now().UnixNano()), nil)
+	return v.Reverse(ctx, CommitOptions{Request: fmt.Sprintf("reverse-%d", time.Now().UnixNano())}, nil)
 }
 
 func (s *side) refuseWrites(f func(name string) error) {

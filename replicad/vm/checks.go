@@ -140,7 +140,9 @@ func (m *Manager) checkTakeover(c *checklist, q wire.CheckRequest) {
 		c.add("Replica", wire.OK, "", "complete at %v", st.Committed)
 	}
 	if err == nil {
-		v.checkHistory(c, q.KeepPoints, st.Status)
+		if h, err := v.storeHistory(); err == nil { // it was open just now
+			v.checkHistory(c, q.KeepPoints, h)
+		}
 	}
 }
 

@@ -46,9 +46,46 @@ func (v *VM) historyDir(request string) (string, error) {
 	return filepath.Join(dir, string(v.id)+".points-"+fileWord(request)), nil
 }
 
+// heldPoints are the recovery points that a promotion, or its commit, would end.
+type heldPoints struct {
+	points, pinned int
+	since          string
+	// undo and spool are bytes; what lies in the spool is still to be applied.
+	undo, spool int64
+	// end is what ends the points, in words; while is what goes on during a copy.
+	end, while string
+}
+
+// text says how many there are.
+func (h heldPoints) text() string {
+	if h.since == "" {
+		return fmt.Sprintf("%d recovery points", h.points)
+	}
+	return fmt.Sprintf("%d recovery points since %s (%d pinned)", h.points, h.since, h.pinned)
+}
+
+// storeHistory is the history of the open store.
+func (v *VM) storeHistory() (heldPoints, error) {
+	s, err := v.store()
+	if err != nil {
+		return heldPoints{}, err
+	}
+	st := s.Status()
+	h := heldPoints{undo: st.Undo, spool: st.Spool, end: "the failover", while: "while the guest is off"}
+	for _, p := range s.Points() {
+		if h.points++; h.since == "" {
+			h.since = p.TimeText()
+		}
+		if p.Pinned {
+			h.pinned++
+		}
+	}
+	return h, nil
+}
+
 // historyCost says what keeping the points would take: room, and whether blocks
 // can be shared instead.
-func (v *VM) historyCost(st points.Status) (dir string, need, free int64, shared bool, err error) {
+func (v *VM) historyCost(h heldPoints) (dir string, need, free int64, shared bool, err error) {
 	if dir, err = v.historyDir(""); err != nil {
 		return
 	}
@@ -67,7 +104,8 @@ func (v *VM) historyCost(st points.Status) (dir string, need, free int64, shared
 		}
 		need += n
 	}
-	need += st.Undo
+	// What is not applied yet grows the undo, its copy and the image.
+	need += h.undo + 3*h.spool
 	free, err = overlay.FreeBytes(dir)
 	return
 }
@@ -92,26 +130,19 @@ func canShare(file, dir string) bool {
 const historyRate = 200 << 20
 
 // checkHistory says what becomes of the recovery points.
-func (v *VM) checkHistory(c *checklist, keep bool, st points.Status) {
-	if st.Points == 0 {
-		return
-	}
-	what, pinned := fmt.Sprintf("%d recovery points", st.Points), 0
-	if s, err := v.store(); err == nil {
-		if list := s.Points(); len(list) > 0 {
-			for _, p := range list {
-				if p.Pinned {
-					pinned++
-				}
-			}
-			what = fmt.Sprintf("%d recovery points since %s (%d pinned)", len(list), list[0].TimeText(), pinned)
+func (v *VM) checkHistory(c *checklist, keep bool, h heldPoints) {
+	if h.points == 0 {
+		if keep {
+			c.add("Recovery points", wire.OK, "", "there are none to keep")
 		}
-	}
-	if !keep {
-		c.add("Recovery points", wire.Warning, "to keep them as files there: --keep-points", "%s END with the failover; %s takes new ones from then on", what, v.mgr.peerName(v.record().Peer))
 		return
 	}
-	dir, need, free, shared, err := v.historyCost(st)
+	what := h.text()
+	if !keep {
+		c.add("Recovery points", wire.Warning, "to keep them as files there: --keep-points", "%s END with %s; %s takes new ones once it is the replica", what, h.end, v.mgr.peerName(v.record().Peer))
+		return
+	}
+	dir, need, free, shared, err := v.historyCost(h)
 	reserve := v.limits().Reserve
 	switch {
 	case err != nil:
@@ -123,7 +154,7 @@ func (v *VM) checkHistory(c *checklist, keep bool, st points.Status) {
 		c.add("Recovery points", wire.OK, "", "%s are kept in %s, sharing the images' blocks: %d bytes are copied", what, dir, need)
 	default:
 		took := time.Duration(need/historyRate+1) * time.Second
-		c.add("Recovery points", wire.Warning, "a file system with shared blocks (XFS, btrfs) keeps them at once", "%s are kept in %s; %d bytes are copied while the guest is off, about %s", what, dir, need, took)
+		c.add("Recovery points", wire.Warning, "a file system with shared blocks (XFS, btrfs) keeps them at once", "%s are kept in %s; %d bytes are copied %s, about %s", what, dir, need, h.while, took)
 	}
 }
 
@@ -134,10 +165,19 @@ func (v *VM) keepHistory(ctx context.Context, request string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if _, need, free, _, err := v.historyCost(s.Status()); err != nil {
+	h, err := v.storeHistory()
+	if err != nil {
 		return "", err
-	} else if free-need < v.limits().Reserve {
-		return "", &wire.Error{Kind: wire.KindNoSpace, Text: fmt.Sprintf("keeping the recovery points needs %d bytes, %d are free", need, free), Hint: "free space there, or leave --keep-points out"}
+	}
+	return v.keepAs(ctx, request, h, s.CopyTo)
+}
+
+// keepAs has copyTo, whoever holds the store, make the copy.
+func (v *VM) keepAs(ctx context.Context, request string, h heldPoints, copyTo func(ctx context.Context, dir string) (points.Copied, error)) (string, error) {
+	if _, need, free, _, err := v.historyCost(h); err != nil {
+		return "", err
+	} else if reserve := v.limits().Reserve; free-need < reserve {
+		return "", &wire.Error{Kind: wire.KindNoSpace, Text: fmt.Sprintf("keeping the recovery points needs %d bytes, %d are free, %d of them must stay so", need, free, reserve), Hint: "free space there, or leave --keep-points out"}
 	}
 	dir, err := v.historyDir(request)
 	if err != nil {
@@ -146,7 +186,7 @@ func (v *VM) keepHistory(ctx context.Context, request string) (string, error) {
 	if err := v.dropHistory(request); err != nil {
 		return "", err
 	}
-	c, err := s.CopyTo(ctx, dir)
+	c, err := copyTo(ctx, dir)
 	if err != nil {
 		return "", fmt.Errorf("keep the recovery points: %w", err)
 	}

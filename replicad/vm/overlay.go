@@ -36,6 +36,8 @@ type Overlay struct {
 	// Deadline, if set, is when Then (commit or cancel) is done by itself.
 	Deadline time.Time `json:"deadline,omitzero"`
 	Then     string    `json:"then,omitempty"`
+	// KeepPoints: the commit, however it comes, copies the recovery points first.
+	KeepPoints bool `json:"keep_points,omitempty"`
 }
 
 // What is done when the time of trial is over.
@@ -99,7 +101,7 @@ func (v *VM) trial(o UnplannedOptions, l Loss) (*Overlay, error) {
 		}
 		return nil, nil
 	}
-	t := &Overlay{At: l.At, Cut: l.Cut, Newest: l.Newest, Points: l.Points}
+	t := &Overlay{At: l.At, Cut: l.Cut, Newest: l.Newest, Points: l.Points, KeepPoints: o.KeepPoints}
 	if o.Within <= 0 {
 		return t, nil
 	}

@@ -101,9 +101,9 @@ func (v *VM) stepsOf(r *failover.Runner) ([]failover.Step, error) {
 	case failover.Disable:
 		return steps(j.Vars, &disableVars{}, v.disableSteps)
 	case failover.Reverse:
-		return v.reverseSteps(r), nil
+		return steps(j.Vars, &commitVars{}, func(p *commitVars) []failover.Step { return v.reverseSteps(r, p) })
 	case failover.Commit:
-		return v.commitSteps(), nil
+		return steps(j.Vars, &commitVars{}, func(p *commitVars) []failover.Step { return v.commitSteps(p, j.Request) })
 	case failover.Cancel:
 		return steps(j.Vars, &cancelVars{}, v.cancelSteps)
 	}

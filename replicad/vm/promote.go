@@ -331,6 +331,9 @@ type UnplannedOptions struct {
 	// InPlace changes the images at once: the failover cannot be cancelled and
 	// all recovery points end.
 	InPlace bool
+	// KeepPoints has the recovery points copied before they end: now if InPlace,
+	// else by the commit, however that comes.
+	KeepPoints bool
 	// Unfenced goes on although the fencing command failed.
 	Unfenced bool
 	// Within, if not zero, ends the time of trial: then Then is done.
@@ -445,6 +448,7 @@ func (v *VM) Unplanned(ctx context.Context, o UnplannedOptions, event func(failo
 	if vars.Overlay, err = v.trial(o, loss); err != nil {
 		return err
 	}
+	vars.KeepPoints = o.KeepPoints && vars.Overlay == nil && v.hasPoints()
 	return v.execute(ctx, failover.Unplanned, o.Request, vars, event)
 }
 

@@ -18,8 +18,9 @@ import (
 )
 
 // Reverse replicates a promoted VM back to the old primary, which gives up
-// what it wrote by itself. It must be called on the new primary.
-func (v *VM) Reverse(ctx context.Context, request string, event func(failover.Event)) error {
+// what it wrote by itself. It must be called on the new primary. A failover that
+// is on trial is committed first, as o says.
+func (v *VM) Reverse(ctx context.Context, o CommitOptions, event func(failover.Event)) error {
 	unlock, err := v.lock()
 	if err != nil {
 		return err
@@ -30,14 +31,14 @@ func (v *VM) Reverse(ctx context.Context, request string, event func(failover.Ev
 		return &wire.Error{Kind: wire.KindRefused, Text: "this host is not the primary of the VM", Hint: "run the command on the host whose data is to be kept"}
 	}
 	if r.Overlay != nil && !r.Overlay.Committed && r.Lineage.Diverged == nil {
-		if err := v.commitLocked(ctx, request, event); err != nil {
+		if err := v.commitLocked(ctx, o, event); err != nil {
 			return err
 		}
 	}
-	return v.execute(ctx, failover.Reverse, request, struct{}{}, event)
+	return v.execute(ctx, failover.Reverse, o.Request, &commitVars{KeepPoints: v.keepsPoints(o.KeepPoints)}, event)
 }
 
-func (v *VM) reverseSteps(r *failover.Runner) []failover.Step {
+func (v *VM) reverseSteps(r *failover.Runner, p *commitVars) []failover.Step {
 	return []failover.Step{
 		{Name: "keep", Title: "Decide for this host's data", Do: func(context.Context) (string, error) {
 			// What an earlier return marked counts no more.
@@ -53,12 +54,12 @@ func (v *VM) reverseSteps(r *failover.Runner) []failover.Step {
 			if o := v.record().Overlay; o == nil {
 				return "", nil
 			}
-			for _, s := range v.commitSteps() { // it was diverged until now, or it is so already
-				if _, err := s.Do(ctx); err != nil {
-					return "", err
-				}
+			return "", v.finish(ctx, p, r.Journal().Request) // it was diverged until now, or it is so already
+		}, Undo: func(ctx context.Context) error {
+			if !p.KeepPoints {
+				return nil
 			}
-			return "", nil
+			return v.dropTrialHistory(ctx, r.Journal().Request)
 		}},
 		{Name: "release", Title: "Turn the old primary into a replica", Commit: true, Do: func(ctx context.Context) (string, error) {
 			return v.askRelease(ctx, r.Journal().Request)

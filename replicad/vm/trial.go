@@ -13,18 +13,26 @@ import (
 	"kvmreplica/replicad/wire"
 )
 
+// CommitOptions are a person's choices.
+type CommitOptions struct {
+	// KeepPoints has the recovery points copied before they end; so does a
+	// failover that was begun with it.
+	KeepPoints bool
+	Request    string
+}
+
 // Commit makes an unplanned failover final: the recovery points end, the images
 // are brought to what the guest wrote while it goes on.
-func (v *VM) Commit(ctx context.Context, request string, event func(failover.Event)) error {
+func (v *VM) Commit(ctx context.Context, o CommitOptions, event func(failover.Event)) error {
 	unlock, err := v.lock()
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	return v.commitLocked(ctx, request, event)
+	return v.commitLocked(ctx, o, event)
 }
 
-func (v *VM) commitLocked(ctx context.Context, request string, event func(failover.Event)) error {
+func (v *VM) commitLocked(ctx context.Context, o CommitOptions, event func(failover.Event)) error {
 	r := v.record()
 	switch {
 	case r.Lineage.State != lineage.Promoted && r.Overlay == nil:
@@ -33,13 +41,31 @@ func (v *VM) commitLocked(ctx context.Context, request string, event func(failov
 		return &wire.Error{Kind: wire.KindRefused, Text: "the failover is committed already", Hint: "replicactl vm status " + r.Name}
 	case r.Lineage.Diverged != nil:
 		return &wire.Error{Kind: wire.KindRefused, Text: "the two copies have diverged: " + r.Lineage.Diverged.Reason, Hint: fmt.Sprintf("replicactl failover cancel %s to give this host's side up, or replicactl failover reverse %s to keep it", r.Name, r.Name)}
+	case o.KeepPoints && (r.Overlay == nil || v.finalOffline()):
+		return pointsEnded(r.Name)
 	}
-	return v.execute(ctx, failover.Commit, request, struct{}{}, event)
+	return v.execute(ctx, failover.Commit, o.Request, &commitVars{KeepPoints: v.keepsPoints(o.KeepPoints)}, event)
 }
 
-func (v *VM) commitSteps() []failover.Step {
-	return []failover.Step{
-		{Name: "role", Title: "Make the failover final", Commit: true, Do: func(context.Context) (string, error) {
+func pointsEnded(name string) error {
+	return &wire.Error{Kind: wire.KindRefused, Text: "there are no recovery points to keep: they ended with the failover", Hint: "leave --keep-points out: replicactl failover commit " + name}
+}
+
+// commitVars is what a commit needs after a restart.
+type commitVars struct {
+	KeepPoints bool `json:",omitempty"`
+}
+
+func (v *VM) commitSteps(p *commitVars, request string) []failover.Step {
+	var steps []failover.Step
+	if p.KeepPoints {
+		steps = append(steps, failover.Step{
+			Name: "keep", Title: "Keep the recovery points", Do: func(ctx context.Context) (string, error) { return v.keepTrial(ctx, request) },
+			Undo: func(ctx context.Context) error { return v.dropTrialHistory(ctx, request) },
+		})
+	}
+	return append(steps,
+		failover.Step{Name: "role", Title: "Make the failover final", Commit: true, Do: func(context.Context) (string, error) {
 			keep := func(r *Record) {
 				if r.Overlay != nil {
 					o := *r.Overlay
@@ -52,8 +78,22 @@ func (v *VM) commitSteps() []failover.Step {
 			}
 			return "", v.update(func(r *Record) error { keep(r); return nil })
 		}},
-		{Name: "seal", Title: "End the recovery points", Do: v.sealUnderGuest},
+		failover.Step{Name: "seal", Title: "End the recovery points", Do: v.sealUnderGuest},
+	)
+}
+
+// finish does the steps of a commit within another plan, which takes back what
+// was kept when it fails.
+func (v *VM) finish(ctx context.Context, p *commitVars, request string) error {
+	if o := v.record().Overlay; o.Committed {
+		p = &commitVars{} // copied before, and ended
 	}
+	for _, s := range v.commitSteps(p, request) {
+		if _, err := s.Do(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // sealUnderGuest tells the data plane, which does the rest by itself.
@@ -249,12 +289,12 @@ func (v *VM) tendTrial(ctx context.Context) {
 		defer unlock()
 		_, err = v.finishOverlay(ctx)
 	case v.phaseOfPlane(ctx) > overlay.Running:
-		err = v.Commit(ctx, "replicafsck-"+now.UTC().Format(time.RFC3339), nil)
+		err = v.Commit(ctx, CommitOptions{Request: "replicafsck-" + now.UTC().Format(time.RFC3339)}, nil)
 	case o.Deadline.IsZero() || now.Before(o.Deadline):
 	case o.Then == thenCancel:
 		err = v.Cancel(ctx, "timer-"+o.Deadline.UTC().Format(time.RFC3339), nil)
 	default:
-		err = v.Commit(ctx, "timer-"+o.Deadline.UTC().Format(time.RFC3339), nil)
+		err = v.Commit(ctx, CommitOptions{Request: "timer-" + o.Deadline.UTC().Format(time.RFC3339)}, nil)
 	}
 	if err != nil && !busy(err) && ctx.Err() == nil {
 		v.log.Warn("end the failover's trial", "err", err)

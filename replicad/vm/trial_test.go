@@ -63,7 +63,9 @@ func failoverTo(point string, o UnplannedOptions) func(ctx context.Context, _ *M
 	}
 }
 
-func commit(ctx context.Context, _ *Manager, v *VM) error { return v.Commit(ctx, "commit", nil) }
+func commit(ctx context.Context, _ *Manager, v *VM) error {
+	return v.Commit(ctx, CommitOptions{Request: "commit"}, nil)
+}
 func cancel(ctx context.Context, _ *Manager, v *VM) error { return v.Cancel(ctx, "cancel", nil) }
 
 func nameOf(p delta.Pos) string { return fmt.Sprintf("%v/%d", p.Generation, p.Epoch) }
