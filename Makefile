@@ -120,8 +120,8 @@ sweep: ## every case of every sweep and the whole model, with counts (hours); FU
 	  | grep -E --line-buffered 'cases|damages|truncations|points|states|violation|SWEEP|^(ok|FAIL|panic)|--- FAIL'
 
 .PHONY: mutants
-mutants: ## plant seeded bugs one by one; shows what catches each, fails if one survives (RUN=regexp)
-	go run ./integration/mutants -run '$(RUN)'
+mutants: ## plant seeded bugs one by one; shows what catches each, fails if one survives (RUN=regexp, UNTRIED=1); adds to mutants.jsonl in CAMPAIGN
+	go run ./integration/mutants -run '$(RUN)' $(if $(UNTRIED),-untried) -campaign $(abspath $(CAMPAIGN))/mutants.jsonl
 
 .PHONY: histories
 histories: ## N=200 random failover histories of two managers over real data planes and stores (SEED=k plays one again)

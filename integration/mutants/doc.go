@@ -13,6 +13,9 @@
 //	go run ./integration/mutants -check     do all of them apply and compile?
 //	go run ./integration/mutants -by sim    what the simulation alone finds
 //
+// With -campaign FILE the verdicts of all runs add up; -untried then leaves out
+// what is known to be caught by a test other than by its time limit.
+//
 // The format of patches/*.txt, line by line:
 //
 //	# name: what is wrong, and the rule it breaks

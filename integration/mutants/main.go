@@ -30,18 +30,33 @@ func run(ctx context.Context) error {
 	pattern := flag.String("run", "", "only mutants whose name matches")
 	check := flag.Bool("check", false, "only see whether every mutant applies and compiles")
 	by := flag.String("by", "", "what to look with: empty = the mutant's own packages, sim = the simulation")
+	file := flag.String("campaign", "", "file that keeps what became of each mutant, one JSON line per run")
+	untried := flag.Bool("untried", false, "only those of which the campaign does not say that a test catches them")
 	limit := flag.Duration("timeout", 20*time.Minute, "for a run of one mutant's tests")
 	flag.Parse()
 	root, err := moduleRoot()
 	if err != nil {
 		return err
 	}
-	all, err := All()
+	every, err := All()
 	if err != nil {
 		return err
 	}
-	if all, err = chosen(all, *pattern); err != nil {
+	known, err := openLedger(*file)
+	if err != nil {
 		return err
+	}
+	defer func() {
+		if *file != "" {
+			fmt.Println(known.totals(every))
+		}
+	}()
+	all, err := chosen(slices.Clone(every), *pattern)
+	if err != nil {
+		return err
+	}
+	if *untried {
+		all = known.untried(all)
 	}
 	w := &workshop{root: root, limit: *limit}
 	if w.dir, err = os.MkdirTemp("", "mutants"); err != nil {
@@ -53,7 +68,7 @@ func run(ctx context.Context) error {
 		fmt.Printf("%d mutants apply; compiled in %d rounds\n", len(all), n)
 		return err
 	}
-	return w.hunt(ctx, all, *by)
+	return w.hunt(ctx, all, *by, known)
 }
 
 // workshop builds and tests changed sources.
@@ -63,12 +78,15 @@ type workshop struct {
 }
 
 // hunt tests every mutant and prints a line for each.
-func (w *workshop) hunt(ctx context.Context, all []Mutant, by string) error {
+func (w *workshop) hunt(ctx context.Context, all []Mutant, by string, known *ledger) error {
 	var alive []string
 	for i, m := range all {
 		began := time.Now()
 		found, err := w.test(ctx, &m, by)
 		if err != nil {
+			return err
+		}
+		if err := known.add(&m, found, time.Since(began)); err != nil {
 			return err
 		}
 		if found == "" {
@@ -150,10 +168,13 @@ func (w *workshop) build(ctx context.Context, m *Mutant, overlay, p string) (str
 	return at, nil
 }
 
+// hangs marks a failure that was only the time limit.
+const hangs = " (hangs)"
+
 // firstFailure names what went wrong in the output of go test.
 func firstFailure(out string) string {
 	if x := regexp.MustCompile(`panic: test timed out[^\n]*\n(?:[^\n]*\n)?\s*(Test\w+)`).FindStringSubmatch(out); x != nil {
-		return x[1] + " (hangs)"
+		return x[1] + hangs
 	}
 	all := regexp.MustCompile(`(?m)^\s*--- FAIL: (\S+)`).FindAllStringSubmatch(out, -1)
 	if len(all) > 0 {
