@@ -36,6 +36,9 @@ type Options struct {
 	Via map[string]string
 	// Config is added to both hosts' replicad.toml, before its tables.
 	Config string
+	// Tools are further programs of this machine in the guest: where to put
+	// each, and its name in PATH.
+	Tools map[string]string
 }
 
 // Estate is two paired hosts.
@@ -53,7 +56,7 @@ func Up(ctx context.Context, dir string, o Options) (*Estate, error) {
 	if err != nil {
 		return nil, err
 	}
-	files, err := guest.Build(ctx)
+	files, err := guest.BuildWith(ctx, o.Tools)
 	if err != nil {
 		return nil, fmt.Errorf("build the guest: %w", err)
 	}

@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -35,7 +36,11 @@ func modules() []string {
 }
 
 // Build makes the guest's files, or finds them in the cache.
-func Build(ctx context.Context) (Files, error) {
+func Build(ctx context.Context) (Files, error) { return BuildWith(ctx, nil) }
+
+// BuildWith is Build with further programs of this machine, with their
+// libraries, in the initramfs: where to put each, and its name in PATH.
+func BuildWith(ctx context.Context, tools map[string]string) (Files, error) {
 	cache, err := lab.CacheDir()
 	if err != nil {
 		return Files{}, err
@@ -53,7 +58,7 @@ func Build(ctx context.Context) (Files, error) {
 	if err := lab.Build(ctx, initBin, "./integration/lab/guest/labinit"); err != nil {
 		return Files{}, err
 	}
-	archive, err := initramfs(k, initBin)
+	archive, err := initramfs(k, initBin, tools)
 	if err != nil {
 		return Files{}, fmt.Errorf("guest initramfs: %w", err)
 	}
@@ -62,7 +67,11 @@ func Build(ctx context.Context) (Files, error) {
 		return Files{}, err
 	}
 	f := Files{Kernel: k.image}
-	if f.Initramfs, err = keep(cache, "initramfs-", archive, 0o644); err != nil {
+	prefix := "initramfs-"
+	if len(tools) > 0 {
+		prefix = "with-initramfs-" // neither kind removes the other
+	}
+	if f.Initramfs, err = keep(cache, prefix, archive, 0o644); err != nil {
 		return Files{}, err
 	}
 	f.Init, err = keep(cache, "init-", program, 0o755)
@@ -70,10 +79,10 @@ func Build(ctx context.Context) (Files, error) {
 }
 
 // initramfs gathers everything the guest runs.
-func initramfs(k kernel, initBin string) ([]byte, error) {
+func initramfs(k kernel, initBin string, tools map[string]string) ([]byte, error) {
 	t := newTree()
 	t.file("/init", initBin, 0o755)
-	if err := t.userland(); err != nil {
+	if err := errors.Join(t.userland(), t.programs(tools)); err != nil {
 		return nil, err
 	}
 	order, err := k.order(modules())

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"os/exec"
 	"path/filepath"
 	"slices"
 
@@ -75,12 +74,8 @@ func (r Recipe) fill(ctx context.Context, t *tree, k kernel, cache string) error
 		}
 		t.file(at, bin, 0o755)
 	}
-	for at, name := range r.Tools {
-		from, err := exec.LookPath(name)
-		if err != nil {
-			return fmt.Errorf("%s is not on this machine (run: make deps)", name)
-		}
-		t.program(at, from)
+	if err := t.programs(r.Tools); err != nil {
+		return err
 	}
 	var all []string
 	for _, m := range r.Modules {

@@ -71,6 +71,18 @@ func (t *tree) program(at, from string) {
 	}
 }
 
+// programs adds programs that are looked up in PATH, each where its key says.
+func (t *tree) programs(tools map[string]string) error {
+	for at, name := range tools {
+		from, err := exec.LookPath(name)
+		if err != nil {
+			return fmt.Errorf("%s is not on this machine (run: make deps)", name)
+		}
+		t.program(at, from)
+	}
+	return errors.Join(t.errs...)
+}
+
 // libraries adds the interpreter and, recursively, the shared objects of an
 // ELF file, at the paths where the dynamic linker looks for them.
 func (t *tree) libraries(file string) error {

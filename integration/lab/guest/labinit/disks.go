@@ -125,6 +125,7 @@ func (g *guest) verify() (record.Verdict, error) {
 		logs = append(logs, f)
 	}
 	g.verifyLoad()
+	g.verifyDatabase()
 	return record.Verify(logs)
 }
 

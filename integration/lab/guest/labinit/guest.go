@@ -38,6 +38,7 @@ type knobs struct {
 	fsck, agent        bool
 	net, root          bool
 	load, loadSize     int64 // bytes a second, bytes
+	sql                bool
 	mount              string
 	dev                string // prefix of the disks' names
 }
@@ -76,6 +77,7 @@ func readKnobs() knobs {
 		root:     m["lab.root"] == "1",
 		load:     num("lab.load", 0) << 10,
 		loadSize: num("lab.loadsize", 16) << 20,
+		sql:      m["lab.sql"] == "1",
 		mount:    m["lab.mount"],
 		dev:      dev,
 	}

@@ -106,3 +106,21 @@ func TestOnlyThePressOfThePowerKeyCounts(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+func TestDatabaseVerdictIsGoodOnlyWhenNothingIsMissing(t *testing.T) {
+	for out, want := range map[string]string{
+		"ok\n50|5000\n17|17\n":                     "ok=true highest=17",
+		"ok\n50|5000\n0|0\n":                       "ok=true highest=0",
+		"ok\n50|4999\n17|17\n":                     "ok=false ok 50|4999 17|17",
+		"ok\n49|5000\n17|17\n":                     "ok=false ok 49|5000 17|17",
+		"ok\n50|5000\n16|17\n":                     "ok=false ok 50|5000 16|17",
+		"row 3 missing from index\n50|5000\n1|1":   "ok=false row 3 missing from index 50|5000 1|1",
+		"ok\n50|5000\n":                            "ok=false ok 50|5000",
+		"ok\nno such table: account\n":             "ok=false ok no such table: account",
+		"*** in database main ***\n\n50|5000\n1|1": "ok=false *** in database main *** 50|5000 1|1",
+	} {
+		if got := databaseVerdict(out); got != want {
+			t.Errorf("%q: %q, want %q", out, got, want)
+		}
+	}
+}

@@ -17,8 +17,9 @@ func (g *guest) write(v record.Verdict) {
 			return
 		}
 	}
-	stopLoad := g.startLoad(boot)
+	stopLoad, stopDatabase := g.startLoad(boot), g.startDatabase()
 	n := g.appendAll(v.Highest, boot)
+	stopDatabase()
 	stopLoad()
 	g.say("LAST n=%d powerkey=%v", n, g.pressed())
 	for _, d := range g.disks {
