@@ -101,6 +101,7 @@ func (c Config) NBDSocket() string { return filepath.Join(c.RunDir, "nbd.sock") 
 func (c Config) ControlSocket() string { return filepath.Join(c.RunDir, "control.sock") }
 
 func (c Config) configFile() string  { return filepath.Join(c.RunDir, "config.json") }
+func (c Config) launchFile() string  { return filepath.Join(c.RunDir, "launch.lock") }
 func (c Config) keeperPID() string   { return filepath.Join(c.RunDir, "keeper.pid") }
 func (c Config) planePID() string    { return filepath.Join(c.RunDir, "dataplane.pid") }
 func (c Config) logFile() string     { return filepath.Join(c.RunDir, "dataplane.log") }

@@ -64,6 +64,18 @@ func launch(ctx context.Context, cfg Config) error {
 	if err := os.Chmod(cfg.RunDir, 0o711); err != nil {
 		return err
 	}
+	// Begun is finished: a keeper that nobody waited for would come up after a
+	// Stop that did not see it, and hold the images for ever.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), launchTimeout)
+	defer cancel()
+	lock, err := lockLaunch(ctx, cfg)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	if pid, err := runningPID(cfg.keeperPID()); err != nil || pid != 0 {
+		return err // the launch that was waited for did it
+	}
 	if err := cfg.save(); err != nil {
 		return err
 	}
@@ -76,12 +88,9 @@ func launch(ctx context.Context, cfg Config) error {
 	if err != nil {
 		return err
 	}
-	// Begun is finished: a keeper that nobody waited for would come up after a
-	// Stop that did not see it, and hold the images for ever.
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), launchTimeout)
-	defer cancel()
 	args := append(append([]string(nil), cfg.Launcher...), bin, "keeper", "--detach", "--config", cfg.configFile())
 	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
+	passLaunch(cmd, lock)
 	cmd.Stdout, cmd.Stderr = out, out
 	cmd.Dir = "/"
 	return cmd.Run()
@@ -106,7 +115,12 @@ func Detach(configFile string) error {
 	if err != nil {
 		return err
 	}
+	lock := inheritedLaunch(cfg)
+	if lock != nil {
+		defer lock.Close()
+	}
 	cmd := exec.Command(bin, "keeper", "--config", configFile)
+	passLaunch(cmd, lock)
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
 	cmd.Dir = "/"
 	cmd.SysProcAttr = &unix.SysProcAttr{Setsid: true}
@@ -198,14 +212,16 @@ func readFailure(cfg Config) error {
 	return e
 }
 
-// Stop drains and ends the data plane and its keeper, and waits for that. It is
-// a no-op when neither runs.
+// Stop drains and ends the data plane and its keeper, and waits for that, also
+// for a keeper that somebody is just launching. It is a no-op when none runs.
 func Stop(ctx context.Context, cfg Config) error {
 	told := map[int]bool{}
 	for {
+		// In this order: a keeper has its lock before its launch ends.
+		coming, err0 := launching(cfg)
 		keeper, err1 := runningPID(cfg.keeperPID())
 		plane, err2 := runningPID(cfg.planePID())
-		if keeper == 0 && plane == 0 && err1 == nil && err2 == nil {
+		if !coming && keeper == 0 && plane == 0 && errors.Join(err0, err1, err2) == nil {
 			return nil
 		}
 		// The keeper passes it on; an orphan, or the one that took over from it
@@ -222,8 +238,8 @@ func Stop(ctx context.Context, cfg Config) error {
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("stop the data plane of %s (keeper %d, data plane %d; log: %s): %w",
-				cfg.Name, keeper, plane, cfg.logFile(), errors.Join(ctx.Err(), err1, err2))
+			return fmt.Errorf("stop the data plane of %s (keeper %d, data plane %d, another is being launched: %t; log: %s): %w",
+				cfg.Name, keeper, plane, coming, cfg.logFile(), errors.Join(ctx.Err(), err0, err1, err2))
 		case <-time.After(pollEvery):
 		}
 	}

@@ -38,7 +38,11 @@ func RunKeeper(ctx context.Context, configFile string) error {
 	if err != nil {
 		return err
 	}
+	launch := inheritedLaunch(cfg)
 	lock, err := lockPID(cfg.keeperPID())
+	if launch != nil {
+		_ = launch.Close() // the launch is over, one way or the other
+	}
 	if err != nil {
 		return fmt.Errorf("keeper of %s: %w", cfg.Name, err)
 	}

@@ -120,23 +120,14 @@ func (p *pidFile) write(pid int) error {
 
 func (p *pidFile) release() { _ = p.f.Close() }
 
-// runningPID returns the process that holds a pid file; 0 when none does. It
-// only looks: a lock taken to find out would make a starting process fail.
+// runningPID returns the process that holds a pid file; 0 when none does.
 func runningPID(path string) (int, error) {
-	f, err := os.Open(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return 0, nil
+	f, held, err := lockHeld(path)
+	if f != nil {
+		defer f.Close()
 	}
-	if err != nil {
+	if err != nil || !held {
 		return 0, err
-	}
-	defer f.Close()
-	lk := unix.Flock_t{Type: unix.F_WRLCK, Len: 1}
-	if err := unix.FcntlFlock(f.Fd(), unix.F_OFD_GETLK, &lk); err != nil {
-		return 0, fmt.Errorf("query lock of %s: %w", path, err)
-	}
-	if lk.Type == unix.F_UNLCK {
-		return 0, nil
 	}
 	var pid int
 	if _, err := fmt.Fscan(f, &pid); err != nil || pid <= 1 {

@@ -19,6 +19,14 @@ import (
 // testEnv tells keepers and data planes which process tests with them.
 const testEnv = "DATAPLANE_TEST_PROCESS"
 
+// holdEnv makes keepers wait; see Hold.
+const holdEnv = "DATAPLANE_TEST_HOLD"
+
+// Hold is an addition to the environment of a test binary that is run by this
+// one: its keepers wait, before they do anything, until somebody has written to
+// the pipe, and all its processes end with this one instead of that one.
+func Hold(pipe string) string { return fmt.Sprintf("%s=%d:%s", holdEnv, os.Getpid(), pipe) }
+
 // Main lets a test binary be the keeper and the data plane as well, so that
 // tests can kill real processes: call it from TestMain. They end with the test
 // process, also when that is killed.
@@ -48,7 +56,11 @@ func Main(m *testing.M) int {
 // endWithTest kills this process when the one that tests with it has ended. A
 // keeper has a session of its own, so nothing else would.
 func endWithTest() error {
-	pid, err := strconv.Atoi(os.Getenv(testEnv))
+	owner := os.Getenv(testEnv)
+	if pid, _, ok := strings.Cut(os.Getenv(holdEnv), ":"); ok {
+		owner = pid
+	}
+	pid, err := strconv.Atoi(owner)
 	if err != nil {
 		return fmt.Errorf("%s: %w", testEnv, err)
 	}
@@ -81,6 +93,11 @@ func verb(name string, args []string) error {
 		return dataplane.RunPlane(ctx, file)
 	case args[0] == "--detach":
 		return dataplane.Detach(file)
+	}
+	if _, pipe, ok := strings.Cut(os.Getenv(holdEnv), ":"); ok {
+		if _, err := os.ReadFile(pipe); err != nil {
+			return err
+		}
 	}
 	return dataplane.RunKeeper(ctx, file)
 }
