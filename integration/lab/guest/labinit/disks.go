@@ -47,6 +47,9 @@ func (g *guest) openDisks() error {
 		if err := g.openDisk(&d, i == 0 && g.knobs.root); err != nil {
 			return fmt.Errorf("%s: %w", d.dev, err)
 		}
+		if err := g.plant(i, d.dev); err != nil {
+			return fmt.Errorf("plant a header on %s: %w", d.dev, err)
+		}
 		g.disks = append(g.disks, d)
 	}
 	return nil

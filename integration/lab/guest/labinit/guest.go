@@ -39,6 +39,7 @@ type knobs struct {
 	net, root          bool
 	load, loadSize     int64 // bytes a second, bytes
 	sql                bool
+	header             string // a file of the host
 	mount              string
 	dev                string // prefix of the disks' names
 }
@@ -78,6 +79,7 @@ func readKnobs() knobs {
 		load:     num("lab.load", 0) << 10,
 		loadSize: num("lab.loadsize", 16) << 20,
 		sql:      m["lab.sql"] == "1",
+		header:   m["lab.header"],
 		mount:    m["lab.mount"],
 		dev:      dev,
 	}

@@ -18,6 +18,8 @@
 //	lab.net=1                   ask for an address by DHCP on eth0
 //	lab.load=KIB                random writes in the background, KiB a second
 //	lab.loadsize=MIB            size of the file they go to, per disk (16)
+//	lab.header=PATH             write image headers that refer to a file of the host
+//	                            to the start of every disk
 //	lab.sql=1                   commit to a SQLite database on the first disk as fast
 //	                            as it goes; needs an initramfs with sqlite3
 //	lab.mount=OPTIONS           ext4 mount options
