@@ -22,7 +22,7 @@ func (w *pair) divergeAt(point string) {
 	defer w.a.mu.Unlock()
 	w.a.atPoint = map[string]func(){point: func() {
 		for _, s := range []*side{w.b, w.a} {
-			s.vm().conclude(lineage.Decision{Diverged: true, Row: "forked", Reason: "both sides went on from a common point"}, delta.Generation{7})
+			s.vm().conclude(lineage.Decision{Alarm: true, Diverged: true, Row: "forked", Reason: "both sides went on from a common point"}, delta.Generation{7})
 		}
 	}}
 }
