@@ -104,7 +104,7 @@ kernel: deps ## the kernel's NBD client on our exports, killed data planes, nbd-
 .PHONY: faults
 faults: deps ## failing system calls of the real data plane, the whole table, and of the real daemons
 	KVMREPLICA_FAULTS=full $(SYSTEMTEST) -timeout 2h ./integration/faults
-	$(SYSTEMTEST) -timeout 2h -run TestFailingSystemCalls ./integration/kvm
+	KVMREPLICA_FAULTS=full $(SYSTEMTEST) -timeout 6h -run TestFailingSystemCalls ./integration/kvm
 
 .PHONY: soak
 soak: deps ## three VMs over a bad line for DURATION (1h)
