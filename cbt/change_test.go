@@ -209,6 +209,53 @@ func TestATouchedImageIsVerified(t *testing.T) {
 	}
 }
 
+// After a boot the image's file system may stand on a device of another number
+// (btrfs, NFS, disks found in another order). That alone is no reason to compare
+// everything; within one boot it is, and so is another file.
+func TestADeviceOfAnotherNumberAfterABootIsNotDoubted(t *testing.T) {
+	for name, c := range map[string]struct {
+		boot   string
+		kill   bool
+		change func(*block.Identity)
+		want   cbt.Source
+		soft   bool
+	}{
+		"another number":             {"boot-2", false, func(id *block.Identity) { id.Device++ }, cbt.SourceExact, true},
+		"another number after a cut": {"boot-2", true, func(id *block.Identity) { id.Device++ }, cbt.SourceRegions, false},
+		"another file":               {"boot-2", false, func(id *block.Identity) { id.Device++; id.Inode++ }, cbt.SourceAll, false},
+		"written to":                 {"boot-2", false, func(id *block.Identity) { id.Device++; id.MtimeNS++ }, cbt.SourceAll, false},
+		"the same boot":              {"", false, func(id *block.Identity) { id.Device++ }, cbt.SourceAll, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w, _, open := fileWorld(t, 3<<20)
+			if err := w.fill("vda", 0, 512, 1); err != nil {
+				t.Fatal(err)
+			}
+			if c.kill {
+				cbt.Kill(w.g)
+			} else if err := w.g.Close(ctx); err != nil {
+				t.Fatal(err)
+			}
+			if c.boot != "" {
+				w.boot = c.boot
+			}
+			edit := w.edit
+			w.edit = func(cfg *cbt.Config) {
+				edit(cfg)
+				id := cfg.Disks[0].Identity
+				cfg.Disks[0].Identity = func() (block.Identity, error) {
+					i, err := id()
+					c.change(&i)
+					return i, err
+				}
+			}
+			if _, rep := open(); rep.Source != c.want || (len(rep.Soft) > 0) != c.soft {
+				t.Fatalf("%+v", rep)
+			}
+		})
+	}
+}
+
 // A guest that writes the last sector of an image of odd size grows the file;
 // that is no reason to doubt it after a kill.
 func TestAGrownTailIsNotDoubted(t *testing.T) {

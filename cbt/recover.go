@@ -135,6 +135,10 @@ func (r *recovery) judge(e *superDisk, dc DiskConfig) {
 		// A guest's write to the last sector may have grown the file up to it.
 		old.Size, id.Size = (old.Size+511)&^511, (id.Size+511)&^511
 	}
+	moved := r.sb.boot != r.g.cfg.BootID && old.Renumbered(id)
+	if moved {
+		old.Device = id.Device
+	}
 	switch {
 	case !had:
 		doubt("no identity was recorded")
@@ -142,7 +146,7 @@ func (r *recovery) judge(e *superDisk, dc DiskConfig) {
 		doubt("another image: was device %d inode %d, %d bytes; is device %d inode %d, %d bytes", old.Device, old.Inode, old.Size, id.Device, id.Inode, id.Size)
 	case quiet && old.MtimeNS != id.MtimeNS:
 		doubt("image was written to while nobody tracked it")
-	case quiet && (old.CtimeNS != id.CtimeNS || id.Kind == block.KindBlockDevice && r.sb.boot != r.g.cfg.BootID):
+	case quiet && (moved || old.CtimeNS != id.CtimeNS || id.Kind == block.KindBlockDevice && r.sb.boot != r.g.cfg.BootID):
 		r.rep.Soft = append(r.rep.Soft, e.name)
 	}
 }

@@ -82,8 +82,8 @@ func remedyFor(socket string, labels []string) string {
 		model, label, _ := strings.Cut(l, " ")
 		switch model {
 		case "dac":
-			user, group, _ := strings.Cut(strings.ReplaceAll(label, "+", ""), ":")
-			out = append(out, fmt.Sprintf("let uid %s reach it: chgrp %s %s; chmod 0660 %s (and search permission on its directories)", user, group, socket, socket))
+			user, _, _ := strings.Cut(strings.ReplaceAll(label, "+", ""), ":")
+			out = append(out, fmt.Sprintf("let uid %s reach it: name that user as qemu_user in the table [domain] of replicad.toml, restart replicad; and it must be able to pass through the directories of the socket", user))
 		case "apparmor":
 			out = append(out, fmt.Sprintf("allow it in AppArmor: add the line \"%s rw,\" to /etc/apparmor.d/local/abstractions/libvirt-qemu and reload the guest's profile", socket))
 		case "selinux":

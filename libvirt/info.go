@@ -4,6 +4,8 @@ import (
 	"context"
 	"encoding/xml"
 	"fmt"
+	"strconv"
+	"strings"
 
 	lv "github.com/digitalocean/go-libvirt"
 )
@@ -20,6 +22,17 @@ type HostInfo struct {
 	MemoryKB int64
 	// SecurityModels are the drivers in force: "dac", "apparmor", "selinux".
 	SecurityModels []string
+	labels         map[string]string // a domain type's "+uid:+gid"
+}
+
+// QEMUOwner is the user and group that QEMU runs as for domains of a type
+// ("kvm", "qemu"), unless a domain says otherwise; ok is false when libvirt does
+// not say.
+func (i HostInfo) QEMUOwner(domainType string) (uid, gid int, ok bool) {
+	u, g, cut := strings.Cut(i.labels[domainType], ":")
+	uid, err1 := strconv.Atoi(strings.TrimPrefix(u, "+"))
+	gid, err2 := strconv.Atoi(strings.TrimPrefix(g, "+"))
+	return uid, gid, cut && err1 == nil && err2 == nil && uid >= 0 && gid >= 0
 }
 
 // Version is a version number libvirt's way: major*1000000+minor*1000+micro.
@@ -39,7 +52,11 @@ type capabilities struct {
 			Model string `xml:"model"`
 		} `xml:"cpu"`
 		Secmodels []struct {
-			Model string `xml:"model"`
+			Model  string `xml:"model"`
+			Labels []struct {
+				Type string `xml:"type,attr"`
+				Text string `xml:",chardata"`
+			} `xml:"baselabel"`
 		} `xml:"secmodel"`
 	} `xml:"host"`
 }
@@ -74,9 +91,15 @@ func (h *Host) Info(ctx context.Context) (HostInfo, error) {
 		if err := xml.Unmarshal([]byte(doc), &c); err != nil {
 			return i, fmt.Errorf("read capabilities: %w", err)
 		}
+		i.labels = map[string]string{}
 		i.UUID, i.Arch, i.CPUModel = c.Host.UUID, c.Host.CPU.Arch, c.Host.CPU.Model
 		for _, m := range c.Host.Secmodels {
 			i.SecurityModels = append(i.SecurityModels, m.Model)
+			for _, b := range m.Labels {
+				if m.Model == "dac" {
+					i.labels[b.Type] = strings.TrimSpace(b.Text)
+				}
+			}
 		}
 		return i, nil
 	})

@@ -227,7 +227,7 @@ func TestLabAQEMUThatMayNotConnectIsToldWhatToChange(t *testing.T) {
 	req := g.request("vda", s.src)
 	err := g.host.InsertDisks(t.Context(), g.uuid, []InsertRequest{req})
 	var ce *ConnectError
-	if !errors.As(err, &ce) || !strings.Contains(ce.Remedy, "64055") || !strings.Contains(ce.Remedy, "chgrp") {
+	if !errors.As(err, &ce) || !strings.Contains(ce.Remedy, "64055") || !strings.Contains(ce.Remedy, "qemu_user") {
 		t.Fatalf("got %v", err)
 	}
 	t.Logf("told: %v", ce)

@@ -67,8 +67,17 @@ func defineGuest(t *testing.T, h *labHost, images, extra, cmd string, disks ...l
 	return g
 }
 
+// start boots the guest. A firmware or kernel that hangs under emulation, before
+// anything of ours is in the way, is started anew once.
 func (g *guest) start() {
 	g.t.Helper()
+	must(g.t, g.host.Start(g.t.Context(), g.uuid, StartOptions{}))
+	from := g.synced()
+	if holds(g.t.Context(), patience/2, func() bool { return g.synced() > from }) {
+		return
+	}
+	g.t.Logf("the guest does not boot; once more: %s", tail(g.text()))
+	must(g.t, g.host.Destroy(g.t.Context(), g.uuid, false))
 	must(g.t, g.host.Start(g.t.Context(), g.uuid, StartOptions{}))
 	g.awaitRecords()
 }

@@ -142,7 +142,8 @@ func (h *labHost) write(name, content string) {
 // connect dials the private libvirtd.
 func (h *labHost) connect(uri string) *Host {
 	h.t.Helper()
-	v, err := Dial(h.t.Context(), Options{Socket: h.sock, URI: uri})
+	// libvirtd first asks every QEMU what it can do, which takes its time.
+	v, err := Dial(h.t.Context(), Options{Socket: h.sock, URI: uri, CallTimeout: patience})
 	must(h.t, err)
 	h.t.Cleanup(func() { v.Close() })
 	return v
@@ -161,17 +162,25 @@ const patience = 4 * time.Minute
 // waitFor polls a condition that must come true.
 func waitFor(t *testing.T, what string, ok func() bool) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	if !holds(t.Context(), patience, ok) {
+		t.Fatalf("no %s within %v", what, patience)
+	}
+}
+
+// holds waits until ok, at most for that long.
+func holds(ctx context.Context, within time.Duration, ok func() bool) bool {
+	ctx, cancel := context.WithTimeout(ctx, within)
 	defer cancel()
 	tick := time.NewTicker(50 * time.Millisecond)
 	defer tick.Stop()
 	for !ok() {
 		select {
 		case <-ctx.Done():
-			t.Fatalf("no %s within %v", what, patience)
+			return false
 		case <-tick.C:
 		}
 	}
+	return true
 }
 
 // labOnly skips tests with guests unless they were asked for, and returns the

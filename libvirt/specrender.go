@@ -198,7 +198,7 @@ func (r *renderer) osElement() error {
 	if k := s.Kernel; k != nil {
 		files, ok := p.AllowKernel[k.Label]
 		if !ok {
-			return fmt.Errorf("the guest boots a kernel of its host (%q); allow it here by naming this host's files for that label", k.Label)
+			return fmt.Errorf("the guest boots a kernel of its host (%q); allow it here by naming this host's files in a table [domain.kernels.%q] of replicad.toml", k.Label, k.Label)
 		}
 		w.text("kernel", files.Kernel)
 		if files.Initrd != "" {

@@ -16,10 +16,9 @@ import (
 	"log/slog"
 	"net"
 	"os"
-	"os/user"
 	"path/filepath"
-	"strconv"
 	"sync"
+	"syscall"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -46,6 +45,7 @@ type Daemon struct {
 	peers *peer.Store
 	pair  *peer.Pairing
 	hyper *lazyHost
+	qemu  *qemuUser
 	vms   *vm.Manager
 	tests *testcopy.Manager
 	name  string
@@ -122,6 +122,10 @@ func (d *Daemon) load() error {
 	}
 	d.pair = peer.NewPairing(d.id, d.peers, d.log, nil)
 	d.hyper = &lazyHost{opt: libvirt.Options{Socket: d.cfg.LibvirtSocket}}
+	if d.qemu, err = openQEMUUser(state, d.cfg.QEMUUser, d.log); err != nil {
+		return err
+	}
+	d.hyper.learn = func(i libvirt.HostInfo) { d.qemu.learn(i.QEMUOwner(d.cfg.DomainType)) }
 	deps, err := d.deps()
 	if err != nil {
 		return err
@@ -158,7 +162,7 @@ func (d *Daemon) identity(state fsx.FS, now time.Time) (*peer.Identity, error) {
 func (d *Daemon) deps() (vm.Deps, error) {
 	deps := vm.Deps{
 		Host: d.id.Host(), HostName: d.name, StateDir: d.cfg.StateDir, RunDir: d.cfg.RunDir,
-		Hyper: d.hyper, Dial: d.dial, Grant: d.grant, Fence: d.cfg.Fence, SilentAfter: d.cfg.SilentPeerAfter,
+		Hyper: d.hyper, QEMUOwner: d.qemu.owner, Dial: d.dial, Grant: d.grant, Fence: d.cfg.Fence, SilentAfter: d.cfg.SilentPeerAfter,
 		Limiter:      func() vm.Limiter { return &peer.Bandwidth{} },
 		CaptureBytes: d.cfg.Limits.CaptureMemory, DirtyBytes: d.cfg.Limits.DirtyPageCache, AnyClient: d.cfg.AnyClient, MaxVMs: d.cfg.Limits.MaxVMs, Store: points.Limits{BacklogBytes: d.cfg.Limits.Backlog, Reserve: d.cfg.Limits.FreeSpaceReserve}, MaxPoints: d.cfg.Limits.MaxPoints, ShippingSlots: d.cfg.ShippingSlots, Statistics: stats.Schedule{Start: d.cfg.StatisticsStart, Length: d.cfg.StatisticsWindow},
 		LibvirtState: d.cfg.LibvirtState, Kernels: map[string]libvirt.PolicyKernel{}, DomainType: d.cfg.DomainType,
@@ -167,17 +171,7 @@ func (d *Daemon) deps() (vm.Deps, error) {
 	for label, k := range d.cfg.Kernels {
 		deps.Kernels[label] = libvirt.PolicyKernel{Kernel: k.Kernel, Initrd: k.Initrd}
 	}
-	if d.cfg.QEMUUser == "" {
-		return deps, nil
-	}
-	u, err := user.Lookup(d.cfg.QEMUUser)
-	if err != nil {
-		return deps, fmt.Errorf("qemu_user: %w", err)
-	}
-	uid, err1 := strconv.Atoi(u.Uid)
-	gid, err2 := strconv.Atoi(u.Gid)
-	deps.QEMUUID, deps.QEMUGID = &uid, &gid
-	return deps, errors.Join(err1, err2)
+	return deps, nil
 }
 
 // crashEnv names the point of a plan, KIND/STEP/begun or KIND/STEP/acted, at
@@ -248,12 +242,34 @@ func (d *Daemon) startPeers(ctx context.Context, g *errgroup.Group) error {
 	if err != nil {
 		return err
 	}
-	l, err := net.Listen("tcp", d.cfg.Listen)
+	l, err := d.listenPeers(ctx)
 	if err != nil {
 		return fmt.Errorf("listen for peers: %w (is another replicad running, or the address wrong? see listen in the configuration)", err)
 	}
 	g.Go(func() error { return srv.Serve(ctx, l) })
 	return nil
+}
+
+// listenPeers listens on an address that the host may not have yet: guests must
+// not wait at boot for a network that does not come up.
+func (d *Daemon) listenPeers(ctx context.Context) (net.Listener, error) {
+	lc := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+		return c.Control(func(fd uintptr) {
+			// Without it the listen below says what is wrong.
+			_ = unix.SetsockoptInt(int(fd), unix.IPPROTO_IP, unix.IP_FREEBIND, 1)
+		})
+	}}
+	l, err := lc.Listen(ctx, "tcp", d.cfg.Listen)
+	if err != nil {
+		return nil, err
+	}
+	ip := l.Addr().(*net.TCPAddr).IP //nolint:forcetypeassert // it is a TCP listener
+	if probe, err := net.ListenUDP("udp", &net.UDPAddr{IP: ip}); err == nil {
+		_ = probe.Close()
+	} else {
+		d.log.Warn("peers cannot reach this host until it has the address it listens on", "listen", d.cfg.Listen, "err", err)
+	}
+	return l, nil
 }
 
 func (d *Daemon) listenControl() (net.Listener, error) {

@@ -2,6 +2,7 @@ package replicad
 
 import (
 	"context"
+	"errors"
 	"sync"
 	"time"
 
@@ -12,7 +13,8 @@ import (
 // lazyHost is libvirt as the VMs see it: connected at the first call that
 // succeeds, so that the daemon starts although libvirtd is down.
 type lazyHost struct {
-	opt libvirt.Options
+	opt   libvirt.Options
+	learn func(libvirt.HostInfo) // called with what the host says of itself; may be nil
 
 	mu sync.Mutex
 	h  *libvirt.Host // guarded by mu
@@ -30,8 +32,18 @@ func (l *lazyHost) host(ctx context.Context) (*libvirt.Host, error) {
 	if err != nil {
 		return nil, err
 	}
+	if _, err := l.learnt(h.Info(ctx)); err != nil {
+		return nil, errors.Join(err, h.Close())
+	}
 	l.h = h
 	return h, nil
+}
+
+func (l *lazyHost) learnt(i libvirt.HostInfo, err error) (libvirt.HostInfo, error) {
+	if err == nil && l.learn != nil {
+		l.learn(i)
+	}
+	return i, err
 }
 
 func with1[T any](ctx context.Context, l *lazyHost, f func(*libvirt.Host) (T, error)) (T, error) {
@@ -114,7 +126,7 @@ func (l *lazyHost) Firmware(ctx context.Context, uuid, stateDir string) (libvirt
 }
 
 func (l *lazyHost) Info(ctx context.Context) (libvirt.HostInfo, error) {
-	return with1(ctx, l, func(h *libvirt.Host) (libvirt.HostInfo, error) { return h.Info(ctx) })
+	return with1(ctx, l, func(h *libvirt.Host) (libvirt.HostInfo, error) { return l.learnt(h.Info(ctx)) })
 }
 
 func (l *lazyHost) Graph(ctx context.Context, uuid string, e map[string]libvirt.NBDSource) (map[string]libvirt.DiskGraph, error) {

@@ -37,7 +37,7 @@ func (d *Daemon) testDeps(v vm.Deps) (testcopy.Deps, error) {
 			return s, err == nil
 		},
 		Networks: d.testNetwork, Name: d.cfg.Tests.Name, Quota: d.cfg.Tests.Quota, Max: d.cfg.Tests.Max, Reserve: d.cfg.Limits.FreeSpaceReserve,
-		LibvirtState: d.cfg.LibvirtState, QEMUUID: v.QEMUUID, QEMUGID: v.QEMUGID, Now: time.Now, Failpoint: v.Failpoint, Log: d.log,
+		LibvirtState: d.cfg.LibvirtState, QEMUOwner: v.QEMUOwner, Now: time.Now, Failpoint: v.Failpoint, Log: d.log,
 	}
 	for _, p := range d.cfg.Drills {
 		if _, err := testcopy.ParseProof(p.Proof); err != nil {

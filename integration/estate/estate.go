@@ -116,12 +116,6 @@ func (e *Estate) prepare(h *lab.Host) error {
 		return err
 	}
 	label := libvirt.KernelLabel(filepath.Join(guest.BootDir, filepath.Base(e.Files.Kernel)), filepath.Join(guest.BootDir, filepath.Base(e.Files.Initramfs)))
-	qemuUser := ""
-	for _, n := range e.opts.Lab.NonRootQEMU {
-		if n == h.Name() {
-			qemuUser = "qemu_user = \"libvirt-qemu\"\n"
-		}
-	}
 	conf := fmt.Sprintf(`host_name = "kvm-%s"
 listen = "%s:%d"
 receiving = true
@@ -134,10 +128,10 @@ free_space_reserve = "0"
 [domain]
 type = "qemu"
 console_dir = "/var/log/libvirt/qemu"
-%s[domain.kernels.%q]
+[domain.kernels.%q]
 kernel = %q
 initrd = %q
-`, strings.ToLower(h.Name()), h.IP(), Port, storageRoot, e.opts.Config, qemuUser, label,
+`, strings.ToLower(h.Name()), h.IP(), Port, storageRoot, e.opts.Config, label,
 		filepath.Join(guest.BootDir, filepath.Base(e.Files.Kernel)), filepath.Join(guest.BootDir, filepath.Base(e.Files.Initramfs)))
 	return errors.Join(
 		h.PutFile("/etc/replicad/replicad.toml", []byte(conf), 0o600),

@@ -12,7 +12,7 @@ type Domain struct {
 	DomainType string
 	// Emulator is QEMU's path; empty lets libvirt choose.
 	Emulator string
-	// QEMUUser owns the sockets and images QEMU opens; empty = root.
+	// QEMUUser owns the sockets and images QEMU opens; empty = as libvirt says.
 	QEMUUser string
 	// ConsoleDir receives the serial output of replicas' guests; empty = none.
 	ConsoleDir string

@@ -80,7 +80,7 @@ func exampleDomain(p func(string, ...any), d Domain) {
 	p("#type = %q", d.DomainType)
 	p("# QEMU's path; empty: libvirt chooses.")
 	p("#emulator = \"\"")
-	p("# User QEMU runs as, who must be able to open sockets and images; empty: root.")
+	p("# User QEMU runs as, who must be able to open sockets and images; empty: as\n# libvirt says.")
 	p("#qemu_user = \"\"")
 	p("# Directory for the serial output of replicas' guests; empty: none.")
 	p("#console_dir = \"\"")

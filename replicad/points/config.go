@@ -41,7 +41,10 @@ type Config struct {
 
 // Identity of an image. File changes when it is another object or size, State
 // whenever its content may have been written (modification times).
-type Identity struct{ File, State string }
+//
+// Numbered is File with the number of its file system's device, which stores of
+// earlier versions recorded; they are taken for the same.
+type Identity struct{ File, State, Numbered string }
 
 // Limits bound a store. Zero fields mean the defaults in brackets.
 type Limits struct {

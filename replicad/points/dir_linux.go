@@ -107,12 +107,21 @@ func (d *Dir) Identity(disk string) (Identity, error) {
 
 // FileIdentity is the identity of an image on this machine. Everybody who opens
 // the same store must use it, or the image looks changed. The change time does
-// not count: libvirt gives images to QEMU's user and back.
+// not count: libvirt gives images to QEMU's user and back. Neither does the
+// number of a device where something lasting names the image
+// (block.Identity.Lasting).
 func FileIdentity(id block.Identity) Identity {
-	return Identity{
-		File:  fmt.Sprintf("%v/%d/%d/%d/%d", id.Kind, id.Device, id.Inode, id.BirthTime, id.Size),
-		State: fmt.Sprintf("%d", id.MtimeNS),
+	text := func(id block.Identity) string {
+		return fmt.Sprintf("%v/%d/%d/%d/%d", id.Kind, id.Device, id.Inode, id.BirthTime, id.Size)
 	}
+	old := id
+	if id.Kind == block.KindBlockDevice {
+		old.Inode = 0
+	}
+	if id.Lasting() {
+		id.Device = 0
+	}
+	return Identity{File: text(id), Numbered: text(old), State: fmt.Sprintf("%d", id.MtimeNS)}
 }
 
 // Free is the free space of the file system in bytes.

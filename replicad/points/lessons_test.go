@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"strings"
 	"syscall"
 	"testing"
@@ -217,6 +218,44 @@ func TestSuspectReplicaAppliesNothingUntilDiscarded(t *testing.T) {
 		t.Errorf("status %+v", st)
 	}
 	must(t, s.Close())
+}
+
+// After a boot the image's file system may stand on a device of another number;
+// stores of earlier versions recorded that number.
+func TestAnImageOnADeviceOfAnotherNumberIsTheSame(t *testing.T) {
+	file := block.Identity{Kind: block.KindFile, Size: 1 << 20, Device: 45, Inode: 12, BirthTime: 13, MtimeNS: 14}
+	p, h, s := started(t, 58)
+	must(t, p.epochs(s, 3, 20*time.Second, true))
+	must(t, s.Close())
+	id := points.FileIdentity(file)
+	cfg := p.config(h)
+	cfg.Identity = func(string) (points.Identity, error) { return id, nil }
+	state := func() string {
+		t.Helper()
+		s, err := points.Open(cfg)
+		must(t, err)
+		defer func() { must(t, s.Close()) }()
+		return fmt.Sprint(s.Status().State)
+	}
+	want := fmt.Sprint(points.Replica)
+	id.File = id.Numbered // as an earlier version
+	if got := state(); got != want {
+		t.Fatalf("at first: %s", got)
+	}
+	id = points.FileIdentity(file)
+	if got := state(); got != want {
+		t.Fatalf("after an upgrade: %s", got)
+	}
+	file.Device = 46
+	id = points.FileIdentity(file)
+	if got := state(); got != want {
+		t.Fatalf("on a device of another number: %s", got)
+	}
+	file.Inode++
+	id = points.FileIdentity(file)
+	if got, bad := state(), fmt.Sprint(points.Suspect); got != bad {
+		t.Fatalf("another file: %s", got)
+	}
 }
 
 // growable is a set of disks that can become larger.

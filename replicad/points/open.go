@@ -111,7 +111,8 @@ func (s *Store) changedOutside(clean bool) (bool, error) {
 		if err != nil {
 			return false, fmt.Errorf("identity of disk %s: %w", d.name, err)
 		}
-		if d.file != blockDigest([]byte(id.File)) || (clean && d.identity != blockDigest([]byte(id.State))) {
+		same := d.file == blockDigest([]byte(id.File)) || id.Numbered != "" && d.file == blockDigest([]byte(id.Numbered))
+		if !same || (clean && d.identity != blockDigest([]byte(id.State))) {
 			s.log.Error("replica image was changed from outside", "disk", d.name)
 			return true, nil
 		}

@@ -77,8 +77,8 @@ type Deps struct {
 	Max int
 	// LibvirtState is where libvirt keeps firmware state; empty = /var/lib/libvirt.
 	LibvirtState string
-	// QEMUUID and QEMUGID own the NBD sockets; nil = root.
-	QEMUUID, QEMUGID *int
+	// QEMUOwner is who owns what QEMU opens; nil, or nil from it, = root.
+	QEMUOwner func() (uid, gid *int)
 	// Drills are due by themselves; may be empty.
 	Drills []Schedule
 	Now    func() time.Time

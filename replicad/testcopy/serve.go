@@ -171,8 +171,12 @@ func (m *Manager) makeRunDir(c Copy) error {
 }
 
 func (m *Manager) giveToQEMU(path string) error {
-	if m.deps.QEMUUID == nil || m.deps.QEMUGID == nil {
+	if m.deps.QEMUOwner == nil {
 		return nil
 	}
-	return os.Lchown(path, *m.deps.QEMUUID, *m.deps.QEMUGID)
+	uid, gid := m.deps.QEMUOwner()
+	if uid == nil || gid == nil {
+		return nil
+	}
+	return os.Lchown(path, *uid, *gid)
 }

@@ -62,8 +62,9 @@ type Deps struct {
 	Grant func(host wire.HostID) (Grant, error)
 	// Binary is the daemon's own program, for keepers; empty = the running one.
 	Binary string
-	// QEMUUID and QEMUGID own the NBD sockets; nil = root.
-	QEMUUID, QEMUGID *int
+	// QEMUOwner is who owns sockets and images that QEMU opens; nil, or nil from
+	// it, = root.
+	QEMUOwner func() (uid, gid *int)
 	// SilentAfter is how long a peer may be silent after a boot before the VM's
 	// policy counts.
 	SilentAfter time.Duration

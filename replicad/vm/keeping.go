@@ -67,7 +67,8 @@ func (v *VM) openBase(disk string, size int64) (block.Device, error) {
 		return nil, fmt.Errorf("the VM has no disk %q", disk)
 	}
 	if d.Kind == diskRaw {
-		if err := ensureImage(d.Path, size, v.deps.QEMUUID, v.deps.QEMUGID); err != nil {
+		uid, gid := v.qemuOwner()
+		if err := ensureImage(d.Path, size, uid, gid); err != nil {
 			return nil, err
 		}
 	}

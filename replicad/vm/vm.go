@@ -150,16 +150,24 @@ func (e *busyError) Error() string { return e.cause.Error() }
 // Unwrap gives the kind and the hint.
 func (e *busyError) Unwrap() error { return e.cause }
 
+func (v *VM) qemuOwner() (uid, gid *int) {
+	if v.deps.QEMUOwner == nil {
+		return nil, nil
+	}
+	return v.deps.QEMUOwner()
+}
+
 // planeConfig is the data plane's configuration for the present record.
 func (v *VM) planeConfig() dataplane.Config {
 	r := v.record()
+	uid, gid := v.qemuOwner()
 	c := dataplane.Config{
 		VM: r.VM, Name: r.Name,
 		StateDir:  filepath.Join(v.deps.StateDir, "vms", string(r.VM), "track"),
 		SharedDir: filepath.Join(v.deps.RunDir, "shm", string(r.VM)),
 		RunDir:    filepath.Join(v.deps.RunDir, "vm", string(r.VM)),
 		Binary:    v.deps.Binary, CaptureBytes: v.deps.CaptureBytes, DirtyBytes: v.deps.DirtyBytes, AnyClient: v.deps.AnyClient,
-		SocketUID: v.deps.QEMUUID, SocketGID: v.deps.QEMUGID,
+		SocketUID: uid, SocketGID: gid,
 	}
 	for _, d := range r.Disks {
 		k := dataplane.DiskConfig{Name: d.Name, Kind: dataplane.Kind(d.Kind), Path: d.Path, URI: d.URI, Size: d.Size, QemuLock: r.Placed}
