@@ -161,8 +161,8 @@ func newPatch(a *app) *cobra.Command {
 	m := &cobra.Command{
 		Use: "mount NAME PATCH", Short: "Show the old disk as it was to NBD clients of this host: the patch over the recovery point it belongs to",
 		Long: `Show the disks over NBD as they were when this host gave its writes up: each block of the patch as this host had it, all
-others as of the recovery point, by default the first after the return. Blocks that the other host's guest wrote between
-the return and that point's cut show as it wrote them. It ends as every mount does: replicactl point unmount NAME` + "\n" + pointHelp + "\n" + exitHelp,
+others as of the recovery point, by default the first after the return: over that one it is the old disk, block for block.
+It ends as every mount does: replicactl point unmount NAME` + "\n" + pointHelp + "\n" + exitHelp,
 		Args: cobra.ExactArgs(2),
 	}
 	a.mounting(m, &mount)

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"time"
 
+	"kvmreplica/internal/block"
 	"kvmreplica/replicad/delta"
 )
 
@@ -19,7 +20,22 @@ type Receive struct {
 	token uint64
 	e     *epoch
 	dup   *mark // the epoch is the committed one
+	first func([]Replaced) error
 }
+
+// Replaced is what the first epoch of all will overwrite of a disk: Ranges
+// ascend; Image is the disk as it is until then, for reading.
+type Replaced struct {
+	Disk   string
+	Ranges []block.Range
+	Image  block.Device
+}
+
+// First has f called just before the first epoch of a store is committed: no
+// undo is kept of what it overwrites. An error refuses the commit, and
+// everything received stays. f may be called again for the same epoch, and must
+// not use the store. Of later epochs it is not called.
+func (r *Receive) First(f func([]Replaced) error) { r.first = f }
 
 // Begin starts or resumes receiving the epoch that h opens. Another partial
 // epoch is dropped. A parent other than the committed position is refused with
@@ -278,14 +294,15 @@ func (r *Receive) Commit(frame []byte) (delta.Pos, error) {
 		}
 		return r.dup.pos, nil
 	}
-	pos, err := s.commit(r.e, &m, frame)
+	pos, err := s.commit(r, &m, frame)
 	if err != nil {
 		return delta.Pos{}, fmt.Errorf("commit epoch %d: %w", m.Epoch, err)
 	}
 	return pos, nil
 }
 
-func (s *Store) commit(e *epoch, m *delta.Manifest, frame []byte) (delta.Pos, error) {
+func (s *Store) commit(r *Receive, m *delta.Manifest, frame []byte) (delta.Pos, error) {
+	e := r.e
 	if err := errors.Join(m.Matches(&e.head), e.tally.Check(m)); err != nil {
 		return delta.Pos{}, err
 	}
@@ -294,6 +311,9 @@ func (s *Store) commit(e *epoch, m *delta.Manifest, frame []byte) (delta.Pos, er
 		return delta.Pos{}, err
 	}
 	if err := s.room(); err != nil {
+		return delta.Pos{}, err
+	}
+	if err := r.tellFirst(); err != nil {
 		return delta.Pos{}, err
 	}
 	rec := record{typ: delta.FrameManifest, index: m.Chunks, at: now, off: e.end, len: len(frame)}
@@ -312,6 +332,28 @@ func (s *Store) commit(e *epoch, m *delta.Manifest, frame []byte) (delta.Pos, er
 	s.signal()
 	s.log.Debug("epoch committed", "pos", pos, "bytes", bytes, "backlog", backlog)
 	return pos, nil
+}
+
+// tellFirst calls the caller's function before the first commit.
+func (r *Receive) tellFirst() error {
+	s := r.s
+	if r.first == nil || s.committedOrdinal() > 0 {
+		return nil
+	}
+	var all []Replaced
+	_, done, err := s.seedBase(0) // keeps all of them open
+	if err != nil {
+		return err
+	}
+	defer done()
+	for i := range s.sup.disks {
+		x := Replaced{Disk: s.sup.disks[i].name, Image: s.bases[i]}
+		for _, k := range r.e.index[i] {
+			x.Ranges = append(x.Ranges, block.Range{Off: k.off, Len: int64(k.len)})
+		}
+		all = append(all, x)
+	}
+	return r.first(all)
 }
 
 // busy refuses a commit that would exceed the backlog's limits. One epoch may

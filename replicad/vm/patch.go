@@ -50,18 +50,46 @@ func (v *VM) patchFile(id string) string {
 	return filepath.Join(v.deps.StateDir, patchDir, string(v.id), id+patchSuffix)
 }
 
+// content is what goes into a patch: of generation, relative to base, made at
+// cut; the ranges of the disks as images hold them.
+type content struct {
+	generation delta.Generation
+	base       delta.Pos
+	cut        time.Time
+	ranges     map[wire.DiskName][]wire.Range
+	images     []block.Device // in the order of the record's disks
+}
+
 // savePatch keeps what the images hold in the ranges, durably. The data plane
 // is down: nobody writes. The same request again replaces its own file.
 func (v *VM) savePatch(ctx context.Context, request string, base delta.Pos, ranges map[wire.DiskName][]wire.Range) (bytes int64, err error) {
+	g := v.record().Lineage.Generation
+	c := content{generation: g, base: base, cut: v.deps.Now().UTC(), ranges: ranges}
+	defer func() {
+		for _, d := range c.images {
+			err = errors.Join(err, d.Close())
+		}
+	}()
+	for _, d := range v.deltaDisks() {
+		dev, err := v.openBase(d.Name, d.Size)
+		if err != nil {
+			return 0, err
+		}
+		c.images = append(c.images, dev)
+	}
+	return v.putPatch(ctx, patchName(g, request), c)
+}
+
+// putPatch writes a patch, in place of one that has the name.
+func (v *VM) putPatch(ctx context.Context, name string, c content) (bytes int64, err error) {
 	if err := v.mgr.fsys.MkdirAll(patchDir + "/" + string(v.id)); err != nil {
 		return 0, fmt.Errorf("keep what is given up: %w", err)
 	}
-	name := patchName(v.record().Lineage.Generation, request)
 	f, err := v.patches().Open(name+fsx.TempSuffix, os.O_RDWR|os.O_CREATE|os.O_TRUNC)
 	if err != nil {
 		return 0, fmt.Errorf("keep what is given up: %w", err)
 	}
-	bytes, err = v.writePatch(ctx, &fileWriter{f: f}, base, ranges)
+	bytes, err = v.writePatch(ctx, &fileWriter{f: f}, c)
 	if err == nil {
 		err = f.Sync()
 	}
@@ -106,37 +134,24 @@ func (w *fileWriter) Write(p []byte) (int, error) {
 	return n, err
 }
 
-func (v *VM) writePatch(ctx context.Context, w io.Writer, base delta.Pos, ranges map[wire.DiskName][]wire.Range) (_ int64, err error) {
+func (v *VM) writePatch(ctx context.Context, w io.Writer, p content) (int64, error) {
 	vm, err := delta.ParseVM(string(v.id))
 	if err != nil {
 		return 0, err
 	}
 	disks := v.deltaDisks()
-	images := make([]block.Device, len(disks))
-	defer func() {
-		for _, d := range images {
-			if d != nil {
-				err = errors.Join(err, d.Close())
-			}
-		}
-	}()
-	for i, d := range disks {
-		if images[i], err = v.openBase(d.Name, d.Size); err != nil {
-			return 0, err
-		}
-	}
 	comp, err := delta.NewChunkEncoder(delta.ChunkOptions{})
 	if err != nil {
 		return 0, err
 	}
 	enc := delta.NewEncoder(w, nil)
-	h := delta.Header{VM: vm, Generation: v.record().Lineage.Generation, Epoch: patchEpoch, Parent: base, Disks: disks}
+	h := delta.Header{VM: vm, Generation: p.generation, Epoch: patchEpoch, Parent: p.base, Disks: disks}
 	if err := enc.Header(h, 0); err != nil {
 		return 0, err
 	}
 	var bytes int64
-	read := func(disk uint16, p []byte, at int64) (int, error) { return images[disk].ReadAt(p, at) }
-	for spec, err := range delta.Plan(disks, func(i int) iter.Seq[block.Range] { return blocksOf(ranges[wire.DiskName(disks[i].Name)]) }) {
+	read := func(disk uint16, b []byte, at int64) (int, error) { return p.images[disk].ReadAt(b, at) }
+	for spec, err := range delta.Plan(disks, func(i int) iter.Seq[block.Range] { return blocksOf(p.ranges[wire.DiskName(disks[i].Name)]) }) {
 		if err == nil {
 			err = ctx.Err()
 		}
@@ -152,7 +167,7 @@ func (v *VM) writePatch(ctx context.Context, w io.Writer, base delta.Pos, ranges
 		}
 		bytes += c.Covered
 	}
-	_, err = enc.Manifest(delta.ManifestInfo{Cut: v.deps.Now().UTC()})
+	_, err = enc.Manifest(delta.ManifestInfo{Cut: p.cut})
 	return bytes, err
 }
 

@@ -15,8 +15,8 @@ import (
 
 // A patch is mounted over a recovery point: each of its blocks as the old
 // primary had it, all others as of the point. Over the first state that was
-// committed after the return this is the old disk, but for blocks that the new
-// primary's guest wrote between the return and that cut.
+// committed after the return this is the old disk, block for block: what that
+// state's epoch overwrote is in the patch, too (keepReplaced).
 
 // firstOrdinal is the number of that state: a return begins a new store.
 const firstOrdinal = 1

@@ -335,7 +335,7 @@ func (v *VM) giveUp(ctx context.Context, q wire.FailoverRequest) (wire.FailoverR
 func (v *VM) keepLosing(ctx context.Context, q wire.FailoverRequest, base delta.Pos, reply *wire.FailoverReply) error {
 	all := map[wire.DiskName][]wire.Range{}
 	for _, d := range v.record().Disks {
-		all[d.Name] = join(slices.SortedFunc(slices.Values(slices.Concat(reply.Dirty[d.Name], q.Also[d.Name])), func(a, b wire.Range) int { return cmp.Compare(a.Off, b.Off) }), 1)
+		all[d.Name] = joined(slices.Concat(reply.Dirty[d.Name], q.Also[d.Name]))
 	}
 	bytes, err := v.savePatch(ctx, q.Request, base, all)
 	if errors.Is(err, unix.ENOSPC) {

@@ -184,6 +184,7 @@ func (m *Manager) PutEpoch(ctx context.Context, k wire.EpochKey, from uint32, bo
 	if n := rcv.Next(); n != from {
 		return delta.Pos{}, &wire.Error{Kind: wire.KindUnavailable, Text: fmt.Sprintf("the stream begins at chunk %d, chunk %d is wanted", from, n)}
 	}
+	rcv.First(func(all []points.Replaced) error { return v.keepReplaced(ctx, all) })
 	pos, err := rcv.Stream(ctx, d)
 	if err != nil {
 		return delta.Pos{}, storeError(err)
