@@ -12,7 +12,7 @@ packages="
   libvirt-daemon-system libvirt-daemon libvirt-clients dnsmasq-base iptables
   libnbd-bin python3-libnbd nbdkit nbd-client nbd-server fio
   busybox-static e2fsprogs e2fsck-static xfsprogs btrfs-progs sqlite3 qemu-guest-agent swtpm swtpm-tools
-  iproute2 util-linux procps strace debootstrap
+  iproute2 util-linux procps strace debootstrap systemd-container dbus
 "
 [ "${1:-}" = --list ] && { printf '%s\n' $packages; exit 0; }
 
