@@ -121,11 +121,14 @@ func (d *Daemon) load() error {
 		return err
 	}
 	d.pair = peer.NewPairing(d.id, d.peers, d.log, nil)
-	d.hyper = &lazyHost{opt: libvirt.Options{Socket: d.cfg.LibvirtSocket}}
 	if d.qemu, err = openQEMUUser(state, d.cfg.QEMUUser, d.log); err != nil {
 		return err
 	}
-	d.hyper.learn = func(i libvirt.HostInfo) { d.qemu.learn(i.QEMUOwner(d.cfg.DomainType)) }
+	d.hyper = &lazyHost{
+		opt:   libvirt.Options{Socket: d.cfg.LibvirtSocket},
+		learn: func(i libvirt.HostInfo) { d.qemu.learn(i.QEMUOwner(d.cfg.DomainType)) },
+		known: func() bool { uid, _ := d.qemu.owner(); return uid != nil },
+	}
 	deps, err := d.deps()
 	if err != nil {
 		return err

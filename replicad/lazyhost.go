@@ -14,7 +14,8 @@ import (
 // succeeds, so that the daemon starts although libvirtd is down.
 type lazyHost struct {
 	opt   libvirt.Options
-	learn func(libvirt.HostInfo) // called with what the host says of itself; may be nil
+	learn func(libvirt.HostInfo) // called with what the host says of itself
+	known func() bool            // it was learnt before: a host that does not say it now is of use
 
 	mu sync.Mutex
 	h  *libvirt.Host // guarded by mu
@@ -32,7 +33,7 @@ func (l *lazyHost) host(ctx context.Context) (*libvirt.Host, error) {
 	if err != nil {
 		return nil, err
 	}
-	if _, err := l.learnt(h.Info(ctx)); err != nil {
+	if _, err := l.learnt(h.Info(ctx)); err != nil && !l.known() {
 		return nil, errors.Join(err, h.Close())
 	}
 	l.h = h
@@ -40,7 +41,7 @@ func (l *lazyHost) host(ctx context.Context) (*libvirt.Host, error) {
 }
 
 func (l *lazyHost) learnt(i libvirt.HostInfo, err error) (libvirt.HostInfo, error) {
-	if err == nil && l.learn != nil {
+	if err == nil {
 		l.learn(i)
 	}
 	return i, err
