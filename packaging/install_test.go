@@ -97,7 +97,7 @@ func TestTheUnitLeavesDataPlanesAlone(t *testing.T) {
 	lines := "\n" + string(b)
 	for _, want := range []string{
 		"KillMode=process", "RuntimeDirectoryPreserve=yes", "RuntimeDirectoryMode=0711", "Type=notify",
-		"ExecStartPre=/usr/local/sbin/replicad --check", "Before=libvirt-guests.service",
+		"ExecStartPre=/usr/local/sbin/replicad --check", "ExecReload=/usr/local/sbin/replicactl reload", "Before=libvirt-guests.service",
 	} {
 		if !strings.Contains(lines, "\n"+want+"\n") {
 			t.Errorf("the unit lacks %q", want)

@@ -42,7 +42,7 @@ func (d *Daemon) enable(ctx context.Context, a api.Action, request string, step 
 	silent := a.OnSilent
 	switch silent {
 	case "":
-		silent = string(d.cfg.OnSilentPeer)
+		silent = string(d.conf().OnSilentPeer)
 	case string(config.Start), string(config.Hold):
 	default:
 		return &wire.Error{Kind: wire.KindInvalid, Text: fmt.Sprintf("on-silent-peer is %q", silent), Hint: "use start or hold"}

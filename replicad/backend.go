@@ -24,7 +24,7 @@ var _ api.Backend = (*Daemon)(nil)
 
 // Host is the daemon's own state.
 func (d *Daemon) Host(ctx context.Context) (status.Host, error) {
-	h := status.Host{Name: d.name, ID: d.id.Host(), Version: version.String(), Listen: d.cfg.Listen, Receiving: d.cfg.Receiving}
+	h := status.Host{Name: d.name, ID: d.id.Host(), Version: version.String(), Listen: d.cfg.Listen, Receiving: d.conf().Receiving}
 	if i, err := d.hyper.Info(ctx); err != nil {
 		h.Libvirt = "not answering: " + err.Error()
 	} else {
@@ -109,10 +109,10 @@ func (d *Daemon) Invite(_ context.Context, r api.InviteRequest) (api.InviteReply
 // advertised is the address the other host should use.
 func (d *Daemon) advertised() string {
 	host, port, err := net.SplitHostPort(d.cfg.Listen)
-	if d.cfg.Advertise != "" {
-		h, p, err := net.SplitHostPort(d.cfg.Advertise)
+	if d.conf().Advertise != "" {
+		h, p, err := net.SplitHostPort(d.conf().Advertise)
 		if err == nil && h != "" {
-			return d.cfg.Advertise
+			return d.conf().Advertise
 		}
 		if err == nil {
 			port = p
@@ -133,8 +133,8 @@ func (d *Daemon) authorisation(r api.Rights) peer.Authorisation {
 	if r.MayAsk != nil {
 		a.MayRequestReverse = *r.MayAsk
 	}
-	if r.MaySend && a.StorageRoot == "" && len(d.cfg.StorageRoots) > 0 {
-		a.StorageRoot = d.cfg.StorageRoots[0]
+	if r.MaySend && a.StorageRoot == "" && len(d.conf().StorageRoots) > 0 {
+		a.StorageRoot = d.conf().StorageRoots[0]
 	}
 	if r.MaySend && r.MaxVMs == 0 {
 		a.MaxVMs = defaultMaxVMs
@@ -148,7 +148,7 @@ func (d *Daemon) Join(ctx context.Context, r api.JoinRequest) (status.Peer, erro
 	if _, _, err := net.SplitHostPort(addr); err != nil {
 		addr = net.JoinHostPort(strings.Trim(addr, "[]"), fmt.Sprint(defaultPort))
 	}
-	listen := d.cfg.Advertise
+	listen := d.conf().Advertise
 	if listen == "" && d.cfg.Listen != "" {
 		if _, port, err := net.SplitHostPort(d.cfg.Listen); err == nil {
 			listen = ":" + port
@@ -234,6 +234,8 @@ func (d *Daemon) Act(ctx context.Context, a api.Action, emit func(api.Event)) er
 	switch a.Verb {
 	case api.PeerTest:
 		err = d.testPeer(ctx, a, emit)
+	case api.Reload:
+		err = d.reload(emit)
 	case api.VMEnable:
 		err = d.enable(ctx, a, request, step, emit)
 	case api.VMExport, api.VMImport:

@@ -18,6 +18,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -38,7 +39,7 @@ import (
 
 // Daemon is one host's replicad.
 type Daemon struct {
-	cfg   config.Config
+	cfg   config.Config // at the start; see conf
 	log   *slog.Logger
 	lock  *os.File
 	id    *peer.Identity
@@ -49,6 +50,11 @@ type Daemon struct {
 	vms   *vm.Manager
 	tests *testcopy.Manager
 	name  string
+
+	file      string         // see ReloadFrom
+	level     *slog.LevelVar // see ReloadFrom
+	reloading sync.Mutex
+	live      atomic.Pointer[config.Config] // see conf; nil before the first reload
 
 	mu      sync.Mutex
 	clients map[wire.HostID]*peer.Client    // guarded by mu
@@ -235,7 +241,7 @@ func (d *Daemon) startPeers(ctx context.Context, g *errgroup.Group) error {
 	}
 	srv, err := peer.NewServer(peer.ServerConfig{
 		Identity: d.id, Store: d.peers, Service: &service{Manager: d.vms, d: d}, Ownership: owners{d.vms},
-		Pairing: d.pair, Receiving: func() bool { return d.cfg.Receiving },
+		Pairing: d.pair, Receiving: func() bool { return d.conf().Receiving },
 		Limits: peer.Limits{
 			Conns: d.cfg.Limits.Connections, PerPeer: d.cfg.Limits.ConnectionsPer,
 			PreAuth: d.cfg.Limits.Unauthenticated, Handshake: d.cfg.Limits.HandshakeTimeout,
@@ -314,6 +320,6 @@ func (d *Daemon) setBandwidth(now time.Time) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for _, b := range d.bands {
-		b.Set(d.cfg.RateAt(now))
+		b.Set(d.conf().RateAt(now))
 	}
 }

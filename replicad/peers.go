@@ -26,7 +26,7 @@ func (s *service) Hello(_ context.Context, r wire.HelloRequest) (wire.HelloReply
 	}
 	return wire.HelloReply{
 		Protocol: min(r.Max, wire.ProtocolMax), Host: s.d.id.Host(), Name: s.d.name,
-		Version: version.String(), Now: time.Now(), Receiving: s.d.cfg.Receiving,
+		Version: version.String(), Now: time.Now(), Receiving: s.d.conf().Receiving,
 	}, nil
 }
 
@@ -61,7 +61,7 @@ func (d *Daemon) client(host wire.HostID) (*peer.Client, error) {
 		return c, nil
 	}
 	b := &peer.Bandwidth{}
-	b.Set(d.cfg.RateAt(time.Now()))
+	b.Set(d.conf().RateAt(time.Now()))
 	c, err := peer.NewClient(peer.ClientConfig{Identity: d.id, Store: d.peers, Host: host, Bandwidth: b})
 	if err != nil {
 		return nil, err
@@ -103,8 +103,8 @@ func (d *Daemon) grant(host wire.HostID) (vm.Grant, error) {
 	}
 	a := r.Allow
 	root := a.StorageRoot
-	if root == "" && len(d.cfg.StorageRoots) > 0 {
-		root = d.cfg.StorageRoots[0]
+	if root == "" && len(d.conf().StorageRoots) > 0 {
+		root = d.conf().StorageRoots[0]
 	}
-	return vm.Grant{Name: r.Name, MaySend: a.MaySend && d.cfg.Receiving, Deaf: !d.cfg.Receiving, Root: root, MaxVMs: a.MaxVMs, MaxDisks: a.MaxDisks, MaxBytes: a.MaxBytes}, nil
+	return vm.Grant{Name: r.Name, MaySend: a.MaySend && d.conf().Receiving, Deaf: !d.conf().Receiving, Root: root, MaxVMs: a.MaxVMs, MaxDisks: a.MaxDisks, MaxBytes: a.MaxBytes}, nil
 }

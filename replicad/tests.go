@@ -50,7 +50,7 @@ func (d *Daemon) testDeps(v vm.Deps) (testcopy.Deps, error) {
 
 // testNetwork is where the configuration plugs a test copy's card in.
 func (d *Daemon) testNetwork(name string, nic libvirt.SpecNIC) testcopy.Mapping {
-	n, ok := d.cfg.NetworkFor(name, nic.MAC, nic.Network)
+	n, ok := d.conf().NetworkFor(name, nic.MAC, nic.Network)
 	if !ok || n.Test == "" {
 		return testcopy.Mapping{}
 	}
@@ -60,7 +60,7 @@ func (d *Daemon) testNetwork(name string, nic libvirt.SpecNIC) testcopy.Mapping 
 
 // network is where the configuration plugs a replica's card in.
 func (d *Daemon) network(name string, nic libvirt.SpecNIC) (vm.NetworkTo, bool) {
-	n, ok := d.cfg.NetworkFor(name, nic.MAC, nic.Network)
+	n, ok := d.conf().NetworkFor(name, nic.MAC, nic.Network)
 	if !ok || n.To == "" {
 		return vm.NetworkTo{}, false
 	}

@@ -45,6 +45,9 @@ const (
 	PatchDelete Verb = "failover-patch-delete"
 	PatchMount  Verb = "failover-patch-mount"
 
+	// Reload has the daemon read its configuration again.
+	Reload Verb = "reload"
+
 	PlanUndo   Verb = "failover-take-back"
 	PeerTest   Verb = "peer-test"
 	PointPin   Verb = "point-pin"

@@ -14,6 +14,8 @@ func Example() string {
 	p := printer(b)
 	p("# KVM Replica daemon. What is commented out is the default; sizes and times")
 	p("# need a unit. Check a change with: replicad --check --config %s", DefaultPath)
+	p("# systemctl reload replicad takes over: bandwidth, network, log_level, receiving,")
+	p("# storage_roots, advertise, on_silent_peer. Everything else takes a restart.")
 	p("")
 	p("# Let paired hosts that were allowed to (replicactl peer allow) keep replicas here.")
 	p("receiving = false")

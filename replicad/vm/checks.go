@@ -32,7 +32,7 @@ func (m *Manager) checks(ctx context.Context, p wire.Peer, q wire.CheckRequest) 
 		c.add("Authorisation", wire.Failed, "pair the hosts again", "%v", err)
 		return c
 	case g.Deaf:
-		c.add("Authorisation", wire.Failed, "on the receiving host: receiving = true in /etc/replicad/replicad.toml, then: systemctl restart replicad", "%s does not receive replicas at all", m.deps.HostName)
+		c.add("Authorisation", wire.Failed, "on the receiving host: receiving = true in /etc/replicad/replicad.toml, then: systemctl reload replicad", "%s does not receive replicas at all", m.deps.HostName)
 	case !g.MaySend:
 		c.add("Authorisation", wire.Failed, "on the receiving host: replicactl peer allow "+p.Name+" --may-send", "%s may not send replicas to %s", p.Name, m.deps.HostName)
 	default:
