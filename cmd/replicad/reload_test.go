@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"syscall"
@@ -21,10 +22,18 @@ func TestASignalReloadsTheConfiguration(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	free, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	listen := free.Addr().String()
+	if err := free.Close(); err != nil {
+		t.Fatal(err)
+	}
 	file := filepath.Join(dir, "replicad.toml")
 	write := func(more string) {
 		t.Helper()
-		text := fmt.Sprintf("state_dir = %q\nrun_dir = %q\nlisten = \"\"\nlog_level = \"error\"\nlibvirt_socket = %q\n%s", filepath.Join(dir, "state"), filepath.Join(dir, "run"), filepath.Join(dir, "none"), more)
+		text := fmt.Sprintf("state_dir = %q\nrun_dir = %q\nlisten = %q\nlog_level = \"error\"\nlibvirt_socket = %q\n%s", filepath.Join(dir, "state"), filepath.Join(dir, "run"), listen, filepath.Join(dir, "none"), more)
 		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
