@@ -87,7 +87,7 @@ func (c *counters) absorb(o *counters) {
 // export is an Export being served.
 type export struct {
 	Export
-	size   int64
+	size   atomic.Int64    // changed by Resized
 	writer block.TryWriter // nil: WriteAt may wait
 	reader block.TryReader
 	mapper block.Mapper
@@ -128,7 +128,8 @@ func newExport(x Export) (*export, error) {
 	if x.MaxConns <= 0 {
 		x.MaxConns = defaultMaxConns
 	}
-	e := &export{Export: x, size: x.Device.Size(), fd: -1, conns: map[*conn]struct{}{}, gone: make(chan struct{})}
+	e := &export{Export: x, fd: -1, conns: map[*conn]struct{}{}, gone: make(chan struct{})}
+	e.size.Store(x.Device.Size())
 	e.syncCost.Store(int64(slowSync))
 	e.writer = writer
 	e.reader, _ = x.Device.(block.TryReader)
@@ -158,6 +159,7 @@ func (e *export) transmissionFlags(structured bool) uint16 {
 // validate decides a request from its header alone. Nothing is allocated or
 // executed for a request that is refused here.
 func (e *export) validate(h header, structured, blockStatus bool) Errno {
+	size := uint64(e.size.Load())
 	allowed := cmdFUA
 	limit := uint32(1<<32 - 1)
 	writes := false
@@ -192,7 +194,7 @@ func (e *export) validate(h header, structured, blockStatus bool) Errno {
 		return EINVAL
 	case writes && e.ReadOnly:
 		return EPERM
-	case h.off > uint64(e.size) || uint64(h.length) > uint64(e.size)-h.off:
+	case h.off > size || uint64(h.length) > size-h.off:
 		return errnoRange(h.cmd)
 	case h.length > limit && h.flags&cmdDF != 0:
 		return EOVERFLOW

@@ -150,7 +150,7 @@ func (h *handshake) exportName(ctx context.Context, name string) (*export, error
 	if err := h.admit(ctx, e); err != nil {
 		return nil, err
 	}
-	p := binary.BigEndian.AppendUint64(nil, uint64(e.size))
+	p := binary.BigEndian.AppendUint64(nil, uint64(e.size.Load()))
 	p = binary.BigEndian.AppendUint16(p, e.transmissionFlags(h.structured))
 	if !h.noZeroes {
 		p = append(p, make([]byte, 124)...)
@@ -248,7 +248,7 @@ func (h *handshake) infoOrGo(ctx context.Context, opt uint32, data []byte) (*exp
 // describe answers INFO and GO.
 func (h *handshake) describe(opt uint32, e *export, wanted []byte) error {
 	p := binary.BigEndian.AppendUint16(nil, infoExport)
-	p = binary.BigEndian.AppendUint64(p, uint64(e.size))
+	p = binary.BigEndian.AppendUint64(p, uint64(e.size.Load()))
 	p = binary.BigEndian.AppendUint16(p, e.transmissionFlags(h.structured))
 	if err := h.reply(opt, repInfo, p); err != nil {
 		return err

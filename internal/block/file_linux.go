@@ -40,8 +40,8 @@ var ErrSyncFailed = errors.New("an earlier sync failed, data written before it m
 // content to guess a format.
 type File struct {
 	fd       int
-	path     string // resolved once, at open
-	size     int64  // rounded up to SectorSize
+	path     string       // resolved once, at open
+	size     atomic.Int64 // rounded up to SectorSize
 	readOnly bool
 	blockDev bool
 
@@ -118,7 +118,7 @@ func (f *File) setup(opts FileOptions) error {
 	default:
 		return fmt.Errorf("open image %s: neither a regular file nor a block device", f.path)
 	}
-	f.size = roundUp(f.real.Load())
+	f.size.Store(roundUp(f.real.Load()))
 	if err := unix.SetNonblock(f.fd, false); err != nil {
 		return &os.PathError{Op: "open image", Path: f.path, Err: err}
 	}
@@ -136,7 +136,7 @@ func (f *File) ReadOnly() bool { return f.readOnly }
 
 // Size is the length rounded up to whole sectors; the bytes behind the real
 // end read as zeros, and come into being when a guest writes to them.
-func (f *File) Size() int64 { return f.size }
+func (f *File) Size() int64 { return f.size.Load() }
 
 func roundUp(n int64) int64 { return (n + SectorSize - 1) / SectorSize * SectorSize }
 
@@ -158,7 +158,7 @@ func (f *File) ReadAt(p []byte, off int64) (int, error) {
 		return 0, err
 	}
 	defer f.leave()
-	if err := Check(off, int64(len(p)), f.size); err != nil {
+	if err := Check(off, int64(len(p)), f.size.Load()); err != nil {
 		return 0, err
 	}
 	return f.readFull(p, off)
@@ -204,7 +204,7 @@ func (f *File) TryReadAt(p []byte, off int64) (int, error) {
 		return 0, err
 	}
 	defer f.leave()
-	if err := Check(off, int64(len(p)), f.size); err != nil {
+	if err := Check(off, int64(len(p)), f.size.Load()); err != nil {
 		return 0, err
 	}
 	stored := f.storedLen(off, len(p))
@@ -257,7 +257,7 @@ func (f *File) checkWrite(off, n int64) error {
 	if f.readOnly {
 		return ErrReadOnly
 	}
-	return Check(off, n, f.size)
+	return Check(off, n, f.size.Load())
 }
 
 func (f *File) write(p []byte, off int64) (int, error) {
@@ -326,7 +326,7 @@ func (f *File) syncFailure() error {
 }
 
 // ReadFD implements FileBacked. It declines when the file has a virtual tail.
-func (f *File) ReadFD() (int, bool) { return f.fd, f.real.Load() == f.size }
+func (f *File) ReadFD() (int, bool) { return f.fd, f.real.Load() == f.size.Load() }
 
 // Close waits for running operations, releases the locks and the descriptor;
 // locks that were handed over stay the successor's.

@@ -152,7 +152,7 @@ func (f *File) Map(off, n int64, fn func(Extent) bool) error {
 		return err
 	}
 	defer f.leave()
-	if err := Check(off, n, f.size); err != nil {
+	if err := Check(off, n, f.size.Load()); err != nil {
 		return err
 	}
 	for end := off + n; off < end; {

@@ -41,7 +41,7 @@ func (f *File) HandOver(ctx context.Context) (h Handed, resume func(), err error
 	}
 	f.handed.Store(true)
 	return Handed{
-		Path: f.path, ReadOnly: f.readOnly, Size: f.size,
+		Path: f.path, ReadOnly: f.readOnly, Size: f.size.Load(),
 		DirtyBytes: f.dirty.bytes.Load(), DirtyLimit: f.dirty.limit,
 	}, func() { f.handed.Store(false); wake() }, nil
 }
@@ -90,8 +90,8 @@ func (f *File) adopt(h Handed) error {
 	if err := f.setup(FileOptions{ReadOnly: h.ReadOnly}); err != nil {
 		return err
 	}
-	if f.size != h.Size {
-		return fmt.Errorf("%s has %d bytes, it had %d", h.Path, f.size, h.Size)
+	if f.size.Load() != h.Size {
+		return fmt.Errorf("%s has %d bytes, it had %d", h.Path, f.size.Load(), h.Size)
 	}
 	if !h.QemuLock {
 		return nil
