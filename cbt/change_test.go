@@ -84,6 +84,9 @@ func resizeOnce(room, a, b int64, touched bool) error {
 				return fmt.Errorf("granule %d must be dirty", g)
 			}
 		}
+		if b > 0 && b < a && !set[(b-1)/granule] {
+			return errors.New("no cut may be empty that has a new size")
+		}
 		if touched && a > 0 && b > 0 && edge < b && !set[edge/granule] {
 			return fmt.Errorf("granule %d was dirty before", edge/granule)
 		}
@@ -132,6 +135,64 @@ func TestNoCutDuringAResizeLosesABlock(t *testing.T) {
 		w.edit = func(c *cbt.Config) { c.Disks[0].Device = &elastic{h.Disk("vda", room), size} }
 		return w.judge(h, false)
 	})
+}
+
+// B5: a disk that became longer while nobody tracked it, with a power cut at
+// every step of taking that up. What somebody wrote behind the old end is sent.
+func TestNoCutWhileAGrowthIsTakenUpLosesABlock(t *testing.T) {
+	const room, old = 3 << 20, 1<<20 + 512
+	for _, clean := range []bool{false, true} {
+		var w *world
+		var dev *elastic
+		scenario := func(h *blocktest.Host) error {
+			w = newWorld(one(room))
+			dev = &elastic{h.Disk("vda", room), old}
+			w.edit = func(c *cbt.Config) { c.Disks[0].Device = dev }
+			defer w.closing.Wait()
+			return inTurn(
+				func() error { return w.create(h) },
+				func() error { return w.fill("vda", 5000, 512, 1) },
+				func() error { return w.cycle(nil) },
+				func() error { return w.fill("vda", 9000, 512, 1) },
+				func() error {
+					if clean {
+						return w.g.Close(ctx)
+					}
+					cbt.Kill(w.g)
+					return nil
+				},
+				func() error { _, err := dev.WriteAt([]byte{5}, old+100); return errors.Join(err, dev.Sync()) },
+				func() (err error) { dev.size = room; w.g, _, err = cbt.Open(w.config(h)); return err },
+				func() error { return w.fill("vda", 2<<20, 512, 1) },
+				func() error { return w.cycle(nil) },
+			)
+		}
+		blocktest.SweepWith(t, blocktest.Options{MaxAll: 16, Random: 8, NoKill: true}, scenario, func(h *blocktest.Host) error {
+			size := dev.size
+			w.edit = func(c *cbt.Config) { c.Disks[0].Device = &elastic{h.Disk("vda", room), size} }
+			if size != room {
+				return nil // the write behind its end was nobody's yet
+			}
+			return w.judge(h, false)
+		})
+	}
+}
+
+// Only what is new is dirty when a file was made longer under a tracker that was
+// killed: its marks stand for everything else.
+func TestOnlyTheNewPartOfAGrownImageIsDirty(t *testing.T) {
+	w, img, open := fileWorld(t, 3<<20)
+	if err := w.fill("vda", 0, 512, 1); err != nil {
+		t.Fatal(err)
+	}
+	cbt.Kill(w.g)
+	if err := os.Truncate(img, 5<<20); err != nil {
+		t.Fatal(err)
+	}
+	g, rep := open()
+	if rep.Source != cbt.SourceRegions || rep.DirtyBytes["vda"] != 3<<20 || g.Disk("vda").Size() != 5<<20 { // its region, and what is new
+		t.Fatalf("%+v", rep)
+	}
 }
 
 // fileWorld tracks a real file on a real file system.

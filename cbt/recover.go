@@ -40,6 +40,9 @@ func Open(cfg Config) (*Group, *OpenReport, error) {
 	if err != nil {
 		return nil, nil, fmt.Errorf("open tracker: %w", err)
 	}
+	if err := r.grow(); err != nil {
+		return nil, nil, errors.Join(fmt.Errorf("open tracker: %w", err), g.drop())
+	}
 	for _, d := range g.disks {
 		st := d.st.Load()
 		r.rep.SuspectBytes[d.name] = st.suspect.bytes(st.size)
@@ -49,6 +52,26 @@ func Open(cfg Config) (*Group, *OpenReport, error) {
 		cfg.Log.Warn("tracker opened after an unclean stop", "source", r.rep.Source, "reason", r.rep.Reason)
 	}
 	return g, r.rep, nil
+}
+
+// grow takes up what disks have become longer by while nobody tracked them: the
+// tracker was opened with their old sizes, and a crash before a new one is
+// durable finds the same again.
+func (r *recovery) grow() error {
+	if r.g.openedSealed {
+		return nil
+	}
+	for _, d := range r.g.disks {
+		old, n := d.Size(), d.dev.Size()
+		if n == old {
+			continue
+		}
+		if err := r.g.Resize(d.name, n); err != nil {
+			return err
+		}
+		r.rep.Alarms = append(r.rep.Alarms, fmt.Sprintf("disk %s has grown from %d to %d bytes; what is new is dirty", d.name, old, n))
+	}
+	return nil
 }
 
 func (r *recovery) run() error {
@@ -115,7 +138,8 @@ func (r *recovery) judge(e *superDisk, dc DiskConfig) {
 	doubt := func(format string, a ...any) {
 		r.doubts = append(r.doubts, "disk "+e.name+": "+fmt.Sprintf(format, a...))
 	}
-	if n := dc.Device.Size(); n != e.size {
+	grown := dc.Device.Size() > e.size && r.sb.state != stateSealed // see grow
+	if n := dc.Device.Size(); n != e.size && !grown {
 		doubt("size changed from %d to %d bytes while nobody tracked it", e.size, n)
 		e.size = n
 	}
@@ -130,6 +154,9 @@ func (r *recovery) judge(e *superDisk, dc DiskConfig) {
 	}
 	old, had := e.ident, e.hasID
 	e.ident, e.hasID = id, true
+	if grown {
+		old.Size = max(old.Size, id.Size)
+	}
 	quiet := r.sb.state == stateClean || r.sb.state == stateSealed
 	if !quiet {
 		// A guest's write to the last sector may have grown the file up to it.

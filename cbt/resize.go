@@ -86,6 +86,9 @@ func (g *Group) resized(d *Disk, old *diskState, size int64) (*diskState, error)
 	trimWords(words, geo.regions)
 	granules := uint64(size+GranuleSize-1) >> granuleShift
 	seam := uint64(min(size, old.size)) >> granuleShift
+	if size < old.size && granules > 0 {
+		seam = min(seam, granules-1) // no cut may be empty that has a new size
+	}
 	rlo, rhi := regionSpan(seam, granules)
 	for r := rlo; r < rhi; r++ {
 		words[r/64] |= 1 << (r % 64)
