@@ -93,6 +93,7 @@ func (c *command) promote(dir string) error {
 	if err != nil {
 		return err
 	}
+	again := s.Status().Seal != nil // somebody may use the images by now
 	seal, err := c.sealed(s)
 	disks := s.Disks()
 	if err := errors.Join(err, s.Close()); err != nil {
@@ -104,6 +105,11 @@ func (c *command) promote(dir string) error {
 	fmt.Fprintf(c.out, "promoted    at %v to generation %v (forced); %d recovery points ended\n", seal.At, seal.Generation, seal.Points)
 	for _, k := range disks {
 		path := d.ImagePath(k.Name)
+		if !again {
+			if err := trim(path, k.Size); err != nil {
+				return err
+			}
+		}
 		if c.inPlace {
 			fmt.Fprintf(c.out, "image       %s %s (raw)\n", k.Name, path)
 			continue
@@ -117,6 +123,19 @@ func (c *command) promote(dir string) error {
 		}
 	}
 	return nil
+}
+
+// trim cuts off what an image has behind its disk: the store kept it for points
+// that have ended.
+func trim(path string, size int64) error {
+	f, err := block.OpenFile(path, block.FileOptions{})
+	if err != nil {
+		return err
+	}
+	if f.Size() > size {
+		err = f.Resize(size)
+	}
+	return errors.Join(err, f.Close())
 }
 
 func (c *command) sealed(s *points.Store) (points.Seal, error) {

@@ -319,7 +319,7 @@ func (s *Store) saveUndo(ctx context.Context, g *segment, todo []*epoch, last *e
 	u := &undoReader{w: w, buf: make([]byte, 64*granule)}
 	for disk := range s.bases {
 		u.dev, u.disk = s.bases[disk], disk
-		limit := g.sizes[disk]
+		limit := s.undoLimit(disk)
 		for p := range overlay(todo, disk, 0, last.sizes[disk]) {
 			if err := ctx.Err(); err != nil {
 				return err
@@ -341,6 +341,20 @@ func (s *Store) saveUndo(ctx context.Context, g *segment, todo []*epoch, last *e
 		return fmt.Errorf("undo of one point exceeds %d bytes: %w", limit, ErrNoSpace)
 	}
 	return w.done()
+}
+
+// undoLimit is up to where some point has a disk's content. It lies behind the
+// size at the open segment's start when the disk was shrunk since an older
+// point: that has its tail in the image, until the disk grows again.
+func (s *Store) undoLimit(disk int) (limit int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, g := range s.segs {
+		if disk < len(g.sizes) {
+			limit = max(limit, g.sizes[disk])
+		}
+	}
+	return limit
 }
 
 // undoReader reads runs of granules together.

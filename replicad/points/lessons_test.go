@@ -269,7 +269,7 @@ func (g *growable) open(disk string, size int64) (block.Device, error) {
 		b = append(b, make([]byte, size-int64(len(b)))...)
 		g.disks[disk] = b
 	}
-	m := block.NewMem(size)
+	m := block.NewMem(max(size, int64(len(b))))
 	if _, err := m.WriteAt(b, 0); err != nil {
 		return nil, err
 	}
@@ -324,17 +324,119 @@ func TestGrownDiskKeepsOlderPointsAtTheirSize(t *testing.T) {
 	must(t, p.same(old))
 	must(t, old.Close())
 	must(t, p.sound(s))
-	small := *p
-	small.disks = disksAB
-	small.content = [][]byte{p.content[0], p.content[1][:sizeB]}
-	if err := small.send(s, small.cut(make([][]block.Range, 2))); !errors.Is(err, points.ErrDisks) {
-		t.Errorf("shrunk disk: %v", err)
-	}
 	must(t, s.Close())
 	s, err = points.Open(cfg)
 	must(t, err)
 	must(t, p.sound(s))
 	must(t, s.Close())
+}
+
+// resizeTo gives disk vdb another size and ships that; what is new is random.
+func (p *primary) resizeTo(s *points.Store, size int64) error {
+	was := int64(len(p.content[1]))
+	p.disks = []delta.Disk{p.disks[0], {Name: "vdb", Size: size}}
+	p.content[1] = append(bytes.Clone(p.content[1][:min(was, size)]), make([]byte, max(0, size-was))...)
+	p.fill(p.content[1][min(was, size):])
+	seam := (min(was, size) - 1) / 4096 * 4096
+	p.now = p.now.Add(20 * time.Second)
+	return p.send(s, p.cut([][]block.Range{nil, {{Off: seam, Len: size - seam}}}))
+}
+
+// F18: a disk that is shrunk and grows again: every point has its own size and
+// content, also the tail that was cut off, and can be promoted.
+func TestAPointKeepsWhatAShrinkCutOff(t *testing.T) {
+	p, h := newPrimary(61), blocktest.NewHost()
+	g := &growable{disks: map[string][]byte{}}
+	cfg := p.config(h)
+	cfg.Bases = g.open
+	s, err := points.Create(cfg, p.disks)
+	must(t, err)
+	must(t, p.seed(s))
+	must(t, p.epochs(s, 2, 20*time.Second, true))
+	sizes := map[delta.Pos]int64{s.Committed(): sizeB}
+	for _, size := range []int64{5*4096 + 512, 3 * 4096, 7 * 4096, sizeB + 5*4096} {
+		must(t, p.resizeTo(s, size))
+		sizes[s.Committed()] = size
+		must(t, p.sound(s))
+		must(t, settle(s))
+		must(t, p.epochs(s, 2, 20*time.Second, true))
+		must(t, p.sound(s))
+	}
+	must(t, s.Close())
+	s, err = points.Open(cfg)
+	must(t, err)
+	must(t, p.sound(s))
+	for _, pt := range s.Points() {
+		if want, ok := sizes[pt.Pos]; ok && pt.Sizes[1] != want {
+			t.Errorf("%v has %d bytes, not %d", pt.Pos, pt.Sizes[1], want)
+		}
+	}
+	must(t, s.Close())
+	for pos, size := range sizes { // each promoted on a copy of everything
+		at, disks := h.Cut(fsxtest.Newest), &growable{disks: map[string][]byte{}}
+		for n, b := range g.disks {
+			disks.disks[n] = bytes.Clone(b)
+		}
+		cfg := p.config(at)
+		cfg.Bases = disks.open
+		s, err := points.Open(cfg)
+		must(t, err)
+		_, err = s.PromoteAt(t.Context(), pos, delta.Generation{9})
+		must(t, err)
+		if got := s.Status().Disks[1].Size; got != size {
+			t.Errorf("promoted at %v: %d bytes, not %d", pos, got, size)
+		}
+		changed, err := s.ChangedSince(pos)
+		must(t, err)
+		for _, r := range changed["vdb"] {
+			if r.Len <= 0 || r.End() > size {
+				t.Errorf("changed %+v of %d bytes", r, size)
+			}
+		}
+		must(t, s.Close())
+		if !bytes.Equal(disks.disks["vdb"][:size], p.cuts[pos][1]) {
+			t.Errorf("promoted at %v: the image is not the point's", pos)
+		}
+	}
+}
+
+// What the replica does not have yet equals nothing, not even zeros: an older
+// end of the disk may lie there in the image.
+func TestDigestsBehindTheEndOfADiskEqualNothing(t *testing.T) {
+	p, _, s := started(t, 63)
+	must(t, p.epochs(s, 1, time.Second, true))
+	key := [32]byte{1}
+	ds, err := s.Digests(t.Context(), s.Committed(), "vda", key, []block.Range{{Off: sizeA - 4096, Len: 4096}, {Off: sizeA - 4096, Len: 8192}, {Off: sizeA, Len: 4096}})
+	must(t, err)
+	if ds[0] == [16]byte{} || ds[1] != [16]byte{} || ds[2] != [16]byte{} {
+		t.Errorf("digests %x", ds)
+	}
+	must(t, s.Close())
+}
+
+// A disk that is grown while it is seeded: what was received stays, the rest
+// comes with the first epoch, whichever of the two hears of it first.
+func TestADiskMayGrowWhileItIsSeeded(t *testing.T) {
+	for _, told := range []bool{false, true} {
+		p, h := newPrimary(62), blocktest.NewHost()
+		g := &growable{disks: map[string][]byte{}}
+		cfg := p.config(h)
+		cfg.Bases = g.open
+		s, err := points.Create(cfg, p.disks)
+		must(t, err)
+		must(t, p.seed(s))
+		if told {
+			must(t, s.SeedResize([]delta.Disk{p.disks[0], {Name: "vdb", Size: sizeB + 8192}}))
+			if c, err := s.SeedCursor("vdb"); err != nil || c != sizeB+8192 {
+				t.Errorf("cursor %d, %v", c, err)
+			}
+		}
+		must(t, p.resizeTo(s, sizeB+8192))
+		must(t, p.sound(s))
+		must(t, settle(s))
+		must(t, p.sound(s))
+		must(t, s.Close())
+	}
 }
 
 func TestStreamFromTheWireIsReceived(t *testing.T) {

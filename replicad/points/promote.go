@@ -232,6 +232,9 @@ func (s *Store) rollBack(ctx context.Context, at int, pace Pace) error {
 			}
 			dev := s.bases[e.key.disk()]
 			off := e.key.granule() * granule
+			if off >= s.segs[at].sizes[e.key.disk()] {
+				continue // an older point's
+			}
 			if _, err := dev.WriteAt(buf[:min(granule, dev.Size()-off)], off); err != nil {
 				return noSpace("roll back", err)
 			}
@@ -329,6 +332,9 @@ func (s *Store) ranges(keys []undoKey) map[string][]block.Range {
 	for _, k := range keys {
 		d := s.sup.disks[k.disk()]
 		off := k.granule() * granule
+		if off >= d.size {
+			continue // the disk was longer, or is only going to be
+		}
 		r := block.Range{Off: off, Len: min(granule, d.size-off)}
 		rs := out[d.name]
 		if n := len(rs); n > 0 && rs[n-1].End() == r.Off {

@@ -164,11 +164,10 @@ func (s *Store) disksFor(h *delta.Header) []int {
 	if len(h.Disks) != len(s.sup.disks) {
 		return nil
 	}
-	have := s.disks()
 	out := make([]int, len(h.Disks))
 	for i, d := range h.Disks {
 		out[i] = s.diskIndex(d.Name)
-		if out[i] < 0 || d.Size < have[out[i]].Size {
+		if out[i] < 0 {
 			return nil
 		}
 	}

@@ -3,6 +3,8 @@ package points
 import (
 	"context"
 	"fmt"
+	"math"
+	"slices"
 
 	"github.com/zeebo/blake3"
 
@@ -157,11 +159,58 @@ func (s *Store) SeedAssume(disk string) error {
 	return err
 }
 
+// SeedResize follows disks that the primary gave another size before the first
+// epoch. What was received stays; images become longer, never shorter.
+func (s *Store) SeedResize(disks []delta.Disk) error {
+	s.maint.Lock()
+	defer s.maint.Unlock()
+	s.recv.Lock()
+	defer s.recv.Unlock()
+	if err := s.seedResize(disks); err != nil {
+		return fmt.Errorf("resize while seeding: %w", err)
+	}
+	return nil
+}
+
+func (s *Store) seedResize(disks []delta.Disk) error {
+	if err := s.checkSeeding(); err != nil {
+		return err
+	}
+	to := s.disksFor(&delta.Header{Disks: disks})
+	if to == nil {
+		return fmt.Errorf("%w: have %v, the primary %v", ErrDisks, s.sup.diskList(), disks)
+	}
+	want := sizes(disks, to)
+	if slices.Equal(want, sizes(s.sup.diskList(), nil)) {
+		return nil
+	}
+	if _, err := s.seedFlush(); err != nil {
+		return err
+	}
+	s.dropPartial()
+	if err := s.growBases(want); err != nil {
+		return s.fail(err)
+	}
+	sup := s.sup.clone()
+	for i := range sup.disks {
+		d := &sup.disks[i]
+		if d.cursor = min(d.cursor, want[i]); d.cursor == d.size {
+			d.cursor = want[i] // the rest is in the first epoch, whole
+		}
+		d.size = want[i]
+	}
+	if err := s.identify(sup); err != nil {
+		return err
+	}
+	return s.putSuper(sup)
+}
+
 // maxDigestRange bounds one range of Digests.
 const maxDigestRange = 1 << 20
 
 // Digests hashes ranges of a disk at pos, which must be the committed
-// position (zero while seeding): BLAKE3 keyed, the first 16 bytes of each.
+// position (zero while seeding): BLAKE3 keyed, the first 16 bytes of each. Of a
+// range that ends behind the disk it is zero, which no content has.
 func (s *Store) Digests(ctx context.Context, pos delta.Pos, disk string, key [32]byte, ranges []block.Range) ([][16]byte, error) {
 	dev, done, err := s.digestSource(pos, disk)
 	if err != nil {
@@ -169,7 +218,7 @@ func (s *Store) Digests(ctx context.Context, pos delta.Pos, disk string, key [32
 	}
 	defer done()
 	for _, r := range ranges {
-		if r.Len > maxDigestRange || block.Check(r.Off, r.Len, dev.Size()) != nil {
+		if r.Len > maxDigestRange || block.Check(r.Off, r.Len, math.MaxInt64) != nil {
 			return nil, fmt.Errorf("digests of disk %s [%d,+%d): %w", disk, r.Off, r.Len, block.ErrRange)
 		}
 	}
@@ -182,6 +231,9 @@ func (s *Store) Digests(ctx context.Context, pos delta.Pos, disk string, key [32
 	for i, r := range ranges {
 		if err := ctx.Err(); err != nil {
 			return nil, err
+		}
+		if block.Check(r.Off, r.Len, dev.Size()) != nil {
+			continue // the primary's disk is longer by now: what is not here equals nothing
 		}
 		p := buf[:r.Len]
 		if err := readFull(dev, p, r.Off); err != nil {

@@ -72,6 +72,7 @@ func (p *primary) adopt(pos delta.Pos) {
 	p.parent, p.acked = pos, pos
 	for i := range p.content {
 		p.content[i] = append([]byte(nil), p.cuts[pos][i]...)
+		p.disks[i].Size = int64(len(p.content[i]))
 	}
 }
 
@@ -120,6 +121,38 @@ func (r *run) start(h *blocktest.Host) error {
 	r.h, r.s = h, s
 	r.p.created++
 	return r.p.seedAll(s)
+}
+
+// F18: a crash at every step while disks shrink and grow: every point that is
+// left has its own size and content.
+func TestNoCrashWhileDisksAreResizedHarmsAPoint(t *testing.T) {
+	p := &primary{}
+	scenario := func(h *blocktest.Host) error {
+		*p = *newPrimary(43)
+		p.room = sizeA + 8*4096
+		s, err := points.Create(p.config(h), p.disks)
+		if err != nil {
+			return err
+		}
+		p.created++
+		defer func() { _ = s.Close() }()
+		if err := p.seedAll(s); err != nil {
+			return err
+		}
+		if err := p.epochs(s, 2, 20*time.Second, true); err != nil {
+			return err
+		}
+		for _, size := range []int64{3*4096 + 512, sizeB + 4096} {
+			if err := p.resizeTo(s, size); err != nil {
+				return err
+			}
+			if err := p.epochs(s, 1, 20*time.Second, true); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	blocktest.SweepWith(t, blocktest.Options{MaxAll: 8, Random: 4}, scenario, p.recheck)
 }
 
 // life is the scripted life of a replica: first epoch, points, a view held

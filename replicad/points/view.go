@@ -80,6 +80,21 @@ func (s *Store) viewable(pos delta.Pos) (mark, []int64, error) {
 	return mark{}, nil, ErrNoPoint
 }
 
+// DisksAt are the disks with the sizes they had at pos, which must be viewable.
+func (s *Store) DisksAt(pos delta.Pos) ([]delta.Disk, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	_, sizes, err := s.viewable(pos)
+	if err != nil {
+		return nil, err
+	}
+	out := s.sup.diskList()
+	for i := range out {
+		out[i].Size = sizes[i]
+	}
+	return out, nil
+}
+
 // readable reports the damage that keeps the point before segment i from being
 // read; s.mu is held.
 func (s *Store) readable(i int) error {

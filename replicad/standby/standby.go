@@ -86,7 +86,7 @@ func (s *Standby) openStore(h overlay.Head) error {
 	c.Bases = func(disk string, size int64) (block.Device, error) {
 		dev, err := s.cfg.Image(disk)
 		if err == nil && dev.Size() < size {
-			err = fmt.Errorf("the image has %d bytes, the disk needs %d", dev.Size(), size)
+			err = resize(dev, size) // an epoch that is not applied yet made it longer
 		}
 		return borrowed{dev}, err
 	}
@@ -103,6 +103,32 @@ func (s *Standby) openStore(h overlay.Head) error {
 	s.store = st
 	s.view, err = st.View(h.At)
 	return err
+}
+
+var errFixed = errors.New("its size cannot be changed from here")
+
+// resize gives an image its disk's size.
+func resize(dev block.Device, size int64) error {
+	r, ok := dev.(interface{ Resize(size int64) error })
+	if !ok {
+		return fmt.Errorf("the image has %d bytes, the disk %d: %w", dev.Size(), size, errFixed)
+	}
+	return r.Resize(size)
+}
+
+// trim cuts off what the images have behind the disks: the store kept it for
+// points that have ended. What cannot become shorter stays as it is.
+func (s *Standby) trim() error {
+	for _, d := range s.over.Head().Disks {
+		dev, err := s.cfg.Image(d.Name)
+		if err == nil && dev.Size() > d.Size {
+			err = resize(dev, d.Size)
+		}
+		if err != nil && !errors.Is(err, errFixed) {
+			return fmt.Errorf("trim the image of disk %s: %w", d.Name, err)
+		}
+	}
+	return nil
 }
 
 // borrowed is an image that the store must not close.
@@ -256,6 +282,11 @@ func (s *Standby) Flatten(ctx context.Context, pace points.Pace) error {
 			return err
 		}
 		if err := s.closeStore(); err != nil {
+			return err
+		}
+	}
+	if s.over.Phase() != overlay.Done {
+		if err := s.trim(); err != nil {
 			return err
 		}
 	}
