@@ -193,6 +193,12 @@ func (c *Client) KeepPoints(ctx context.Context, r KeepRequest) (a KeepReply, er
 	return a, c.post(ctx, "overlay/keep", keepTimeout, r, &a)
 }
 
+// Resize gives a disk another size. After an error the image may be longer than
+// the disk; a repeated call, or the data plane's next start, takes that up.
+func (c *Client) Resize(ctx context.Context, r ResizeRequest) (a ResizeReply, err error) {
+	return a, c.post(ctx, "resize", syncTimeout, r, &a)
+}
+
 // Sync makes every image durable (the hand-over asks for it twice).
 func (c *Client) Sync(ctx context.Context) error {
 	return c.post(ctx, "sync", syncTimeout, struct{}{}, nil)

@@ -36,7 +36,7 @@ func (p *Plane) ranges(r RangesRequest) (RangesReply, error) {
 	if err != nil {
 		return RangesReply{}, err
 	}
-	size := img.dev.Size()
+	size := p.size(img)
 	if r.Offset < 0 || r.Offset > size || r.Bytes < 0 || r.Max < 0 {
 		return RangesReply{}, invalid("ranges of %s from %d", r.Disk, r.Offset)
 	}
@@ -105,7 +105,7 @@ func (p *Plane) compare(ctx context.Context, r CompareRequest) (CompareReply, er
 	if err != nil {
 		return CompareReply{}, err
 	}
-	if err := r.check(img.dev.Size()); err != nil {
+	if err := r.check(p.size(img)); err != nil {
 		return CompareReply{}, err
 	}
 	id, err := p.openWindow(g, r)

@@ -30,7 +30,7 @@ type DiskConfig struct {
 	Kind     Kind          `json:"kind"`
 	Path     string        `json:"path,omitempty"` // raw, block
 	URI      string        `json:"uri,omitempty"`  // nbd: nbd+unix:///NAME?socket=PATH or nbd://HOST:PORT/NAME
-	Size     int64         `json:"size,omitempty"` // 0 = as found; else it must match
+	Size     int64         `json:"size,omitempty"` // 0 = as found; else the image must have as much, and more is taken up
 	ReadOnly bool          `json:"read_only,omitempty"`
 	// Overlay is the sparse file that holds the guest's writes while
 	// Config.Overlay is set.

@@ -77,6 +77,7 @@ func (p *Plane) createTracker(ctx context.Context, r CreateRequest) error {
 	if (r.Lost != "" || r.Highest != 0) && (!r.DirtyAll || !r.Base.IsZero() || r.Replace) {
 		return invalid("create: a lost tracker is replaced by one that knows nothing")
 	}
+	r.Dirty = p.withTails(r.Dirty)
 	if g := p.group.Load(); g != nil {
 		if g.Generation() == r.Generation {
 			return markAll(g, r.Dirty) // a repeated call: a crash may have come between
@@ -123,12 +124,8 @@ func (p *Plane) dropTracker(ctx context.Context, g *cbt.Group) error {
 	if err := p.closeExports(ctx); err != nil {
 		return err
 	}
-	if f := p.held.Load(); f != nil {
-		f.end()
-		if err := f.cut.Abandon(); err != nil {
-			return err
-		}
-		p.held.Store(nil)
+	if err := p.dropHeld(); err != nil {
+		return err
 	}
 	p.group.Store(nil)
 	return g.Close(ctx)
@@ -408,7 +405,8 @@ func (p *Plane) Status() Status {
 		s.KeeperPID, s.KeeperOutdated = pid, p.cfg.outdated(pid)
 	}
 	for _, i := range p.images {
-		d := DiskStatus{Name: i.cfg.Name, Size: i.dev.Size(), QemuLock: i.locked.Load()}
+		d := DiskStatus{Name: i.cfg.Name, Size: p.size(i), QemuLock: i.locked.Load()}
+		d.Grown = i.grown(d.Size)
 		if st, ok := p.server.Stats(string(i.cfg.Name)); ok {
 			d.Exported, d.Clients, d.ClientPID = true, st.Connections, st.ClientPID
 			d.Requests, d.Errors, d.ReadBytes, d.WrittenBytes = st.Requests, st.Errors, st.BytesRead, st.BytesWritten

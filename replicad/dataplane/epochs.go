@@ -108,7 +108,7 @@ func joinAbandon(err error, cut *cbt.Epoch) error {
 func (p *Plane) header() delta.Header {
 	h := delta.Header{VM: p.vm}
 	for _, i := range p.images {
-		h.Disks = append(h.Disks, delta.Disk{Name: string(i.cfg.Name), Size: i.dev.Size()})
+		h.Disks = append(h.Disks, delta.Disk{Name: string(i.cfg.Name), Size: p.size(i)})
 	}
 	return h
 }

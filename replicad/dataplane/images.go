@@ -69,14 +69,27 @@ func openImage(ctx context.Context, d DiskConfig, dirty int64) (*image, error) {
 			return nil, errors.Join(err, f.Close())
 		}
 	}
-	if n := img.dev.Size(); d.Size != 0 && n != d.Size {
+	// Longer is fine: the tracker takes up what is new.
+	if n := img.dev.Size(); n < d.Size && d.Overlay == "" {
 		return nil, errors.Join(&wire.Error{
 			Kind: wire.KindRefused,
 			Text: fmt.Sprintf("the image has %d bytes, %d are configured", n, d.Size),
-			Hint: fmt.Sprintf("bring it back to its size: qemu-img resize %s %d (with --shrink), or disable and enable the protection", d.Path, d.Size),
+			Hint: fmt.Sprintf("bring it back to its size: qemu-img resize -f raw %s %d; what was cut off is zeros then: replicactl vm resync. Or disable and enable the protection", d.Path, d.Size),
 		}, img.dev.Close())
 	}
 	return img, nil
+}
+
+// grown is what the image has behind size, in bytes.
+func (i *image) grown(size int64) int64 {
+	if i.file == nil || i.under != nil {
+		return 0
+	}
+	id, err := i.file.Identity()
+	if err != nil {
+		return 0
+	}
+	return max(0, id.Size-size)
 }
 
 func (i *image) checkKind() error {

@@ -90,8 +90,11 @@ type KeepReply struct {
 
 // DiskStatus is one disk's part.
 type DiskStatus struct {
-	Name     wire.DiskName
-	Size     int64
+	Name wire.DiskName
+	Size int64
+	// Grown is what the image has behind Size: it became longer and nobody has
+	// taken that up yet (see ResizeRequest).
+	Grown    int64
 	Pending  int64
 	Suspect  int64
 	Exported bool
@@ -106,6 +109,20 @@ type DiskStatus struct {
 	WrittenBytes uint64
 	LastActivity time.Time
 }
+
+// ResizeRequest gives a disk another size, image and all. Making it longer may
+// be done under a running guest, whose connections end and learn the size when
+// they come back; what is new is marked.
+type ResizeRequest struct {
+	Disk wire.DiskName
+	// Size in bytes, a multiple of 512; 0 = what the image has by now.
+	Size int64
+	// Shrink lets the image become shorter; nobody may be connected then.
+	Shrink bool
+}
+
+// ResizeReply is the disk's size before and now.
+type ResizeReply struct{ Was, Size int64 }
 
 // CreateRequest makes the tracker. It is refused when one exists with another
 // generation, and a no-op when it exists with this one.

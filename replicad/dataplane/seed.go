@@ -29,7 +29,7 @@ func (p *Plane) seed(r SeedRequest) (*seeder, error) {
 	if err != nil {
 		return nil, err
 	}
-	if size := img.dev.Size(); r.Offset > size || r.Offset%delta.Granule != 0 && r.Offset != size {
+	if size := p.size(img); r.Offset > size || r.Offset%delta.Granule != 0 && r.Offset != size {
 		return nil, invalid("seed of %s from byte %d of %d", r.Disk, r.Offset, size)
 	}
 	s := &seeder{p: p, img: img, index: uint16(i), head: p.header(), req: r}
@@ -55,7 +55,7 @@ func (s *seeder) stream(ctx context.Context, w *streamWriter) error {
 			return fmt.Errorf("sync before looking for holes: %w", err)
 		}
 	}
-	size := s.img.dev.Size()
+	size := s.head.Disks[s.index].Size
 	var index uint32
 	var sent int64
 	for off := s.req.Offset; off < size && (s.req.Max == 0 || sent < s.req.Max); {

@@ -54,6 +54,7 @@ func (p *Plane) routes() http.Handler {
 	handle(m, "overlay/commit", func(context.Context, struct{}) (any, error) { return nil, p.commitOverlay() })
 	handle(m, "overlay/history", func(context.Context, struct{}) (any, error) { return p.history() })
 	handle(m, "overlay/keep", func(ctx context.Context, r KeepRequest) (any, error) { return p.keepPoints(ctx, r) })
+	handle(m, "resize", func(_ context.Context, r ResizeRequest) (any, error) { return p.resize(r) })
 	handle(m, "sync", func(context.Context, struct{}) (any, error) { return nil, p.sync() })
 	handle(m, "upgrade", func(_ context.Context, r UpgradeRequest) (any, error) { return p.upgrade(r) })
 	handle(m, "shutdown", func(context.Context, struct{}) (any, error) { p.stop(); return nil, nil })

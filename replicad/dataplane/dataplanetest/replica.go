@@ -18,6 +18,20 @@ type Decoded struct {
 	Bytes  int64
 }
 
+// sized is d with another size; what is new is zero.
+func sized(d *block.Mem, size int64) *block.Mem {
+	if d != nil && d.Size() == size {
+		return d
+	}
+	to := block.NewMem(size)
+	if d != nil {
+		p := make([]byte, min(size, d.Size()))
+		_, _ = d.ReadAt(p, 0) // memory
+		_, _ = to.WriteAt(p, 0)
+	}
+	return to
+}
+
 // Apply decodes a stream onto disks (made on demand) and checks its order, its
 // digests and its manifest, with a tally that may have earlier chunks.
 func Apply(r io.Reader, disks map[string]*block.Mem, tally *delta.Tally, from uint32) (Decoded, error) {
@@ -30,9 +44,7 @@ func Apply(r io.Reader, disks map[string]*block.Mem, tally *delta.Tally, from ui
 	}
 	out.Header = h
 	for _, x := range h.Disks {
-		if disks[x.Name] == nil {
-			disks[x.Name] = block.NewMem(x.Size)
-		}
+		disks[x.Name] = sized(disks[x.Name], x.Size)
 	}
 	cd, err := delta.NewChunkDecoder()
 	if err != nil {

@@ -178,6 +178,11 @@ func (g *Guest) stamp(n int64) []byte {
 	return p
 }
 
+// Resized tells the guest that a disk has another size now.
+func (g *Guest) Resized(disk wire.DiskName, size int64) {
+	g.Want[disk] = sized(g.Want[disk], size)
+}
+
 // Check reads everything back.
 func (g *Guest) Check() {
 	g.t.Helper()
