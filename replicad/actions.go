@@ -100,6 +100,8 @@ func (d *Daemon) actOn(ctx context.Context, v *vm.VM, a api.Action, request stri
 		return v.SyncNow(ctx)
 	case api.VMLimit:
 		return v.SetRate(a.Rate)
+	case api.VMResize:
+		return d.resize(ctx, v, a, request, emit)
 	case api.VMResync:
 		return d.resync(ctx, v, a, request, emit)
 	case api.PointPin, api.PointUnpin, api.PointKeep, api.PointApp, api.PointMount, api.PointUnmount, api.PointExport:

@@ -138,6 +138,10 @@ func (l *lazyHost) InsertDisks(ctx context.Context, uuid string, reqs []libvirt.
 	return with0(ctx, l, func(h *libvirt.Host) error { return h.InsertDisks(ctx, uuid, reqs) })
 }
 
+func (l *lazyHost) ResizeDisk(ctx context.Context, uuid, target string, src libvirt.NBDSource, size int64) error {
+	return with0(ctx, l, func(h *libvirt.Host) error { return h.ResizeDisk(ctx, uuid, target, src, size) })
+}
+
 func (l *lazyHost) RemoveDisks(ctx context.Context, uuid string, reqs []libvirt.InsertRequest) error {
 	return with0(ctx, l, func(h *libvirt.Host) error { return h.RemoveDisks(ctx, uuid, reqs) })
 }

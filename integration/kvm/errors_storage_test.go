@@ -146,8 +146,16 @@ func TestAnImageOfTheWrongSizeIsAnAlarmWithItsRemedy(t *testing.T) {
 	w.must(w.Lab.Host("A").Crash())
 	w.must(os.Truncate(image, 5<<20))
 	w.restart("A")
-	w.condition("A", d.Name, "data-plane-down", "the image has 5242880 bytes, 4194304 are configured", "qemu-img resize")
+	w.resizedTo("A", d.Name, 5<<20)
+	w.resizedTo("B", d.Name, 5<<20)
+	w.replicating("A", d.Name)
+
+	// made shorter while the host was off
+	w.must(w.Lab.Host("A").Crash())
 	w.must(os.Truncate(image, 4<<20))
+	w.restart("A")
+	w.condition("A", d.Name, "data-plane-down", "the image has 4194304 bytes, 5242880 are configured", "qemu-img resize")
+	w.must(os.Truncate(image, 5<<20))
 	w.replicating("A", d.Name)
 
 	// away altogether

@@ -36,6 +36,16 @@ func (f *Fake) Graph(ctx context.Context, uuid string, exports map[string]libvir
 	return out, err
 }
 
+// ResizeDisk remembers the size a running guest was shown.
+func (f *Fake) ResizeDisk(ctx context.Context, uuid, target string, _ libvirt.NBDSource, size int64) error {
+	return f.on(ctx, "ResizeDisk", uuid, fmt.Sprintf("%s %d", target, size), func(d *domain) error {
+		if d.state == libvirt.StateOff {
+			return wrongState("ResizeDisk", d)
+		}
+		return nil
+	})
+}
+
 // Probe tells how far a disk is.
 func (f *Fake) Probe(ctx context.Context, uuid string, r libvirt.InsertRequest) (s libvirt.InsertState, err error) {
 	err = f.on(ctx, "Probe", uuid, r.Disk.Target, func(d *domain) error {

@@ -30,6 +30,7 @@ const (
 	VMSync     Verb = "vm-sync"   // one cycle now
 	VMResync   Verb = "vm-resync" // compare everything by digest, send what differs
 	VMLimit    Verb = "vm-limit"  // bound what is sent of a VM
+	VMResize   Verb = "vm-resize" // give a disk another size
 	VMStart    Verb = "vm-start"
 	VMUpgrade  Verb = "vm-upgrade" // the installed program takes the data plane over
 	Planned    Verb = "failover-planned"
@@ -104,6 +105,9 @@ type Action struct {
 	Rate       int64  `json:"rate,omitempty"`
 	Window     string `json:"window,omitempty"`
 	Stop       bool   `json:"stop,omitempty"`
+	// Of vm-resize: the disk is Disks[0]; Size 0 = what the image has by now.
+	Size   int64 `json:"size,omitempty"`
+	Shrink bool  `json:"shrink,omitempty"`
 	// Point names a recovery point, as points.Choose reads it.
 	Point string `json:"point,omitempty"`
 	// Retention and Quota say what a replica keeps, as points.ParsePolicy reads

@@ -32,6 +32,7 @@ type Hypervisor interface {
 	Info(ctx context.Context) (libvirt.HostInfo, error)
 	Graph(ctx context.Context, uuid string, exports map[string]libvirt.NBDSource) (map[string]libvirt.DiskGraph, error)
 	InsertDisks(ctx context.Context, uuid string, reqs []libvirt.InsertRequest) error
+	ResizeDisk(ctx context.Context, uuid, target string, src libvirt.NBDSource, size int64) error
 	RemoveDisks(ctx context.Context, uuid string, reqs []libvirt.InsertRequest) error
 	Network(ctx context.Context, name string) (libvirt.Network, error)
 	Reserve(ctx context.Context, network string, r libvirt.Reservation) error

@@ -295,6 +295,7 @@ func (v *VM) look(ctx context.Context) {
 	if v.noticeRelease() || !r.Lineage.MayServe() || !r.Placed {
 		return
 	}
+	v.tendSizes(ctx, isOff)
 	switch {
 	case isOff:
 		v.seen("", "")

@@ -181,6 +181,11 @@ func (m *Manager) receiving(ctx context.Context, id wire.VMID, g delta.Generatio
 // committed follows the position into the generation it lies in.
 func (v *VM) committed(pos delta.Pos) error {
 	v.heard()
+	if s, err := v.store(); err == nil {
+		if err := v.followSizes(s.Disks()); err != nil {
+			return fmt.Errorf("follow the disks' sizes: %w", err)
+		}
+	}
 	r := v.record()
 	if r.Lineage.Generation == pos.Generation && !r.Incomplete && r.Lineage.Sealed.IsZero() && r.Next == nil {
 		return nil

@@ -190,6 +190,9 @@ func (v *VM) startKeeping(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("open the replica store: %w", err)
 	}
+	if err := v.followSizes(st.Disks()); err != nil {
+		return errors.Join(fmt.Errorf("follow the disks' sizes: %w", err), st.Close())
+	}
 	run, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	k := &keeping{store: st, cancel: cancel, done: make(chan struct{})}
 	go func() {
@@ -382,6 +385,9 @@ func (v *VM) sealStore(p *promoteVars) (string, error) {
 	s, err := v.store()
 	if err != nil {
 		return "", err
+	}
+	if err := v.followSizes(s.Disks()); err != nil { // they are cut to what the record says
+		return "", fmt.Errorf("follow the disks' sizes: %w", err)
 	}
 	blobs, err := s.Firmware(p.At)
 	if err != nil && !errors.Is(err, points.ErrPromoted) {

@@ -36,6 +36,9 @@ func (m *Manager) Offer(ctx context.Context, o wire.Offer) (wire.OfferReply, err
 		}
 		return v.refreshOffer(ctx, o)
 	}
+	if o.Try {
+		return wire.OfferReply{}, notFound(o.VM)
+	}
 	g, err := m.deps.Grant(p.Host)
 	if err != nil {
 		return wire.OfferReply{}, err
@@ -153,9 +156,15 @@ func (v *VM) refreshOffer(ctx context.Context, o wire.Offer) (wire.OfferReply, e
 	}
 	if !sameDisks(r.wireDisks(), o.Disks) {
 		return wire.OfferReply{}, &wire.Error{
-			Kind: wire.KindConflict, Text: "the replica of " + r.Name + " was made for other disks or sizes",
+			Kind: wire.KindConflict, Text: "the replica of " + r.Name + " was made for other disks",
 			Hint: "on the replica host: replicactl vm disable --force " + r.Name + ", then enable it again",
 		}
+	}
+	if err := v.mgr.roomFor(v, deltaDisks(o.Disks)); err != nil || o.Try {
+		return wire.OfferReply{State: "exists"}, err
+	}
+	if err := v.seedSizes(deltaDisks(o.Disks)); err != nil {
+		return wire.OfferReply{}, err
 	}
 	if string(r.Spec) == string(o.Spec) && r.Interval == o.Interval && r.Name == o.Name && r.AppEvery == o.AppEvery {
 		return wire.OfferReply{State: "exists"}, nil
@@ -173,18 +182,38 @@ func (v *VM) refreshOffer(ctx context.Context, o wire.Offer) (wire.OfferReply, e
 	return wire.OfferReply{State: "exists", Dropped: dropped}, nil
 }
 
-// sameDisks compares names and sizes, in any order.
+// seedSizes follows the disks' sizes before the first epoch; after it, each
+// epoch carries them.
+func (v *VM) seedSizes(disks []delta.Disk) error {
+	s, err := v.store()
+	if err != nil || s.Status().State != points.Seeding {
+		return nil // what is wrong says the handshake
+	}
+	if err := s.SeedResize(disks); err != nil {
+		return storeError(err)
+	}
+	return v.followSizes(s.Disks())
+}
+
+// sameDisks compares names, in any order; none is named twice.
 func sameDisks(have, want []wire.Disk) bool {
-	sizes := map[wire.DiskName]int64{}
+	names := map[wire.DiskName]bool{}
 	for _, d := range have {
-		sizes[d.Name] = d.Size
+		names[d.Name] = true
 	}
 	for _, d := range want {
-		if n, ok := sizes[d.Name]; !ok || n != d.Size {
+		if !names[d.Name] {
 			return false
 		}
 	}
 	return len(have) == len(want)
+}
+
+func deltaDisks(disks []wire.Disk) (out []delta.Disk) {
+	for _, d := range disks {
+		out = append(out, delta.Disk{Name: string(d.Name), Size: d.Size})
+	}
+	return out
 }
 
 const maxSpec = 1 << 20

@@ -77,14 +77,6 @@ func (v *VM) choose(text string, st storeState) (delta.Pos, time.Time, error) {
 	if p.Latest {
 		return p.Pos, st.CutTime, nil
 	}
-	for i, d := range v.record().Disks {
-		if i < len(p.Sizes) && p.Sizes[i] != d.Size {
-			return delta.Pos{}, time.Time{}, &wire.Error{
-				Kind: wire.KindRefused, Text: fmt.Sprintf("disk %s had %d bytes at that point and has %d now", d.Name, p.Sizes[i], d.Size),
-				Hint: "choose a later point; files of the old one: replicafsck recover --read-only-copy",
-			}
-		}
-	}
 	return p.Pos, p.Cut, nil
 }
 
@@ -135,8 +127,14 @@ func (v *VM) makeOverlay(p *promoteVars) (string, error) {
 			return "", err
 		}
 	}
-	for _, d := range v.record().Disks {
-		if err := makeOverlayFile(v.overlayFile(d), d.Size); err != nil {
+	disks, err := s.DisksAt(p.At) // an older point may have had other sizes
+	if err != nil {
+		return "", fmt.Errorf("the disks' sizes at %v: %w", p.At, err)
+	}
+	r := v.record()
+	for _, k := range disks {
+		d, _ := r.disk(wire.DiskName(k.Name)) // the store's disks are the record's
+		if err := makeOverlayFile(v.overlayFile(d), k.Size); err != nil {
 			return "", err
 		}
 	}
@@ -144,7 +142,7 @@ func (v *VM) makeOverlay(p *promoteVars) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	err = overlay.Create(dir, overlay.Head{VM: vm, Generation: p.Generation, At: p.At, Disks: v.deltaDisks(), Created: v.deps.Now().UTC()})
+	err = overlay.Create(dir, overlay.Head{VM: vm, Generation: p.Generation, At: p.At, Disks: disks, Created: v.deps.Now().UTC()})
 	return "nothing is copied; the guest begins with " + p.At.String(), err
 }
 

@@ -148,6 +148,21 @@ func (g *guestHost) Destroy(ctx context.Context, id string, graceful bool) error
 	return g.Fake.Destroy(ctx, id, graceful)
 }
 
+// ResizeDisk is what QEMU does: it connects again and sees the size.
+func (g *guestHost) ResizeDisk(ctx context.Context, id, target string, src libvirt.NBDSource, size int64) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	_ = g.disk.Close()
+	c, err := nbd.Dial(ctx, "unix", g.s.socket(), nbd.ClientOptions{Export: target})
+	if err != nil {
+		return err
+	}
+	if g.disk = c; c.Size() != size {
+		return fmt.Errorf("the export has %d bytes, not %d", c.Size(), size)
+	}
+	return g.Fake.ResizeDisk(ctx, id, target, src, size)
+}
+
 // halt is the end of the QEMU process.
 func (g *guestHost) halt() {
 	g.mu.Lock()

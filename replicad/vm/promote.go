@@ -8,11 +8,13 @@ import (
 	"slices"
 	"time"
 
+	"kvmreplica/internal/fsx"
 	"kvmreplica/libvirt"
 	"kvmreplica/replicad/delta"
 	"kvmreplica/replicad/failover"
 	"kvmreplica/replicad/firmware"
 	"kvmreplica/replicad/lineage"
+	"kvmreplica/replicad/overlay"
 	"kvmreplica/replicad/points"
 	"kvmreplica/replicad/wire"
 )
@@ -265,6 +267,15 @@ func (v *VM) takeRole(event lineage.Event, p *promoteVars, request string) (stri
 		return "", fmt.Errorf("this promotion was declined: %w", failover.ErrNotTaken)
 	}
 	before := r.Lineage
+	if p.Overlay != nil { // its disks are as long as they were at that state
+		info, err := overlay.Read(fsx.Sub(v.fsys, overlayDir))
+		if err == nil {
+			err = v.followSizes(info.Head.Disks)
+		}
+		if err != nil {
+			return "", fmt.Errorf("the disks' sizes: %w", err)
+		}
+	}
 	err := v.move(lineage.Change{Event: event, Generation: p.Generation, At: p.At, Before: p.Newest}, func(r *Record) {
 		r.Overlay = nil
 		if p.Overlay != nil {
@@ -294,6 +305,11 @@ func (v *VM) takeRole(event lineage.Event, p *promoteVars, request string) (stri
 func (v *VM) serveAs(ctx context.Context, p *promoteVars) (string, error) {
 	if err := v.stopKeeping(); err != nil {
 		return "", err
+	}
+	if p.Overlay == nil {
+		if err := v.trimImages(); err != nil {
+			return "", err
+		}
 	}
 	if err := v.startPlane(ctx); err != nil {
 		return "", err

@@ -1,7 +1,6 @@
 package vm
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -89,7 +88,7 @@ func (v *VM) askRelease(ctx context.Context, request string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	reply, err := peer.Failover(ctx, wire.FailoverRequest{VM: v.id, Step: stepRelease, Request: request, At: v.record().Lineage.Parent(), Also: v.replacing(ctx)})
+	reply, err := peer.Failover(ctx, wire.FailoverRequest{VM: v.id, Step: stepRelease, Request: request, At: v.record().Lineage.Parent(), Also: v.replacing(ctx), Sizes: v.sizes()})
 	if refusal(err) && !conflict(err) {
 		return "", fmt.Errorf("ask the old primary: %w: %w", err, failover.ErrNotTaken)
 	}
@@ -111,6 +110,11 @@ func (v *VM) askRelease(ctx context.Context, request string) (string, error) {
 	case !known:
 		return "everything will be compared: " + why, c.Mark(ctx, dataplane.MarkRequest{Reason: "what the failover to an older point took back is not known"})
 	}
+	for disk, rs := range v.sizesDiffer(reply.Sizes) {
+		if err := markAll(ctx, c, disk, rs, "behind the end of the old primary's disk"); err != nil {
+			return "", err
+		}
+	}
 	for disk, rs := range between {
 		if err := markAll(ctx, c, disk, rs, "taken back by the failover to an older point"); err != nil {
 			return "", err
@@ -121,7 +125,7 @@ func (v *VM) askRelease(ctx context.Context, request string) (string, error) {
 		for _, r := range rs {
 			bytes += r.Len
 		}
-		if err := markAll(ctx, c, disk, rs, "changed on the old primary"); err != nil {
+		if err := markAll(ctx, c, disk, within(rs, v.sizes()[disk]), "changed on the old primary"); err != nil {
 			return "", err
 		}
 	}
@@ -154,35 +158,6 @@ func (v *VM) replacing(ctx context.Context) map[wire.DiskName][]wire.Range {
 	}
 	return out
 }
-
-// maxAlso bounds what one request carries.
-const maxAlso = 8192
-
-// fewer sorts ranges and joins neighbours until at most n are left.
-func fewer(rs []wire.Range, n int) []wire.Range {
-	slices.SortFunc(rs, func(a, b wire.Range) int { return cmp.Compare(a.Off, b.Off) })
-	for gap := int64(1); ; gap = max(64<<10, gap*2) {
-		if rs = join(rs, gap); len(rs) <= max(n, 1) {
-			return rs
-		}
-	}
-}
-
-// markAll marks many ranges of a disk, in requests the data plane takes.
-func markAll(ctx context.Context, c *dataplane.Client, disk wire.DiskName, rs []wire.Range, why string) error {
-	const most = 16384
-	for len(rs) > 0 {
-		n := min(len(rs), most)
-		if err := c.Mark(ctx, dataplane.MarkRequest{Disk: disk, Ranges: rs[:n], Reason: why}); err != nil {
-			return err
-		}
-		rs = rs[n:]
-	}
-	return nil
-}
-
-// maxReleased bounds the ranges told; more are joined until they fit.
-const maxReleased = 32768
 
 // release gives up this host's own writes: the peer was promoted and a person
 // decided for its data.
@@ -292,7 +267,7 @@ func released(reply wire.FailoverReply, err error) string {
 
 // giveUp ends the role and makes it durable that what this host wrote is void.
 func (v *VM) giveUp(ctx context.Context, q wire.FailoverRequest) (wire.FailoverReply, error) {
-	reply := wire.FailoverReply{State: stateAccepted}
+	reply := wire.FailoverReply{State: stateAccepted, Sizes: v.sizes()}
 	v.hold("its writes are being given up")
 	// Somebody may have started it before the gate was shut.
 	if isOff, err := v.guestIsOff(ctx); err != nil || !isOff {
@@ -335,7 +310,11 @@ func (v *VM) giveUp(ctx context.Context, q wire.FailoverRequest) (wire.FailoverR
 func (v *VM) keepLosing(ctx context.Context, q wire.FailoverRequest, base delta.Pos, reply *wire.FailoverReply) error {
 	all := map[wire.DiskName][]wire.Range{}
 	for _, d := range v.record().Disks {
-		all[d.Name] = joined(slices.Concat(reply.Dirty[d.Name], q.Also[d.Name]))
+		rs := slices.Concat(reply.Dirty[d.Name], within(q.Also[d.Name], d.Size))
+		if n, ok := q.Sizes[d.Name]; ok && n < d.Size {
+			rs = append(rs, behind(n, d.Size))
+		}
+		all[d.Name] = joined(rs)
 	}
 	bytes, err := v.savePatch(ctx, q.Request, base, all)
 	if errors.Is(err, unix.ENOSPC) {
@@ -465,35 +444,4 @@ func (v *VM) ownChanges(ctx context.Context, reply *wire.FailoverReply) (base de
 		reply.Dirty[d.Name] = rs
 	}
 	return s.Base, true, ""
-}
-
-func allRanges(ctx context.Context, c *dataplane.Client, disk wire.DiskName) ([]wire.Range, error) {
-	var out []wire.Range
-	for off := int64(0); ; {
-		a, err := c.Ranges(ctx, dataplane.RangesRequest{Disk: disk, Offset: off, Bytes: 1 << 62, Max: 4096})
-		if err != nil {
-			return nil, err
-		}
-		out = append(out, a.Ranges...)
-		for gap := int64(64 << 10); len(out) > maxReleased; gap *= 2 {
-			out = join(out, gap)
-		}
-		if a.Done {
-			return out, nil
-		}
-		off = a.Next
-	}
-}
-
-// join merges neighbours closer than gap.
-func join(rs []wire.Range, gap int64) []wire.Range {
-	out := rs[:0]
-	for _, r := range rs {
-		if n := len(out); n > 0 && r.Off-(out[n-1].Off+out[n-1].Len) < gap {
-			out[n-1].Len = max(out[n-1].Len, r.Off+r.Len-out[n-1].Off)
-			continue
-		}
-		out = append(out, r)
-	}
-	return out
 }

@@ -35,6 +35,9 @@ func (v *VM) startPlane(ctx context.Context) error {
 	v.mu.Lock()
 	v.ship = &shipping{plane: c, cfg: cfg}
 	v.mu.Unlock()
+	if err := v.followPlane(ctx, c); err != nil {
+		v.log.Warn("compare the disks' sizes with the record", "err", err)
+	}
 	return nil
 }
 
@@ -243,16 +246,20 @@ func (c *courier) Digests(ctx context.Context, r wire.DigestRequest) (wire.Diges
 // offer announces the VM with its present description.
 func (v *VM) offer(ctx context.Context, p wire.Service, request string) error {
 	v.refreshSpec(ctx)
-	r := v.record()
-	_, err := p.Offer(ctx, wire.Offer{
-		VM: r.VM, Name: r.Name, Spec: r.Spec, Disks: r.wireDisks(), Interval: r.Interval,
-		Retention: r.Retention, Points: v.retention().Count(), AppEvery: r.AppEvery,
-		Generation: r.Lineage.Generation, Existing: r.Existing, Request: request,
-	})
-	if err != nil {
+	if _, err := p.Offer(ctx, v.offering(request)); err != nil {
 		return fmt.Errorf("offer the VM to its replica host: %w", err)
 	}
 	return nil
+}
+
+// offering is the offer of the VM as the record has it.
+func (v *VM) offering(request string) wire.Offer {
+	r := v.record()
+	return wire.Offer{
+		VM: r.VM, Name: r.Name, Spec: r.Spec, Disks: r.wireDisks(), Interval: r.Interval,
+		Retention: r.Retention, Points: v.retention().Count(), AppEvery: r.AppEvery,
+		Generation: r.Lineage.Generation, Existing: r.Existing, Request: request,
+	}
 }
 
 // refreshSpec follows edits of the domain. What cannot be read stays as it was:

@@ -273,9 +273,19 @@ func checkReleased(by map[DiskName][]Range) error {
 	return nil
 }
 
+// checkSizes bounds sizes by disk.
+func checkSizes(by map[DiskName]int64) error {
+	for disk, n := range by {
+		if len(by) > MaxDisks || !disk.Valid() || n <= 0 || n > MaxDiskSize || n%512 != 0 {
+			return invalid("disk %.32q of %d bytes", string(disk), n)
+		}
+	}
+	return nil
+}
+
 // Validate refuses what no honest peer sends.
 func (r FailoverRequest) Validate() error {
-	if err := checkReleased(r.Also); err != nil {
+	if err := firstError(checkReleased(r.Also), checkSizes(r.Sizes)); err != nil {
 		return err
 	}
 	return firstError(r.VM.check(), checkText("step", r.Step, 32),

@@ -153,6 +153,9 @@ type Offer struct {
 	// Existing: the replica host's administrator has put images ready; they are
 	// compared instead of copied.
 	Existing bool `json:",omitempty"`
+	// Try asks whether such an offer of a VM that exists there would be taken,
+	// with other sizes than now, and changes nothing.
+	Try bool `json:",omitempty"`
 	// Request correlates both hosts' journals.
 	Request string
 }
@@ -312,6 +315,9 @@ type FailoverRequest struct {
 	// Also are ranges that the survivor will replace besides what the answering
 	// host changed by itself (step "release"): they are kept with the patch.
 	Also map[DiskName][]Range `json:",omitempty"`
+	// Sizes are the survivor's disks (step "release"): what the answering host
+	// has behind their ends is kept with the patch.
+	Sizes map[DiskName]int64 `json:",omitempty"`
 }
 
 // MaxReleased bounds the ranges of one request or reply of a release.
@@ -332,6 +338,9 @@ type FailoverReply struct {
 	// "release"); Patch is its name.
 	Bytes int64  `json:",omitempty"`
 	Patch string `json:",omitempty"`
+	// Sizes are the answering host's disks (step "release"): whatever lies behind
+	// their ends differs.
+	Sizes map[DiskName]int64 `json:",omitempty"`
 }
 
 // Step is one executed step, for display.
