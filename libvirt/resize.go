@@ -2,7 +2,9 @@ package libvirt
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"time"
 )
 
 // ResizeDisk lets a running guest see that the export under its disk has become
@@ -40,13 +42,27 @@ func resizeDisk(ctx context.Context, m monitor, target, alias string, src NBDSou
 	if g.Size == size {
 		return nil
 	}
-	// A connection that ended is noticed when it is used, and a first request may
-	// fail by that.
-	for range 2 {
+	// A connection that ended is noticed when it is used; the next use makes a new
+	// one, at once or, without a reconnect delay, in the background.
+	for n := 0; ; n++ {
 		args := map[string]any{"command-line": fmt.Sprintf("qemu-io %s \"read -q 0 512\"", g.Top.Name)}
 		if err := m.qmp(ctx, "human-monitor-command", args, nil); err != nil {
 			return err
 		}
+		err := m.qmp(ctx, "block_resize", map[string]any{"node-name": g.Top.Name, "size": size}, nil)
+		if err == nil || n == resizeTries {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return errors.Join(err, ctx.Err())
+		case <-time.After(resizeEvery):
+		}
 	}
-	return m.qmp(ctx, "block_resize", map[string]any{"node-name": g.Top.Name, "size": size}, nil)
 }
+
+// How often QEMU is asked whether it knows the new size by now.
+const (
+	resizeTries = 100
+	resizeEvery = 100 * time.Millisecond
+)

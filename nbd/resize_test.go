@@ -1,9 +1,15 @@
 package nbd_test
 
 import (
+	"bufio"
+	"context"
 	"errors"
+	"fmt"
+	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"kvmreplica/internal/block"
@@ -41,5 +47,73 @@ func TestAResizedExportIsSeenByWhoConnectsAgain(t *testing.T) {
 	}
 	if err := s.srv.Resized("other"); !errors.Is(err, nbd.ErrUnknownExport) {
 		t.Errorf("an unknown export: %v", err)
+	}
+}
+
+// qemuMonitor is a QEMU without a machine that has an export as a block node.
+type qemuMonitor struct {
+	t   *testing.T
+	in  io.Writer
+	out *bufio.Scanner
+}
+
+func startQEMU(t *testing.T, node string) *qemuMonitor {
+	t.Helper()
+	bin, err := exec.LookPath("qemu-system-x86_64")
+	if err != nil {
+		t.Skip("qemu-system-x86_64 is not installed: ", err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	cmd := exec.CommandContext(ctx, bin, "-machine", "none", "-nodefaults", "-nographic", "-S", "-qmp", "stdio", "-blockdev", node)
+	cmd.Stderr = os.Stderr
+	in, err := cmd.StdinPipe()
+	must(t, err)
+	out, err := cmd.StdoutPipe()
+	must(t, err)
+	must(t, cmd.Start())
+	t.Cleanup(func() { cancel(); _ = cmd.Wait() })
+	m := &qemuMonitor{t: t, in: in, out: bufio.NewScanner(out)}
+	m.do(`{"execute":"qmp_capabilities"}`)
+	return m
+}
+
+// do runs a command and returns the line that answers it.
+func (m *qemuMonitor) do(command string) string {
+	m.t.Helper()
+	_, err := io.WriteString(m.in, command+"\n")
+	must(m.t, err)
+	for m.out.Scan() {
+		if s := m.out.Text(); strings.HasPrefix(s, `{"return"`) || strings.HasPrefix(s, `{"error"`) {
+			return s
+		}
+	}
+	m.t.Fatalf("QEMU ended: %v", m.out.Err())
+	return ""
+}
+
+// QEMU cannot be told a larger size; it learns one with a new connection, and
+// lets its block node be resized then, whether it waits for lost servers or not.
+func TestQEMULearnsASizeWithANewConnection(t *testing.T) {
+	for _, delay := range []int{0, 86400} {
+		path := filepath.Join(t.TempDir(), "img")
+		must(t, os.WriteFile(path, make([]byte, 1<<20), 0o600))
+		dev, err := block.OpenFile(path, block.FileOptions{})
+		must(t, err)
+		t.Cleanup(func() { _ = dev.Close() })
+		s := serve(t, nbd.Options{}, nbd.Export{Device: dev})
+		q := startQEMU(t, fmt.Sprintf(`{"driver":"raw","node-name":"top","file":{"driver":"nbd","node-name":"ours","server":{"type":"unix","path":%q},"reconnect-delay":%d}}`, s.socket, delay))
+		const resize = `{"execute":"block_resize","arguments":{"node-name":"top","size":3145728}}`
+		must(t, dev.Resize(3<<20))
+		if a := q.do(resize); !strings.Contains(a, "error") {
+			t.Errorf("delay %d: QEMU grows an export whose size it does not know: %s", delay, a)
+		}
+		must(t, s.srv.Resized(""))
+		until(t, "QEMU takes the size", func() bool {
+			q.do(`{"execute":"human-monitor-command","arguments":{"command-line":"qemu-io top \"read -q 0 512\""}}`)
+			return !strings.Contains(q.do(resize), "error")
+		})
+		if a := q.do(`{"execute":"query-named-block-nodes","arguments":{"flat":true}}`); strings.Count(a, `"virtual-size": 3145728`) != 2 {
+			t.Errorf("delay %d: the nodes have other sizes: %s", delay, a)
+		}
 	}
 }
