@@ -21,6 +21,7 @@ type guestFacts struct {
 	unanswered time.Time // the last question before an unplanned failover went unanswered then
 
 	running  bool
+	growth   string // why an image that became longer is not taken up
 	state    libvirt.State
 	bypass   string // an export is missing from the block graph
 	overlay  string // a snapshot lies above the export

@@ -11,6 +11,7 @@ import (
 	"unicode"
 	"unicode/utf8"
 
+	"kvmreplica/internal/block"
 	"kvmreplica/libvirt"
 	"kvmreplica/replicad/delta"
 	"kvmreplica/replicad/lineage"
@@ -160,7 +161,11 @@ func (v *VM) refreshOffer(ctx context.Context, o wire.Offer) (wire.OfferReply, e
 			Hint: "on the replica host: replicactl vm disable --force " + r.Name + ", then enable it again",
 		}
 	}
-	if err := v.mgr.roomFor(v, deltaDisks(o.Disks)); err != nil || o.Try {
+	err := v.mgr.roomFor(v, deltaDisks(o.Disks))
+	if err == nil {
+		err = v.fits(o.Disks)
+	}
+	if err != nil || o.Try {
 		return wire.OfferReply{State: "exists"}, err
 	}
 	if err := v.seedSizes(deltaDisks(o.Disks)); err != nil {
@@ -180,6 +185,31 @@ func (v *VM) refreshOffer(ctx context.Context, o wire.Offer) (wire.OfferReply, e
 		v.log.Warn("follow the primary's description", "err", err)
 	}
 	return wire.OfferReply{State: "exists", Dropped: dropped}, nil
+}
+
+// fits refuses sizes that this host's own volumes do not have: nobody here can
+// enlarge them.
+func (v *VM) fits(want []wire.Disk) error {
+	r := v.record()
+	for _, w := range want {
+		d, _ := r.disk(w.Name)
+		if d.Kind != diskBlock || w.Size <= d.Size {
+			continue
+		}
+		f, err := block.OpenFile(d.Path, block.FileOptions{ReadOnly: true, NoLock: true})
+		if err != nil {
+			return fmt.Errorf("look at the volume of disk %s: %w", d.Name, err)
+		}
+		n := f.Size()
+		if err := f.Close(); err != nil || n >= w.Size {
+			continue
+		}
+		return &wire.Error{
+			Kind: wire.KindRefused, Text: fmt.Sprintf("the replica's volume %s has %d bytes, disk %s would have %d", d.Path, n, d.Name, w.Size),
+			Hint: "enlarge it there first: lvextend; then repeat the command",
+		}
+	}
+	return nil
 }
 
 // seedSizes follows the disks' sizes before the first epoch; after it, each

@@ -190,8 +190,11 @@ func (v *VM) shrink(ctx context.Context, disk wire.DiskName, size int64) error {
 	if err != nil {
 		return err
 	}
+	v.mu.Lock()
+	before := v.held
+	v.mu.Unlock()
 	v.hold("a disk is being made shorter")
-	defer v.hold("")
+	defer v.hold(before)
 	if isOff, err := v.guestIsOff(ctx); err != nil || !isOff { // somebody was quicker
 		return errors.Join(err, v.followPlane(ctx, c), &wire.Error{Kind: wire.KindUnavailable, Text: "the guest was started meanwhile"})
 	}
@@ -273,7 +276,11 @@ func (v *VM) tendSizes(ctx context.Context, isOff bool) {
 		}
 		out, err := v.Resize(ctx, ResizeOptions{Disk: d.Name, Request: "grown"})
 		if err != nil {
-			if !busy(err) {
+			v.mu.Lock()
+			news := v.facts.growth != err.Error()
+			v.facts.growth = err.Error()
+			v.mu.Unlock()
+			if news && !busy(err) {
 				v.log.Warn("take up an image that has become longer", "disk", string(d.Name), "err", err)
 			}
 			continue
