@@ -33,7 +33,7 @@ func (w *world) guestSees(d guest.Domain, size int64) {
 // copy follows, points keep their size, and a failover has all of it.
 func TestADiskGrowsUnderARunningGuest(t *testing.T) {
 	w := up(t, estate.Options{})
-	d := w.guest("grow", 90, 1, "lab.load=16")
+	d := w.guest("grow", 90, 1, "lab.load=16 loglevel=6") // the kernel says on the console what it sees
 	const was, live, off = 256 << 20, 300 << 20, 310<<20 + 512
 	c := w.start(d)
 	w.protect(d, "1s")
