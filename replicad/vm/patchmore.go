@@ -55,7 +55,7 @@ func (v *VM) keepReplaced(ctx context.Context, all []points.Replaced) error {
 		for _, r := range all[i].Ranges {
 			both = append(both, wire.Range{Off: r.Off, Len: r.Len})
 		}
-		c.ranges[d.Name] = joined(both)
+		c.ranges[d.Name] = joined(within(both, d.Size)) // the survivor's disk may be longer
 		more += total(c.ranges[d.Name]) - total(old)
 		c.images = append(c.images, all[i].Image)
 	}
