@@ -75,6 +75,11 @@ func serve(t testing.TB, opts nbd.Options, exports ...nbd.Export) service {
 	t.Cleanup(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), patience)
 		defer cancel()
+		for _, x := range exports {
+			if h, ok := x.Device.(*held); ok {
+				h.letGo()
+			}
+		}
 		if err := s.srv.Shutdown(ctx); err != nil {
 			t.Errorf("shutdown: %v", err)
 		}
