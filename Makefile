@@ -67,7 +67,7 @@ test: deps check ## everything: unit tests under the race detector, then whole s
 	  -- -race -shuffle=on -timeout 12m -skip '$(SWEEPS)' $(TESTARGS) $(UNIT) \
 	  -- -timeout 12m -run '$(SWEEPS)' $(TESTARGS) $(UNIT) \
 	  -- -p 1 -timeout 12m $(TESTARGS) $(GUESTS) \
-	  -- -p 1 -timeout 30m $(TESTARGS) $(SYSTEM)
+	  -- -p 1 -timeout 45m $(TESTARGS) $(SYSTEM)
 
 .PHONY: unit
 unit: ## unit tests alone, without installing anything

@@ -88,15 +88,20 @@ func (w *world) sound(what string, c *console.Console, v *witness, cut time.Time
 	return n
 }
 
-// grown waits until B keeps that many recovery points, and returns them.
-func (w *world) grown(vm string, n int) []wire.Point {
+// pointAfter waits for a recovery point of a cut that was made later, and
+// returns the first one.
+func (w *world) pointAfter(vm string, at time.Time) (found wire.Point) {
 	w.t.Helper()
-	var ps []wire.Point
-	w.eventually(fmt.Sprintf("there are %d recovery points", n), func() bool {
-		ps = w.points("B", vm).Points
-		return len(ps) >= n
+	w.eventually("there is a later recovery point", func() bool {
+		for _, p := range w.points("B", vm).Points {
+			if !p.Latest && p.Cut.After(at) {
+				found = p
+				return true
+			}
+		}
+		return false
 	})
-	return ps
+	return found
 }
 
 // SQLite with a write-ahead log commits without a pause in a protected guest on
@@ -130,13 +135,15 @@ func TestEveryPointOfAGuestWithADatabaseBootsSound(t *testing.T) {
 	}
 	var ps []wire.Point
 	for n := range want {
+		before := v.before("COMMITTED", time.Now())
 		kills[n%len(kills)]()
-		ps = w.grown(d.Name, n+2) // the list ends with the newest state
+		w.eventually("the database goes on after the kill", func() bool { return v.before("COMMITTED", time.Now()) > before })
+		ps = append(ps, w.pointAfter(d.Name, time.Now()))
 	}
 	var last uint64
-	for _, p := range ps[:want] {
+	for _, p := range ps {
 		one, cc := w.copyOf(d.Name, "--point", fmt.Sprint(p.Ordinal))
-		n := w.sound(fmt.Sprintf("point %d", p.Ordinal), cc, v, p.Cut)
+		n := w.sound(fmt.Sprintf("point %d of %s", p.Ordinal, p.Cut.Format("15:04:05.0")), cc, v, p.Cut)
 		if n <= last {
 			t.Errorf("point %d holds %d transactions, the one before it %d", p.Ordinal, n, last)
 		}
