@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"kvmreplica/internal/confine"
 )
 
 // Restart pauses: short first, because a guest waits; capped, because a data
@@ -195,10 +197,38 @@ func (k *keeper) start() (process, error) {
 	// Its own group: a signal meant for the keeper's group must not reach it,
 	// the keeper drains it in order.
 	cmd.SysProcAttr = &unix.SysProcAttr{Setpgid: true}
-	if err := cmd.Start(); err != nil {
+	missing, err := confine.Start(cmd, k.limits())
+	if err != nil {
 		return nil, err
 	}
+	if len(missing) > 0 {
+		k.log.Warn("the data plane may do more than it should: this kernel refuses to take it away", "what", missing)
+	}
 	return (*child)(cmd), nil
+}
+
+// limits are what a data plane is left; its successors in upgrades inherit them.
+// The images' directories are not among what it may change: only for the time of
+// a failover on trial, when it ends by taking files away there, it may write
+// anywhere.
+func (k *keeper) limits() confine.Limits {
+	cfg, err := LoadConfig(k.file) // it may have changed since this keeper began
+	if err != nil {
+		cfg = k.cfg // the data plane will say what is wrong
+	}
+	l := confine.Limits{Writable: []string{cfg.StateDir, cfg.SharedDir, cfg.RunDir}}
+	for _, d := range cfg.Disks {
+		switch {
+		case d.Kind == NBD:
+			l.Network = true
+		case !d.ReadOnly:
+			l.Writable = append(l.Writable, d.Path)
+		}
+	}
+	if cfg.Overlay != nil {
+		l.Writable = nil
+	}
+	return l
 }
 
 // child is a data plane this keeper started.
