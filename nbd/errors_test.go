@@ -176,6 +176,27 @@ func TestFirstErrorOfAWriteInPiecesWins(t *testing.T) {
 	}
 }
 
+// A piece fails while the connection's loop waits for room for the next one,
+// after it has looked: what the loop knows at the end must not cover the error.
+func TestAnErrorWhileTheNextPieceWaitsIsTold(t *testing.T) {
+	faulty := blocktest.NewFaulty(newFile(t, 1<<20), "x")
+	faulty.SetHook(func(op fsxtest.Op) error {
+		if op.Kind == fsxtest.Write && op.Off == 0 {
+			return syscall.ENOSPC
+		}
+		return nil
+	})
+	s := serve(t, nbd.Options{Workers: 1, ParkedRequests: 1}, nbd.Export{Device: faulty, MaxPiece: 64 << 10})
+	r := s.connect(t)
+	r.enter(true)
+	for i := range uint64(50) {
+		r.request(0, cmdWrite, i, 0, 128<<10, make([]byte, 128<<10)...)
+		if _, errno := r.answer(); errno != errNoSpace {
+			t.Fatalf("write %d: answer %d", i, errno)
+		}
+	}
+}
+
 func TestFastZeroIsRefusedWhereZeroingIsSlow(t *testing.T) {
 	f := newFile(t, 1<<20)
 	s := serve(t, nbd.Options{}, nbd.Export{Device: plain{f}})

@@ -163,6 +163,35 @@ func TestResumeAfterCutAtEveryFrame(t *testing.T) {
 	}
 }
 
+// The commit record of an epoch whose chunks are not all there is refused, also
+// when only the last one is missing; with them it is taken.
+func TestNoEpochIsCommittedBeforeAllOfItIsThere(t *testing.T) {
+	p, _, s := started(t, 5)
+	must(t, p.epochs(s, 1, time.Second, true))
+	before := s.Committed()
+	b := p.cut(p.touch(6))
+	hd, err := delta.ParseHeader(b.Header)
+	must(t, err)
+	if len(b.Chunks) == 0 {
+		t.Fatal("nothing can be missing")
+	}
+	for n := range b.Chunks {
+		r, err := s.Begin(hd)
+		must(t, err)
+		for i := int(r.Next()); i < n; i++ {
+			must(t, r.Chunk(b.Chunks[i]))
+		}
+		if pos, err := r.Commit(b.Manifest); err == nil {
+			t.Fatalf("committed %v with %d of %d chunks", pos, n, len(b.Chunks))
+		}
+		if s.Committed() != before {
+			t.Fatalf("with %d of %d chunks %v is committed", n, len(b.Chunks), s.Committed())
+		}
+	}
+	must(t, p.send(s, b))
+	must(t, p.sound(s))
+}
+
 func TestPromoteEndsPointsForGood(t *testing.T) {
 	p, h, s := started(t, 6)
 	must(t, p.epochs(s, 4, 20*time.Second, true))
