@@ -117,7 +117,7 @@ const traced = "GODEBUG=asyncpreemptoff=1"
 // reachWithin is how long calls are waited for, a few cycles, and enoughHits how
 // many of them end that wait.
 const (
-	reachWithin = 5 * time.Second
+	reachWithin = 10 * time.Second
 	enoughHits  = 3
 )
 
@@ -132,15 +132,15 @@ func (s *siege) fail(i int, f daemonFault) (hits int, row string) {
 		fault := labtest.Inject(s.t, d.Pid(), f.call, f.errno, f.when)
 		ctx, cancel := context.WithTimeout(s.t.Context(), reachWithin)
 		defer cancel()
-		s.prod(ctx, f)
+		answers := s.prod(ctx, i, f)
 		_ = waitFor(ctx, func() bool { return fault.Hits() >= enoughHits }) // counted below
 		s.progress(100)
 		if f.lasting() && fault.Hits() > 0 {
-			s.eventually("the cause of "+f.String()+" is said", func() bool { return s.says(f, from) || over(d) })
+			s.eventually("the cause of "+f.String()+" is said", func() bool { return s.says(f, answers, from) || over(d) })
 		}
 		fault.End()
 		hits = fault.Hits()
-		if s.says(f, from) {
+		if s.says(f, answers, from) {
 			told = "said"
 		}
 		if over(d) {
@@ -153,17 +153,32 @@ func (s *siege) fail(i int, f daemonFault) (hits int, row string) {
 	return hits, row
 }
 
-// prod lets a daemon make connections and take them, well or not.
-func (s *siege) prod(ctx context.Context, f daemonFault) {
-	if f.call != "connect" && f.call != "accept4" {
-		return
-	}
+// prod lets a daemon keep something, make connections and take them, well or
+// not; it returns what the person who asks for that is told.
+func (s *siege) prod(ctx context.Context, i int, f daemonFault) string {
 	other := map[string]string{"A": "B", "B": "A"}[f.host]
+	asks := map[string][]string{other: {"peer", "test", estate.Peer(f.host)}}
+	switch {
+	case f.call == "connect" || f.call == "accept4":
+		asks[f.host] = []string{"peer", "test", estate.Peer(other)}
+	case f.host == "A":
+		asks = map[string][]string{"A": {"vm", "limit", s.d.Name, fmt.Sprint(1<<30 + i)}} // replaces the record
+	default:
+		return "" // a replica's daemon is busy by itself
+	}
+	var mu sync.Mutex
+	var said strings.Builder
 	var wg sync.WaitGroup
-	for host, args := range map[string][]string{f.host: {"peer", "test", estate.Peer(other)}, other: {"peer", "test", estate.Peer(f.host)}} {
-		wg.Go(func() { _, _ = s.Ctl(ctx, host, args...) })
+	for host, args := range asks {
+		wg.Go(func() {
+			out, _ := s.Ctl(ctx, host, args...) // it may fail: that is what is looked at
+			mu.Lock()
+			defer mu.Unlock()
+			said.WriteString(out)
+		})
 	}
 	wg.Wait()
+	return said.String()
 }
 
 // over reports that a daemon has ended.
@@ -188,9 +203,12 @@ func (s *siege) logged() map[string]int {
 	return n
 }
 
-// says reports that one of the daemons has told the cause since.
-func (s *siege) says(f daemonFault, since map[string]int) bool {
+// says reports that the cause was told, to whoever asked or in a daemon's log.
+func (s *siege) says(f daemonFault, answers string, since map[string]int) bool {
 	s.t.Helper()
+	if strings.Contains(answers, f.cause()) {
+		return true
+	}
 	for h, from := range since {
 		b, err := os.ReadFile(s.Daemon(h).LogPath)
 		s.must(err)
