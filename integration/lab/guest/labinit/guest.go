@@ -39,6 +39,7 @@ type knobs struct {
 	net, root          bool
 	load, loadSize     int64 // bytes a second, bytes
 	sql                bool
+	tcp                int    // port to listen on; 0 = none
 	header             string // a file of the host
 	mount              string
 	dev                string // prefix of the disks' names
@@ -75,6 +76,7 @@ func readKnobs() knobs {
 		fsck:     m["lab.fsck"] == "1" || m["lab.mode"] == "verify",
 		agent:    m["lab.ga"] == "1",
 		net:      m["lab.net"] == "1",
+		tcp:      int(num("lab.tcp", 0)),
 		root:     m["lab.root"] == "1",
 		load:     num("lab.load", 0) << 10,
 		loadSize: num("lab.loadsize", 16) << 20,

@@ -16,6 +16,7 @@
 //	lab.fsck=1                  full check of every file system first
 //	lab.ga=1                    run the QEMU guest agent
 //	lab.net=1                   ask for an address by DHCP on eth0
+//	lab.tcp=PORT                answer connections to this port once the disks are verified
 //	lab.load=KIB                random writes in the background, KiB a second
 //	lab.loadsize=MIB            size of the file they go to, per disk (16)
 //	lab.header=PATH             write image headers that refer to a file of the host
@@ -70,6 +71,9 @@ func (g *guest) run() {
 		g.die("verify", err)
 	}
 	g.say("BOOT %v", v)
+	if g.knobs.tcp > 0 {
+		go g.listen(v.Highest)
+	}
 	switch g.knobs.mode {
 	case "verify":
 	case "idle":
