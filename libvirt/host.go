@@ -17,7 +17,7 @@ import (
 // Deadlines and limits of the package, by name.
 const (
 	dialTimeout     = 5 * time.Second
-	callTimeout     = 30 * time.Second // when the caller's context has none
+	callTimeout     = time.Minute // when the caller's context has none; a libvirtd that is asked first examines every QEMU
 	keepAliveEvery  = 10 * time.Second
 	keepAliveWithin = 10 * time.Second
 	// libvirtd serves five requests of one client at a time (max_client_requests)
@@ -34,7 +34,7 @@ type Options struct {
 	// URI is the driver, "qemu:///system" when empty. Tests use
 	// "test:///default".
 	URI string
-	// CallTimeout bounds calls whose context has no deadline; 0 is 30 s.
+	// CallTimeout bounds calls whose context has no deadline; 0 is a minute.
 	CallTimeout time.Duration
 	// KeepAlive is the interval of probes on the event connection; 0 is 10 s.
 	KeepAlive time.Duration

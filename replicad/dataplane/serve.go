@@ -164,6 +164,7 @@ func mapError(err error) error {
 		{block.ErrLocked, wire.KindConflict},
 		{block.ErrRange, wire.KindInvalid},
 		{context.DeadlineExceeded, wire.KindUnavailable},
+		{context.Canceled, wire.KindUnavailable}, // the process goes, or its caller went
 	} {
 		if errors.Is(err, m.is) {
 			var e *wire.Error
