@@ -519,3 +519,37 @@ func TestAStoreThatFailedWhileReceivingEndsItsRun(t *testing.T) {
 		}
 	})
 }
+
+// The limit of an epoch in the spool holds before its bytes are written, not
+// after; once there is room the same epoch is received.
+func TestNothingIsWrittenBehindTheLimitOfTheSpool(t *testing.T) {
+	const limit = 64 << 10
+	p, h, s := started(t, 61)
+	must(t, s.Close())
+	cfg := p.config(h)
+	cfg.Limits.SpoolBytes = limit
+	s, err := points.Open(cfg)
+	must(t, err)
+	behind := int64(0)
+	h.Power.SetHook(func(op fsxtest.Op) error {
+		if op.Kind == fsxtest.Write && strings.HasPrefix(op.Path, "spool/") {
+			behind = max(behind, op.Off+int64(op.Len))
+		}
+		return nil
+	})
+	b := p.cut(p.touch(200))
+	if err := p.send(s, b); !errors.Is(err, points.ErrNoSpace) {
+		t.Fatalf("an epoch above the limit: %v", err)
+	}
+	if behind == 0 || behind > limit {
+		t.Errorf("written up to byte %d, the limit is %d", behind, limit)
+	}
+	must(t, s.Close())
+	cfg.Limits.SpoolBytes = 0
+	s, err = points.Open(cfg)
+	must(t, err)
+	must(t, p.send(s, b))
+	must(t, settle(s))
+	must(t, p.sound(s))
+	must(t, s.Close())
+}
