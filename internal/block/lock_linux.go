@@ -50,6 +50,26 @@ type LockedError struct {
 	What   string // which lock
 	PID    int    // holder, 0 when unknown
 	Holder string // its command name, "" when unknown
+	// Class and At say where the lock is: FLOCK, or OFDLCK and its byte.
+	Class string
+	At    int64
+}
+
+// Named looks for the holder once more, for a process that may see more than the
+// one that met the lock. What it does not find stays unknown.
+func (e *LockedError) Named() *LockedError {
+	n := *e
+	var st unix.Stat_t
+	if n.PID == 0 && unix.Stat(n.Path, &st) == nil {
+		n.find(&st, "")
+	}
+	return &n
+}
+
+func (e *LockedError) find(image *unix.Stat_t, own string) {
+	if pid := lockHolder(image, own, e.Class, e.At); pid != 0 {
+		e.PID, e.Holder = pid, processName(pid)
+	}
 }
 
 // Error names the holder when it is known, and what to do.
@@ -201,9 +221,10 @@ func (f *File) fcntl(cmd int, lk *unix.Flock_t) error {
 }
 
 func (f *File) lockedError(what, class string, at int64) error {
-	e := &LockedError{Path: f.path, What: what}
-	if pid := lockHolder(f.fd, class, at); pid != 0 {
-		e.PID, e.Holder = pid, processName(pid)
+	e := &LockedError{Path: f.path, What: what, Class: class, At: at}
+	var st unix.Stat_t
+	if unix.Fstat(f.fd, &st) == nil {
+		e.find(&st, filepath.Join("/proc", strconv.Itoa(os.Getpid()), "fd", strconv.Itoa(f.fd)))
 	}
 	return e
 }
@@ -219,16 +240,11 @@ func processName(pid int) string {
 // lockHolder looks through the descriptors we may see for one on the same
 // inode that holds a lock of class (FLOCK, OFDLCK) covering byte at. Open file
 // description locks carry no pid, so this is the only way. 0 when not found.
-func lockHolder(fd int, class string, at int64) int {
-	var want unix.Stat_t
-	if unix.Fstat(fd, &want) != nil {
-		return 0
-	}
+func lockHolder(image *unix.Stat_t, own, class string, at int64) int {
 	dirs, err := filepath.Glob("/proc/[0-9]*/fd")
 	if err != nil {
 		return 0
 	}
-	own := filepath.Join("/proc", strconv.Itoa(os.Getpid()), "fd", strconv.Itoa(fd))
 	for _, dir := range dirs {
 		entries, err := os.ReadDir(dir)
 		if err != nil {
@@ -236,7 +252,7 @@ func lockHolder(fd int, class string, at int64) int {
 		}
 		for _, e := range entries {
 			name := filepath.Join(dir, e.Name())
-			if name == own || !sameInode(name, &want) || !holdsLock(dir, e, class, at) {
+			if name == own || !sameInode(name, image) || !holdsLock(dir, e, class, at) {
 				continue
 			}
 			pid, err := strconv.Atoi(filepath.Base(filepath.Dir(dir)))

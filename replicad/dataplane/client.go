@@ -283,11 +283,11 @@ func unavailable(path string, err error) error {
 }
 
 func decodeError(r io.Reader, path string) error {
-	e := new(wire.Error)
-	if err := json.NewDecoder(r).Decode(e); err != nil || e.Text == "" {
+	var a answer
+	if err := json.NewDecoder(r).Decode(&a); err != nil || a.named() == nil {
 		return unavailable(path, errors.New("unreadable error reply"))
 	}
-	return e
+	return a.named()
 }
 
 // Trailers of a stream: exactly one of them is present after a whole stream.

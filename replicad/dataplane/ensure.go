@@ -194,7 +194,7 @@ func await(ctx context.Context, cfg Config, c *Client) error {
 
 // writeFailure leaves a word for Ensure; a data plane that serves takes it away.
 func writeFailure(cfg Config, err error) {
-	b, jerr := json.Marshal(asWire(err))
+	b, jerr := json.Marshal(newAnswer(err))
 	if jerr == nil {
 		_ = replaceFile(cfg.failureFile(), b, 0o600)
 	}
@@ -205,11 +205,11 @@ func readFailure(cfg Config) error {
 	if err != nil || len(b) > maxConfig {
 		return nil
 	}
-	e := new(wire.Error)
-	if json.Unmarshal(b, e) != nil || e.Text == "" {
+	var a answer
+	if json.Unmarshal(b, &a) != nil {
 		return nil
 	}
-	return e
+	return a.named()
 }
 
 // Stop drains and ends the data plane and its keeper, and waits for that, also

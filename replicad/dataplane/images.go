@@ -121,7 +121,7 @@ func (i *image) lock() error {
 		return nil
 	}
 	if err := i.file.LockQEMU(); err != nil {
-		return &wire.Error{Kind: wire.KindRefused, Text: err.Error(), Hint: "stop that program, then repeat the command"}
+		return &inUse{&wire.Error{Kind: wire.KindRefused, Text: err.Error(), Hint: "stop that program, then repeat the command"}, err}
 	}
 	i.locked.Store(true)
 	return nil

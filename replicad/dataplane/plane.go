@@ -310,7 +310,7 @@ func RunPlane(ctx context.Context, configFile string) error {
 	}
 	p, err := Open(ctx, cfg, newLogger(cfg).With("part", "dataplane"))
 	if err != nil {
-		writeFailure(cfg, mapError(err))
+		writeFailure(cfg, err)
 		return fmt.Errorf("data plane of %s: %w", cfg.Name, err)
 	}
 	p.pid = lock

@@ -111,7 +111,7 @@ func epochOf(r *http.Request) (uint64, error) {
 func reply(w http.ResponseWriter, v any, err error) {
 	w.Header().Set("Content-Type", "application/json")
 	if err != nil {
-		e := asWire(mapError(err))
+		e := newAnswer(err)
 		w.WriteHeader(httpStatus(e.Kind))
 		_ = json.NewEncoder(w).Encode(e) // a client that is gone needs no answer
 		return

@@ -153,9 +153,11 @@ func (c *copies) kill() {
 	c.stop()
 }
 
+// restart is the daemon's: its VMs are there before its copies are served.
 func (c *copies) restart() {
 	c.t.Helper()
 	c.kill()
+	c.s.restart()
 	c.start()
 }
 
@@ -296,7 +298,6 @@ func TestAPersonAndACopyPinTheSamePointForThemselves(t *testing.T) {
 	owners := func(want ...string) {
 		t.Helper()
 		c.restart()
-		w.b.restart()
 		w.until("the store to be open", func() error { _, err := w.b.vm().store(); return err })
 		st, err := w.b.vm().store()
 		must(t, err)
@@ -352,7 +353,6 @@ func TestACopyKeepsWhatItWroteOverARestartOfTheDaemon(t *testing.T) {
 		t.Fatal(err)
 	}
 	c.restart()
-	w.b.restart()
 	w.write(w.a, 5)
 	w.rest()
 	got := make([]byte, len(b))
