@@ -456,7 +456,11 @@ func TestPairingRequestsAreBounded(t *testing.T) {
 		c, _, err := dialTLS(soon(t), p.id, r.addr, protoPair, dialTCP, func(tls.ConnectionState) error { return nil })
 		errFatal(t, err)
 		err = roundTrip(soon(t), c, pairPath, q, &pairReply{})
-		if k := kindOf(err); k != wire.KindInvalid && k != wire.KindRefused {
+		k := kindOf(err)
+		// The rest of what is too long is never read, so the answer may meet a
+		// connection that was reset.
+		cut := name == "too long" && k == wire.KindUnavailable
+		if k != wire.KindInvalid && k != wire.KindRefused && !cut {
 			t.Errorf("%s: %v", name, err)
 		}
 		_ = c.Close()
