@@ -252,7 +252,7 @@ h.shutdown()
 func TestFioVerifies(t *testing.T) {
 	requires(t, "fio")
 	eachExport(t, 16<<20, func(t *testing.T, s service, _ *block.File, _ []byte) {
-		out := tool(t, "fio", "--name=v", "--ioengine=nbd", "--uri="+s.uri(), "--rw=randrw", "--bsrange=512-256k", "--size=16m",
+		out := tool(t, "fio", "--name=v", "--ioengine=nbd", "--verify_state_save=0", "--uri="+s.uri(), "--rw=randrw", "--bsrange=512-256k", "--size=16m",
 			"--io_size=24m", "--iodepth=16", "--verify=crc32c", "--verify_fatal=1", "--randseed=1", "--fsync=32", "--group_reporting")
 		if strings.Contains(out, "verify:") {
 			t.Fatalf("fio: %s", out)

@@ -10,8 +10,8 @@ import (
 // Resize gives the image size bytes, a multiple of SectorSize, durably; what is
 // new reads as zeros. A block device cannot be told: it must have at least so
 // many bytes by now, and all it has are used. Nothing may be in flight behind
-// the smaller of the two sizes. After an error the size is as before, though
-// the file may have become longer.
+// the smaller of the two sizes. After an error a size that was to grow is as
+// before, one that was to shrink has shrunk; the file may be longer than that.
 func (f *File) Resize(size int64) error {
 	if err := f.enter(); err != nil {
 		return err

@@ -7,7 +7,6 @@ import (
 	"slices"
 
 	"kvmreplica/cbt"
-
 	"kvmreplica/nbd"
 	"kvmreplica/replicad/wire"
 )

@@ -40,6 +40,8 @@ func (v *VM) keepReplaced(ctx context.Context, all []points.Replaced) error {
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		return nil // a person has deleted it
+	case errors.As(err, new(*fs.PathError)): // it cannot be read now, which is no damage
+		return &wire.Error{Kind: wire.KindUnavailable, Text: "complete the patch " + id + ": " + err.Error(), Hint: "there: look at its storage, or give it up: replicactl failover patch delete " + v.record().Name + " " + id}
 	case err != nil:
 		v.log.Error("a damaged patch cannot be completed", "patch", id, "err", err)
 		return nil // it is listed as damaged and cannot be mounted
