@@ -171,7 +171,7 @@ func (d *Daemon) identity(state fsx.FS, now time.Time) (*peer.Identity, error) {
 func (d *Daemon) deps() (vm.Deps, error) {
 	deps := vm.Deps{
 		Host: d.id.Host(), HostName: d.name, StateDir: d.cfg.StateDir, RunDir: d.cfg.RunDir,
-		Hyper: d.hyper, QEMUOwner: d.qemu.owner, Dial: d.dial, Grant: d.grant, Fence: d.cfg.Fence, SilentAfter: d.cfg.SilentPeerAfter,
+		Hyper: d.hyper, QEMUOwner: d.qemu.owner, Dial: d.dial, Grant: d.grant, Fence: d.cfg.Fence, HostStops: hostStops, SilentAfter: d.cfg.SilentPeerAfter,
 		Limiter:      func() vm.Limiter { return &peer.Bandwidth{} },
 		CaptureBytes: d.cfg.Limits.CaptureMemory, DirtyBytes: d.cfg.Limits.DirtyPageCache, AnyClient: d.cfg.AnyClient, MaxVMs: d.cfg.Limits.MaxVMs, Store: points.Limits{BacklogBytes: d.cfg.Limits.Backlog, Reserve: d.cfg.Limits.FreeSpaceReserve}, MaxPoints: d.cfg.Limits.MaxPoints, ShippingSlots: d.cfg.ShippingSlots, Statistics: stats.Schedule{Start: d.cfg.StatisticsStart, Length: d.cfg.StatisticsWindow},
 		LibvirtState: d.cfg.LibvirtState, Kernels: map[string]libvirt.PolicyKernel{}, DomainType: d.cfg.DomainType,

@@ -150,6 +150,7 @@ func TestEveryPointOfAGuestWithADatabaseBootsSound(t *testing.T) {
 		last = n
 		w.ctl("B", "failover", "test-stop", d.Name, "--test", one.ID)
 	}
+	w.ctl("A", "vm", "limit", d.Name, "0") // the faster the machine, the more there is by now
 	at := time.Now()
 	_, err = w.WaitStatus(w.step(), "A", d.Name, "copied later", func(v status.VM) bool { return v.LastCommit.After(at) })
 	w.must(err)

@@ -145,7 +145,11 @@ initrd = %q
 	}
 	s.must(os.WriteFile(b.Path("/etc/hostname"), []byte(b.name+"\n"), 0o644))
 	units := b.Path("/etc/systemd/system")
-	s.must(os.MkdirAll(units, 0o755))
+	// A daemon that sees its guest end while the host goes down must not take
+	// that for a person's shutdown: it gets the time to see it.
+	linger := filepath.Join(units, "libvirt-guests.service.d")
+	s.must(os.MkdirAll(linger, 0o755))
+	s.must(os.WriteFile(filepath.Join(linger, "linger.conf"), []byte("[Service]\nExecStopPost=/bin/sleep 5\n"), 0o644))
 	for _, u := range []string{"console-getty.service", "getty@.service", "nbd-server.service", "postgresql.service", "e2scrub_reap.service"} {
 		s.must(os.Symlink("/dev/null", filepath.Join(units, u)))
 	}

@@ -66,6 +66,9 @@ type Deps struct {
 	// QEMUOwner is who owns sockets and images that QEMU opens; nil, or nil from
 	// it, = root.
 	QEMUOwner func() (uid, gid *int)
+	// HostStops says whether this host is going down, so that a guest that ends
+	// is one that ran; nil = never.
+	HostStops func(ctx context.Context) (bool, error)
 	// SilentAfter is how long a peer may be silent after a boot before the VM's
 	// policy counts.
 	SilentAfter time.Duration

@@ -21,6 +21,7 @@ type guestFacts struct {
 	unanswered time.Time // the last question before an unplanned failover went unanswered then
 
 	running  bool
+	ended    bool   // it was shut down; not remembered yet
 	growth   string // why an image that became longer is not taken up
 	state    libvirt.State
 	bypass   string // an export is missing from the block graph
@@ -156,6 +157,9 @@ func (v *VM) startGuest(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	v.mu.Lock()
+	v.facts.ended = false
+	v.mu.Unlock()
 	v.hold("")
 	v.publishGate()
 	st, _, err := v.deps.Hyper.DomainState(ctx, string(v.id))
@@ -291,6 +295,10 @@ func (v *VM) look(ctx context.Context) {
 	v.mu.Lock()
 	was := v.facts.running
 	v.facts.state, v.facts.running = st, !isOff
+	if was && isOff && v.running == nil && (reason == libvirt.ReasonShutdown || reason == libvirt.ReasonDestroyed) {
+		v.facts.ended = true
+	}
+	v.facts.ended = v.facts.ended && isOff
 	v.mu.Unlock()
 	r := v.record()
 	if v.noticeRelease() || !r.Lineage.MayServe() || !r.Placed {
@@ -300,15 +308,33 @@ func (v *VM) look(ctx context.Context) {
 	switch {
 	case isOff:
 		v.seen("", "")
-		if was && (reason == libvirt.ReasonShutdown || reason == libvirt.ReasonDestroyed) {
-			v.want(false)
-		}
+		v.tendEnd(ctx)
 	case st == libvirt.StatePaused && reason == libvirt.ReasonIOError:
 		v.resumeLater()
 	default:
 		v.want(true)
 		v.lookAtGraph(ctx)
 	}
+}
+
+// tendEnd remembers that a guest was shut down, so that it stays off after the
+// next boot. One that ends because its host goes down is started then.
+func (v *VM) tendEnd(ctx context.Context) {
+	v.mu.Lock()
+	ended := v.facts.ended
+	v.mu.Unlock()
+	if !ended {
+		return
+	}
+	if stops := v.deps.HostStops; stops != nil {
+		if down, err := stops(ctx); err != nil || down {
+			return // it is asked again
+		}
+	}
+	v.want(false)
+	v.mu.Lock()
+	v.facts.ended = false
+	v.mu.Unlock()
 }
 
 func (v *VM) want(running bool) {

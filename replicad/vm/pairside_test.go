@@ -35,6 +35,7 @@ var (
 
 // side is one host: its directories and hypervisor outlive its manager.
 type side struct {
+	stops atomic.Bool // the host goes down
 	t     testing.TB
 	w     *pair
 	name  string
@@ -235,7 +236,8 @@ func (s *side) start() {
 	deps := Deps{
 		Host: s.host, HostName: s.name, StateDir: filepath.Join(s.dir, "state"), RunDir: filepath.Join(s.dir, "run"),
 		Hyper: s.hyper, DomainType: "qemu", AnyClient: true, SilentAfter: 500 * time.Millisecond, Now: time.Now, Log: log,
-		Dial: func(h wire.HostID) (wire.Service, error) { return &link{from: s, to: s.other, me: mortal}, nil },
+		HostStops: func(context.Context) (bool, error) { return s.stops.Load(), nil },
+		Dial:      func(h wire.HostID) (wire.Service, error) { return &link{from: s, to: s.other, me: mortal}, nil },
 		Grant: func(wire.HostID) (Grant, error) {
 			s.mu.Lock()
 			defer s.mu.Unlock()

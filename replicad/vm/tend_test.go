@@ -377,3 +377,27 @@ func TestAMarkThatCannotBeReadForAWhileEndsNothing(t *testing.T) {
 		t.Fatal("a mark that stays unreadable counts for nothing")
 	}
 }
+
+// A guest that a person shuts down stays off after the next boot. One that was
+// ended because its host goes down is started then, although the daemon saw its
+// end; and if the host stays up after all, it was a shutdown like any other.
+func TestAGuestThatEndsWithItsHostIsStartedWithIt(t *testing.T) {
+	t.Parallel()
+	w := newPair(t)
+	w.protect()
+	v := w.a.vm()
+	w.a.stops.Store(true)
+	v.look(t.Context())
+	w.a.hyper.SetState(string(v.id), libvirt.StateOff, libvirt.ReasonShutdown)
+	for range 3 {
+		v.look(t.Context())
+	}
+	if !v.record().WantRunning {
+		t.Fatal("the end of a guest whose host goes down is taken for a person's wish")
+	}
+	w.a.stops.Store(false)
+	v.look(t.Context())
+	if v.record().WantRunning {
+		t.Fatal("a guest that was shut down would be started by the next boot")
+	}
+}
