@@ -11,7 +11,9 @@
 // has its bit in the active bitmap. Bits leave a bitmap in two ways only: a
 // whole frozen bitmap is dropped when the replica acknowledged exactly that
 // epoch, or a granule was compared with the replica's committed content and
-// was not written since the comparison began. A region leaves the map only
+// was not written since the comparison began. (What Epoch.Keep takes out of an
+// epoch goes from the frozen bitmap to the active one: it stays dirty, and its
+// region counts as written after the cut.) A region leaves the map only
 // when none of its granules is dirty, nothing is in flight to it, the replica
 // acknowledged the last epoch that wrote to it, the image was synced after
 // that, and the acknowledged position is durable as the base.
@@ -19,7 +21,9 @@
 // What a restart finds, best first: the exact set (clean stop), the exact set
 // from a copy in boot-scoped shared memory (the process was killed), the
 // marked regions (power loss), everything (any doubt). The cost of a doubt is
-// reading, never data.
+// reading, never data. A disk that was not tracked before is all dirty, and
+// none of it suspect; the others are known as if nothing had been added or
+// left out.
 //
 // # What the caller must do
 //

@@ -258,6 +258,11 @@ func (e *Epoch) copyOut(d *Disk, st *diskState, buf []byte, g, n uint64) error {
 			e.g.store.give(slot)
 			return nil
 		}
+		if !st.fine[e.slot].has(g + i) { // kept back meanwhile
+			e.mu.Unlock()
+			e.g.store.give(slot)
+			continue
+		}
 		ed.copies[g+i] = slot
 		st.done.set(g+i, g+i+1)
 		e.mu.Unlock()

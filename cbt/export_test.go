@@ -54,3 +54,27 @@ func resealed(b []byte) [][]byte {
 	binary.LittleEndian.PutUint32(c[superCRC:], crc32.Checksum(c[:superCRC], crcTable))
 	return [][]byte{b, c}
 }
+
+// LastWriter is the epoch that counts as the last that wrote to a region.
+func LastWriter(d *Disk, region int) uint32 { return d.st.Load().lastTag[region].Load() }
+
+// KeepAndDie calls Keep and has it die at the first bit that becomes active, as
+// a kill might. It returns how many granules are in neither bitmap then. The
+// group can only be killed afterwards.
+func (e *Epoch) KeepAndDie(disk string) (missing int, died bool) {
+	st := e.byName[disk].st
+	active := st.fine[e.slot^1]
+	words := active.words
+	active.words = nil
+	func() {
+		defer func() { died = recover() != nil }()
+		_ = e.Keep(disk, 0) // it does not return
+	}()
+	active.words = words
+	for g := range st.granules {
+		if !st.fine[e.slot].has(g) && !st.fine[e.slot^1].has(g) {
+			missing++
+		}
+	}
+	return missing, died
+}

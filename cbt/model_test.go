@@ -70,14 +70,21 @@ func (q *guest) counts() (done, begun int) {
 	return q.done, len(q.log)
 }
 
-// explain checks that content is some prefix of the guest's writes.
-func (q *guest) explain(w *world, content map[string][]byte, least, most int) error {
+// explain checks that content is some prefix of the guest's writes. Nothing is
+// said of what was kept back.
+func (q *guest) explain(w *world, content map[string][]byte, least, most int, keep map[string]int64) error {
 	q.mu.Lock()
 	defer q.mu.Unlock()
+	kept := func(p placed) bool {
+		from, ok := keep[p.disk]
+		return ok && p.sector*sector >= from
+	}
 	seen := func(p placed) uint64 { return binary.LittleEndian.Uint64(content[p.disk][p.sector*sector:]) }
 	var k uint64
 	for _, p := range q.log[:most] {
-		k = max(k, seen(p))
+		if !kept(p) {
+			k = max(k, seen(p))
+		}
 	}
 	// k is the newest write shown; earlier ones must be there unless
 	// overwritten by one up to k. The oldest allowed prefix is least.
@@ -88,7 +95,7 @@ func (q *guest) explain(w *world, content map[string][]byte, least, most int) er
 		}
 	}
 	for p, num := range last {
-		if got := seen(p); got != num {
+		if got := seen(p); got != num && !kept(p) {
 			return fmt.Errorf("guest %d: %s sector %d shows write %d, want %d (newest shown %d, finished %d, begun %d)", q.id, p.disk, p.sector, got, num, k, least, most)
 		}
 	}
@@ -179,6 +186,14 @@ func oneCut(w *world, qs []*guest, rnd *rand.Rand) error {
 	if e.Empty() {
 		return nil
 	}
+	keep := map[string]int64{}
+	if rnd != nil && rnd.IntN(2) == 0 {
+		n := w.names[rnd.IntN(len(w.names))]
+		keep[n] = rnd.Int64N(w.sizes[n]/granule+1) * granule
+		if err := e.Keep(n, keep[n]); err != nil && !errors.Is(err, cbt.ErrOverrun) {
+			return err
+		}
+	}
 	if rnd != nil && rnd.IntN(4) == 0 {
 		return e.Abandon()
 	}
@@ -190,7 +205,7 @@ func oneCut(w *world, qs []*guest, rnd *rand.Rand) error {
 		return e.Abandon()
 	}
 	for i, q := range qs {
-		if err := q.explain(w, w.content, least[i], most[i]); err != nil {
+		if err := q.explain(w, w.content, least[i], most[i], keep); err != nil {
 			return err
 		}
 	}

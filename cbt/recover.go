@@ -7,7 +7,6 @@ import (
 	"strings"
 
 	"kvmreplica/internal/block"
-	"kvmreplica/internal/fsx"
 )
 
 // recovery is Open at work: it looks at everything, decides, and only then
@@ -17,6 +16,9 @@ type recovery struct {
 	sb     *super // as found; becomes what is written
 	rep    *OpenReport
 	doubts []string // any of them: verify everything
+	// fresh are the disks that nobody tracked so far: all of them is dirty, and
+	// none of it suspect, because the replica has nothing to compare with.
+	fresh map[*Disk]bool
 }
 
 // Open continues a tracker. On success writes may begin at once: everything
@@ -30,7 +32,7 @@ func Open(cfg Config) (*Group, *OpenReport, error) {
 	if err != nil {
 		return nil, nil, fmt.Errorf("open tracker: %w", err)
 	}
-	r := &recovery{sb: sb.clone(), rep: &OpenReport{
+	r := &recovery{sb: sb.clone(), fresh: map[*Disk]bool{}, rep: &OpenReport{
 		Alarms: alarms, SuspectBytes: map[string]int64{}, DirtyBytes: map[string]int64{},
 	}}
 	g, err := build(cfg, sb, func(g *Group) error {
@@ -119,6 +121,7 @@ func (r *recovery) attach() error {
 			if err := r.g.addNew(r.sb, dc, DirtyAll); err != nil {
 				return err
 			}
+			r.fresh[r.g.byName[dc.Name]] = true
 			continue
 		}
 		e := old[at]
@@ -235,7 +238,19 @@ func (r *recovery) exact() error {
 		return err
 	}
 	g := r.g
-	err := readExact(g.cfg.FS, r.sb, func(i int, s span) { r.addExact(g.disks[i], s) })
+	// The record is of the disks there were, in their order.
+	was := g.meta.current()
+	now := make([]*Disk, len(was.disks))
+	for i := range was.disks {
+		if at := slices.IndexFunc(g.disks, func(d *Disk) bool { return d.id == was.disks[i].id }); at >= 0 {
+			now[i] = g.disks[at]
+		}
+	}
+	err := readExact(g.cfg.FS, was, func(i int, s span) {
+		if now[i] != nil {
+			r.addExact(now[i], s)
+		}
+	})
 	if err != nil {
 		r.rep.Source, r.rep.Reason = SourceRegions, "clean stop, but its record cannot be used: "+err.Error()
 		return r.finish(true, r.sb.base)
@@ -287,6 +302,11 @@ func (r *recovery) finish(fill bool, acked Position) error {
 		if fill {
 			d.fillFromMap()
 		}
+		if r.fresh[d] { // before the superblock names the disk
+			st := d.st.Load()
+			st.fine[0].set(0, st.granules)
+			st.suspect.reset()
+		}
 		if err := r.renewMap(d); err != nil {
 			return fmt.Errorf("disk %s: %w", d.name, err)
 		}
@@ -298,6 +318,7 @@ func (r *recovery) finish(fill bool, acked Position) error {
 		return err
 	}
 	sweep(g.cfg.FS, g.meta.current())
+	g.sweepShared()
 	return nil
 }
 
@@ -341,11 +362,32 @@ func (r *recovery) shared() (Position, error) {
 	}
 	g.share.Store(vm)
 	for _, d := range g.disks {
-		if err := r.sharedDisk(d, h); err != nil {
+		take := r.sharedDisk
+		if r.fresh[d] {
+			take = r.newShared
+		}
+		if err := take(d, h); err != nil {
 			return acked, fmt.Errorf("disk %s: %w", d.name, err)
 		}
 	}
 	return acked, nil
+}
+
+// newShared makes the shared memory of a disk that joins a session.
+func (r *recovery) newShared(d *Disk, h sharedHeader) error {
+	st := d.st.Load()
+	h.disk, h.size = d.id, st.size
+	var err error
+	if st.shm, err = openSharedDisk(r.g.cfg.SharedDir, h, st.granules, true); err != nil {
+		return err
+	}
+	if err := st.makeBitmaps(r.g.share.Load()); err != nil {
+		return err
+	}
+	if r.g.share.Load().isVoid() {
+		return errSharedVoid
+	}
+	return nil
 }
 
 func (r *recovery) sharedDisk(d *Disk, h sharedHeader) error {
@@ -401,68 +443,4 @@ func (r *recovery) markedAll(d *Disk) error {
 		}
 	}
 	return nil
-}
-
-// Inspect reads a tracker without changing anything, for status and
-// replicafsck.
-func Inspect(fsys fsx.FS) (Info, error) {
-	sb, alarms, err := readSuper(fsys)
-	if err != nil {
-		return Info{Alarms: alarms}, err
-	}
-	in := Info{
-		VMID: sb.vm, PeerID: sb.peer, Writer: sb.writer, BootID: sb.boot, State: sb.state.String(), Reason: sb.reason,
-		Generation: sb.generation, Base: sb.base, Parent: sb.parent, Highest: sb.highest, Alarms: alarms,
-	}
-	for i := range sb.disks {
-		e := &sb.disks[i]
-		di := DiskInfo{Name: e.name, Size: e.size, Identity: e.ident}
-		geo := geometry(e.size)
-		di.Regions = int64(geo.regions)
-		mr := mapRead{words: make([]uint64, geo.words())}
-		if f, err := fsys.Open(mapName(e.mapID), 0); err != nil {
-			setAll(mr.words, geo.regions)
-			mr.alarms = []string{err.Error()}
-		} else {
-			mr = loadMap(f, e.mapID, geo)
-			if err := f.Close(); err != nil {
-				mr.alarms = append(mr.alarms, err.Error())
-			}
-		}
-		di.MarkedRegions = popcount(mr.words)
-		for _, a := range mr.alarms {
-			in.Alarms = append(in.Alarms, "intent map of "+e.name+": "+a)
-		}
-		if sb.state == stateClean || sb.state == stateSealed {
-			di.DirtyBytes = 0
-		}
-		in.Disks = append(in.Disks, di)
-	}
-	if sb.state == stateClean {
-		err := readExact(fsys, sb, func(i int, s span) { in.Disks[i].DirtyBytes += int64(s.hi-s.lo) << granuleShift })
-		if err != nil {
-			in.Alarms = append(in.Alarms, "exact file: "+err.Error())
-		}
-	}
-	return in, nil
-}
-
-// Info is what Inspect found.
-type Info struct {
-	VMID, PeerID, Writer, BootID string
-	State, Reason                string
-	Generation                   [16]byte
-	Base, Parent                 Position
-	Highest                      uint64
-	Disks                        []DiskInfo
-	Alarms                       []string
-}
-
-// DiskInfo is one disk of an Info. DirtyBytes is known after a clean stop only.
-type DiskInfo struct {
-	Name                   string
-	Size                   int64
-	Regions, MarkedRegions int64
-	DirtyBytes             int64
-	Identity               block.Identity
 }

@@ -141,6 +141,28 @@ func removeShared(dir string, set id16) {
 	}
 }
 
+// sweepShared frees the memory of disks that are tracked no more, and of those
+// that an Open which did not get to its end was about to track.
+func (g *Group) sweepShared() {
+	if g.cfg.SharedDir == "" {
+		return
+	}
+	set := g.meta.current().set
+	keep := map[string]bool{}
+	for _, d := range g.disks {
+		keep[sharedDiskPath(g.cfg.SharedDir, set, d.id)] = true
+	}
+	names, err := filepath.Glob(filepath.Join(g.cfg.SharedDir, "cbt-"+hex.EncodeToString(set[:])+"-*.shm"))
+	if err != nil {
+		return
+	}
+	for _, n := range names {
+		if !keep[n] {
+			_ = os.Remove(n) // what stays is refused by its id
+		}
+	}
+}
+
 func createSharedVM(dir string, h sharedHeader, acked Position) (*sharedVM, error) {
 	m, err := openMapping(sharedVMPath(dir, h.set), sharedHead, true)
 	if err != nil {

@@ -167,15 +167,38 @@ func (w *world) ship(e *cbt.Epoch) error {
 }
 
 // cycle freezes, ships and acks; between runs while the epoch is frozen.
-func (w *world) cycle(between func() error) error {
+func (w *world) cycle(between func() error) error { return w.cycleWithout(nil, between) }
+
+// cycleWithout is cycle, but keeps back what the disks of keep have from there
+// on.
+func (w *world) cycleWithout(keep map[string]int64, between func() error) error {
 	e, err := w.g.Freeze(ctx)
 	if err != nil || e.Empty() {
 		return err
 	}
-	frozen := w.must
+	for n, from := range keep {
+		if err := e.Keep(n, from); err != nil {
+			return errors.Join(err, e.Abandon())
+		}
+	}
+	kept := func(n string, g int64) bool {
+		from, ok := keep[n]
+		return ok && g*granule >= from
+	}
+	frozen, maybe := w.must, map[string]map[int64]bool{}
 	w.must = map[string]map[int64]bool{}
 	for n := range frozen {
-		w.must[n] = map[int64]bool{}
+		w.must[n], maybe[n] = map[int64]bool{}, map[int64]bool{}
+		for g := range frozen[n] {
+			if kept(n, g) {
+				w.must[n][g] = true
+			}
+		}
+		for g := range w.may[n] {
+			if kept(n, g) {
+				maybe[n][g] = true
+			}
+		}
 	}
 	back := func() {
 		for n := range frozen {
@@ -199,7 +222,7 @@ func (w *world) cycle(between func() error) error {
 		return err
 	}
 	for n := range w.may {
-		w.may[n] = map[int64]bool{}
+		w.may[n] = maybe[n]
 		for g := range w.must[n] {
 			w.may[n][g] = true
 		}
@@ -332,10 +355,17 @@ func (w *world) story(h *blocktest.Host) error {
 			}
 			return e.Abandon()
 		},
-		func() error { return w.cycle(nil) },
+		func() error { // a disk that goes piece by piece; the rest stays
+			return w.cycleWithout(map[string]int64{a: 3 << 20, b: 0}, func() error {
+				return errors.Join(w.fill(a, 3<<20, 300, 12), w.fill(a, 8192, 100, 13))
+			})
+		},
+		clean,
+		func() error { return w.cycleWithout(map[string]int64{a: w.sizes[a]}, nil) },
 		func() error { return w.g.Disk(b).Sync() },
 		clean,
 		func() error { return w.fill(a, 2<<20, 512, 9) },
+		func() error { return w.cycleWithout(map[string]int64{a: 1 << 20}, nil) },
 		func() error { return w.g.Close(ctx) },
 		func() error {
 			g, _, err := cbt.Open(w.config(h))
