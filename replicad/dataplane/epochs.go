@@ -55,6 +55,10 @@ func (p *Plane) freeze(ctx context.Context, r FreezeRequest) (Epoch, error) {
 	if err := p.adopt(g, r.Parent); err != nil {
 		return Epoch{}, err
 	}
+	limits, err := p.limits(r.Limits)
+	if err != nil {
+		return Epoch{}, err
+	}
 	at := p.parts.now()
 	var cut *cbt.Epoch
 	// The first epoch of a generation is one even when nothing changed: a
@@ -67,14 +71,17 @@ func (p *Plane) freeze(ctx context.Context, r FreezeRequest) (Epoch, error) {
 	if err != nil {
 		return Epoch{}, err
 	}
+	if err := keepBack(cut, limits); err != nil {
+		return Epoch{}, fmt.Errorf("freeze: %w", joinAbandon(err, cut))
+	}
 	info := Epoch{
 		Epoch: cut.Number(), Generation: cut.Generation(), Parent: r.Parent, Cut: at,
-		Bytes: cut.DirtyBytes(), Empty: cut.Empty(), Nonce: nonce(), App: r.App,
+		Bytes: cut.DirtyBytes(), Empty: cut.Empty(), Nonce: nonce(), App: r.App, Limits: limits,
 	}
 	if info.Empty {
 		return info, nil
 	}
-	f := &frozen{cut: cut, info: info, config: r.Config, head: p.header()}
+	f := &frozen{cut: cut, info: info, config: r.Config, head: p.header(limits)}
 	f.head.Generation, f.head.Epoch, f.head.Nonce, f.head.Parent = info.Generation, info.Epoch, info.Nonce, info.Parent
 	if err := f.head.Validate(); err != nil {
 		return Epoch{}, fmt.Errorf("freeze on parent %v: %w", r.Parent, joinAbandon(err, cut))
@@ -102,15 +109,6 @@ func joinAbandon(err error, cut *cbt.Epoch) error {
 		return fmt.Errorf("%w (and: %w)", err, aerr)
 	}
 	return err
-}
-
-// header is the part of a stream's header that is the same for all.
-func (p *Plane) header() delta.Header {
-	h := delta.Header{VM: p.vm}
-	for _, i := range p.images {
-		h.Disks = append(h.Disks, delta.Disk{Name: string(i.cfg.Name), Size: p.size(i)})
-	}
-	return h
 }
 
 func nonce() uint64 {

@@ -166,6 +166,9 @@ type Epoch struct {
 	Blobs bool `json:",omitempty"`
 	// Digest is known once every frame was produced.
 	Digest *delta.Digest `json:",omitempty"`
+	// Limits are the sizes with which the epoch lists the disks it was frozen
+	// with a limit for; 0 = it does not list the disk.
+	Limits map[wire.DiskName]int64 `json:"limits,omitempty"`
 	// Lost says why the epoch can no longer be captured; it must be abandoned.
 	Lost string `json:",omitempty"`
 }
@@ -188,6 +191,11 @@ type FreezeRequest struct {
 	App bool `json:",omitempty"`
 	// Config is the digest of the VM's description, bound into the position.
 	Config delta.Digest
+	// Limits bound what the epoch has of disks that are joining: such a disk is
+	// listed with this size, or with its own if that is less, and what lies
+	// behind stays marked for the next cut. 0 leaves the disk out. Multiples of
+	// delta.Granule, or the disk's size.
+	Limits map[wire.DiskName]int64 `json:"limits,omitempty"`
 }
 
 // SeedRequest positions a seed stream.

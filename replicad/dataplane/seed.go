@@ -32,7 +32,7 @@ func (p *Plane) seed(r SeedRequest) (*seeder, error) {
 	if size := p.size(img); r.Offset > size || r.Offset%delta.Granule != 0 && r.Offset != size {
 		return nil, invalid("seed of %s from byte %d of %d", r.Disk, r.Offset, size)
 	}
-	s := &seeder{p: p, img: img, index: uint16(i), head: p.header(), req: r}
+	s := &seeder{p: p, img: img, index: uint16(i), head: p.header(nil), req: r}
 	s.head.Generation, s.head.Seed = g.Generation(), true
 	return s, s.head.Validate()
 }

@@ -17,7 +17,7 @@ func everything() map[string]any {
 	g := delta.Generation{1, 2, 3}
 	pos := delta.Pos{Generation: g, Epoch: 1<<64 - 1, Digest: delta.Digest{4, 5}}
 	at := time.Date(2026, 1, 2, 3, 4, 5, 6, time.UTC)
-	disk := Disk{Name: "vda", Size: 1 << 40, Format: "raw"}
+	disk := Disk{Name: "vda", Size: 1 << 40, Format: "raw", Joining: true}
 	check := Check{Name: "space", Result: Failed, Detail: "d", Remedy: "r"}
 	key := EpochKey{VM: someVM, Generation: g, Epoch: 7, Nonce: 1<<64 - 1}
 	step := Step{Name: "seal", Result: OK, Detail: "d", Took: time.Second}
@@ -36,7 +36,7 @@ func everything() map[string]any {
 		"HandshakeReply": HandshakeReply{
 			Role: "replica", Generation: g, Committed: pos, Ancestors: []delta.Pos{pos}, Sealed: true, Diverged: true, Running: true,
 			Seeding: map[DiskName]int64{"vda": 3}, Partial: &key, VerifyAll: "v", VM: someVM, Disks: []DiskName{"vda"},
-			Base: pos, Tracked: true, Discard: g,
+			Sizes: map[DiskName]int64{"vda": 1 << 40}, Base: pos, Tracked: true, Discard: g,
 		},
 		"HandshakeRequest": HandshakeRequest{
 			VM: someVM, Generation: g, Ancestors: []delta.Pos{pos}, Base: pos, Acked: pos, Highest: 8, Disks: []Disk{disk},

@@ -199,8 +199,13 @@ func (r HandshakeRequest) Validate() error {
 
 // Validate refuses what no honest peer answers.
 func (r HandshakeReply) Validate() error {
-	if len(r.Ancestors) > MaxAncestors || len(r.Seeding) > MaxDisks || len(r.Disks) > MaxDisks {
-		return invalid("%d ancestors, %d cursors, %d disks", len(r.Ancestors), len(r.Seeding), len(r.Disks))
+	if len(r.Ancestors) > MaxAncestors || len(r.Seeding) > MaxDisks || len(r.Disks) > MaxDisks || len(r.Sizes) > MaxDisks {
+		return invalid("%d ancestors, %d cursors, %d disks, %d sizes", len(r.Ancestors), len(r.Seeding), len(r.Disks), len(r.Sizes))
+	}
+	for n, size := range r.Sizes {
+		if !n.Valid() || size < 0 || size > MaxDiskSize || size%512 != 0 {
+			return invalid("size %d of disk %.32q", size, string(n))
+		}
 	}
 	for n, c := range r.Seeding {
 		if !n.Valid() || c < 0 || c > MaxDiskSize {

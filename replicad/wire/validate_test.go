@@ -48,6 +48,13 @@ func TestRequestsJustInsideAndJustOutsideTheirBounds(t *testing.T) {
 		}
 		return d
 	}
+	sizes := func(n int, size int64) HandshakeReply {
+		r := HandshakeReply{Sizes: map[DiskName]int64{}}
+		for _, d := range many(n) {
+			r.Sizes[d.Name] = size
+		}
+		return r
+	}
 	good := Offer{VM: someVM, Name: "x", Disks: []Disk{disk}, Generation: g}
 	alter := func(f func(*Offer)) Offer { o := good; o.Disks = []Disk{disk}; f(&o); return o }
 	for name, c := range map[string]struct {
@@ -85,6 +92,13 @@ func TestRequestsJustInsideAndJustOutsideTheirBounds(t *testing.T) {
 		"hello backwards":     {HelloRequest{Min: 2, Max: 1}, false},
 		"reply, cursor":       {HandshakeReply{Seeding: map[DiskName]int64{"vda": -1}}, false},
 		"reply, disk":         {HandshakeReply{Disks: []DiskName{"../x"}}, false},
+		"reply, sizes":        {sizes(MaxDisks, MaxDiskSize), true},
+		"reply, many sizes":   {sizes(MaxDisks+1, 512), false},
+		"reply, large size":   {sizes(1, MaxDiskSize+512), false},
+		"reply, below zero":   {sizes(1, -512), false},
+		"reply, odd size":     {sizes(1, 511), false},
+		"reply, size of x":    {HandshakeReply{Sizes: map[DiskName]int64{"../x": 512}}, false},
+		"a joining disk":      {alter(func(o *Offer) { o.Disks[0].Joining = true }), true},
 		"beat, a long time":   {Beat{VM: someVM, Interval: 8 * 24 * time.Hour}, false},
 		"tests":               {Tests{Copies: 1, LastDrill: &Drill{Failure: "it stood still"}}, true},
 		"tests, a negative":   {Tests{Copies: -1}, false},

@@ -134,6 +134,9 @@ type Disk struct {
 	Name   DiskName
 	Size   int64  // bytes as the guest sees them, a multiple of 512
 	Format string // always "raw" for what travels; the container is local
+	// Joining: the disk was added later and is not whole at the replica yet. Each
+	// epoch lists it with the size it has got to, or not at all.
+	Joining bool `json:"joining,omitempty"`
 }
 
 // Offer announces a VM to its replica host.
@@ -222,6 +225,10 @@ type HandshakeReply struct {
 	VM VMID `json:",omitempty"`
 	// Disks are the disks the answering host holds; empty = not told.
 	Disks []DiskName `json:",omitempty"`
+	// Sizes are those of the disks in Committed, so that a joining one goes on
+	// where it stopped. A disk that is not in it has nothing there; empty = not
+	// told, and nothing joins.
+	Sizes map[DiskName]int64 `json:"sizes,omitempty"`
 	// Base is what the answering host's own tracker is relative to, when it
 	// was a primary; Tracked says that this tracker's set is proven complete.
 	Base    delta.Pos `json:",omitzero"`
