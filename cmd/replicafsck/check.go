@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"slices"
 
+	"kvmreplica/replicad/delta"
 	"kvmreplica/replicad/points"
 )
 
@@ -61,6 +63,15 @@ func (c *command) summary(s *points.Store) {
 		} else {
 			fmt.Fprintf(c.out, "disk        %s %d bytes\n", d.Name, d.Size)
 		}
+	}
+	for _, n := range st.Absent {
+		in := 0
+		for _, p := range s.Points() {
+			if slices.ContainsFunc(p.Disks, func(d delta.Disk) bool { return d.Name == n }) {
+				in++
+			}
+		}
+		fmt.Fprintf(c.out, "absent      %s, in %d recovery points\n", n, in)
 	}
 	if st.Seal != nil {
 		fmt.Fprintf(c.out, "promoted    at %v to generation %v, forced %v, %v\n", st.Seal.At, st.Seal.Generation, st.Seal.Forced, st.Seal.Time)

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 
 	"kvmreplica/replicad/delta"
 	"kvmreplica/replicad/points"
@@ -30,6 +31,11 @@ func (c *command) dump(target string) error {
 func (c *command) dumpPoints(s *points.Store) {
 	for _, p := range s.Points() {
 		fmt.Fprintf(c.out, "point       epoch %d %v cut %v, %d bytes of undo", p.Pos.Epoch, p.Pos, p.Cut, p.Bytes)
+		if !slices.Equal(p.Disks, s.Disks()) {
+			for _, d := range p.Disks {
+				fmt.Fprintf(c.out, ", %s %d bytes", d.Name, d.Size)
+			}
+		}
 		if p.Pinned {
 			fmt.Fprint(c.out, ", pinned")
 		}

@@ -51,7 +51,7 @@ func (c *command) copyOnly(dir string) (err error) {
 	if err != nil {
 		return err
 	}
-	for _, d := range s.Disks() {
+	for _, d := range v.Disks() {
 		dev, err := v.Disk(d.Name)
 		if err == nil {
 			err = c.copyImage(dev, c.copyDir, d.Name)
@@ -95,7 +95,7 @@ func (c *command) promote(dir string) error {
 	}
 	again := s.Status().Seal != nil // somebody may use the images by now
 	seal, err := c.sealed(s)
-	disks := s.Disks()
+	disks, absent := s.Disks(), s.Status().Absent
 	if err := errors.Join(err, s.Close()); err != nil {
 		if errors.Is(err, points.ErrDamaged) {
 			err = fmt.Errorf("%w\nthe newest readable state can be had with: replicafsck recover %s --read-only-copy OUT", err, dir)
@@ -120,6 +120,11 @@ func (c *command) promote(dir string) error {
 		}
 		if err != nil {
 			return err
+		}
+	}
+	for _, n := range absent { // only points had them
+		if _, err := os.Stat(d.ImagePath(n)); err == nil {
+			fmt.Fprintf(c.out, "absent      %s %s may be deleted\n", n, d.ImagePath(n))
 		}
 	}
 	return nil

@@ -145,6 +145,72 @@ func TestRecoverOutAtAnOlderPoint(t *testing.T) {
 	wantImage(t, dir+"/vda.raw", cuts[0])
 }
 
+// A disk that was removed from the VM is shown, comes back with the points that
+// have it, and is no trouble otherwise.
+func TestARemovedDiskIsShownAndRecoveredWithItsPoints(t *testing.T) {
+	dir, cuts, _ := replica(t)
+	now := time.Unix(1_700_001_000, 0)
+	cfg := points.Config{Now: func() time.Time { return now }, Set: func([]delta.Disk) error { return nil }}
+	must(t, (&points.Dir{Path: dir}).Configure(&cfg))
+	s, err := points.Open(cfg)
+	must(t, err)
+	must(t, s.ApplyAll(t.Context()))
+	vdb := bytes.Repeat([]byte("b"), 8192)
+	for e := uint64(4); e <= 5; e++ {
+		now = now.Add(time.Minute)
+		spec := delta.Spec{
+			Header:  delta.Header{VM: delta.VM{1}, Generation: delta.Generation{2}, Epoch: e, Nonce: 1, Parent: s.Committed(), Disks: []delta.Disk{{Name: "vda", Size: diskSize}}},
+			Changed: [][]block.Range{nil}, Content: [][]byte{cuts[2]},
+			Info: delta.ManifestInfo{Cut: now},
+		}
+		if e == 4 {
+			spec.Header.Disks = append(spec.Header.Disks, delta.Disk{Name: "vdb", Size: 8192})
+			spec.Changed, spec.Content = append(spec.Changed, []block.Range{{Off: 0, Len: 8192}}), append(spec.Content, vdb)
+		}
+		b, err := spec.Build()
+		must(t, err)
+		r, err := s.Begin(spec.Header)
+		must(t, err)
+		for _, c := range b.Chunks {
+			must(t, r.Chunk(c))
+		}
+		_, err = r.Commit(b.Manifest)
+		must(t, err)
+		for did := true; did; {
+			did, err = s.Step(t.Context())
+			must(t, err)
+		}
+	}
+	must(t, s.Close())
+	if code, text := fsck("check", dir); code != 0 || !strings.Contains(text, "absent      vdb, in 1 recovery points\n") || strings.Contains(text, "disk        vdb") {
+		t.Errorf("%d %s", code, text)
+	}
+	if code, text := fsck("dump", dir); code != 0 || !strings.Contains(text, ", vda 262656 bytes, vdb 8192 bytes\n") {
+		t.Errorf("%d %s", code, text)
+	}
+	for point, want := range map[string]bool{"4": true, "5": false} {
+		out := filepath.Join(t.TempDir(), "copy")
+		if code, text := fsck("recover", dir, "--read-only-copy", out, "--point", point); code != 0 {
+			t.Fatalf("%d %s", code, text)
+		}
+		if _, err := os.Stat(out + "/vdb.raw"); (err == nil) != want {
+			t.Errorf("point %s: %v", point, err)
+		}
+		if want {
+			wantImage(t, out+"/vdb.raw", vdb)
+		}
+	}
+	if code, text := fsck("recover", dir, "--in-place"); code != 0 || !strings.Contains(text, "absent      vdb "+dir+"/vdb.raw may be deleted") {
+		t.Errorf("%d %s", code, text)
+	}
+	must(t, os.Remove(dir+"/vdb.raw"))
+	for range 2 {
+		if code, text := fsck("recover", dir, "--in-place"); code != 0 || strings.Contains(text, "vdb") {
+			t.Errorf("again: %d %s", code, text)
+		}
+	}
+}
+
 func TestCheckFindsDamageAndOutsideChanges(t *testing.T) {
 	dir, _, _ := replica(t)
 	segs, err := filepath.Glob(dir + "/undo/u*")

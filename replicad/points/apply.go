@@ -29,6 +29,7 @@ func (s *Store) step(ctx context.Context) (bool, error) {
 	if err := s.ensureSegment(); err != nil {
 		return false, err
 	}
+	s.letGoBases()
 	did, err := s.makePoint()
 	if !did && err == nil {
 		did, err = s.applyBatch(ctx)
@@ -212,8 +213,9 @@ func (s *Store) applyBatch(ctx context.Context) (bool, error) {
 func (s *Store) resize(sup *super, want []int64) error {
 	grown := false
 	for i := range sup.disks {
-		grown = grown || sup.disks[i].size != want[i]
-		sup.disks[i].size = want[i]
+		size := sizeOf(want, i)
+		grown = grown || sup.disks[i].size != size
+		sup.disks[i].size = size
 	}
 	if grown {
 		return s.identify(sup)
@@ -277,14 +279,25 @@ func (s *Store) ensureSegment() error {
 	return s.fail(s.newSegment(lo))
 }
 
-// growBases opens images again that became larger. The old device is closed
-// first, because it may hold a lock; readers wait meanwhile.
+// growBases opens images again that became larger, and those of disks that
+// join. The old device is closed first, because it may hold a lock; readers wait
+// meanwhile.
 func (s *Store) growBases(want []int64) error {
 	for i, d := range s.sup.disks {
-		if s.bases[i].Size() >= want[i] {
+		size := sizeOf(want, i)
+		if size == 0 {
 			continue
 		}
-		if err := s.growBase(i, d.name, want[i]); err != nil {
+		dev, err := s.base(i)
+		if err != nil {
+			return err
+		}
+		// What a removed disk left that no point has may be deleted by now.
+		stale := d.size == 0 && s.undoLimit(i) == 0
+		if dev != nil && dev.Size() >= size && !stale {
+			continue
+		}
+		if err := s.growBase(i, d.name, size); err != nil {
 			return err
 		}
 	}
@@ -294,18 +307,24 @@ func (s *Store) growBases(want []int64) error {
 func (s *Store) growBase(i int, name string, want int64) error {
 	s.grow.Lock()
 	defer s.grow.Unlock()
-	err := s.bases[i].Sync()
-	if err == nil {
-		err = s.bases[i].Close()
-	}
-	if err != nil {
-		return &syncError{what: "image of disk " + name, err: err}
+	old := s.bases[i]
+	if old != nil {
+		err := old.Sync()
+		if err == nil {
+			err = old.Close()
+		}
+		if err != nil {
+			return &syncError{what: "image of disk " + name, err: err}
+		}
 	}
 	dev, err := s.cfg.Bases(name, want)
+	if err != nil && old == nil {
+		return noSpace("make the image of disk "+name, err)
+	}
 	if err != nil { // the image is closed: only opening the store again helps
 		return &syncError{what: "image of disk " + name, err: noSpace("grow it", err)}
 	}
-	s.bases[i] = dev
+	s.setBase(i, dev)
 	if dev.Size() < want {
 		return fmt.Errorf("grow disk %s to %d bytes: %w: the image has %d", name, want, block.ErrRange, dev.Size())
 	}
@@ -317,10 +336,17 @@ func (s *Store) growBase(i int, name string, want int64) error {
 func (s *Store) saveUndo(ctx context.Context, g *segment, todo []*epoch, last *epoch) error {
 	w := newUndoWriter(g, last.ordinal)
 	u := &undoReader{w: w, buf: make([]byte, 64*granule)}
-	for disk := range s.bases {
-		u.dev, u.disk = s.bases[disk], disk
+	for disk, size := range last.sizes {
 		limit := s.undoLimit(disk)
-		for p := range overlay(todo, disk, 0, last.sizes[disk]) {
+		if size == 0 || limit == 0 {
+			continue
+		}
+		dev, err := s.base(disk)
+		if err != nil {
+			return err
+		}
+		u.dev, u.disk = dev, disk
+		for p := range overlay(todo, disk, 0, size) {
 			if err := ctx.Err(); err != nil {
 				return err
 			}
@@ -346,15 +372,10 @@ func (s *Store) saveUndo(ctx context.Context, g *segment, todo []*epoch, last *e
 // undoLimit is up to where some point has a disk's content. It lies behind the
 // size at the open segment's start when the disk was shrunk since an older
 // point: that has its tail in the image, until the disk grows again.
-func (s *Store) undoLimit(disk int) (limit int64) {
+func (s *Store) undoLimit(disk int) int64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for _, g := range s.segs {
-		if disk < len(g.sizes) {
-			limit = max(limit, g.sizes[disk])
-		}
-	}
-	return limit
+	return s.undoSize(disk)
 }
 
 // undoReader reads runs of granules together.
@@ -413,8 +434,15 @@ func readFull(dev block.Device, p []byte, off int64) error {
 // writeBases writes the newest content of everything the batch changed.
 func (s *Store) writeBases(ctx context.Context, todo []*epoch, last *epoch) error {
 	buf := make([]byte, delta.MaxRaw)
-	for disk, dev := range s.bases {
-		for p := range overlay(todo, disk, 0, last.sizes[disk]) {
+	for disk, size := range last.sizes {
+		if size == 0 {
+			continue
+		}
+		dev, err := s.base(disk)
+		if err != nil {
+			return err
+		}
+		for p := range overlay(todo, disk, 0, size) {
 			if err := ctx.Err(); err != nil {
 				return err
 			}
@@ -423,12 +451,7 @@ func (s *Store) writeBases(ctx context.Context, todo []*epoch, last *epoch) erro
 			}
 		}
 	}
-	for i, dev := range s.bases {
-		if err := dev.Sync(); err != nil {
-			return &syncError{what: "image of disk " + s.sup.disks[i].name, err: err}
-		}
-	}
-	return nil
+	return s.syncBases()
 }
 
 func (s *Store) writePiece(dev block.Device, p piece, buf []byte) error {

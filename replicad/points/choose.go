@@ -182,7 +182,7 @@ func (s *Store) States() []Point {
 	}
 	c := s.committed
 	return append(out, Point{
-		Pos: c.pos, Ordinal: c.ordinal, At: c.at, Cut: c.cut, Sizes: sizes(s.disks(), nil), Config: c.config, App: c.app, Latest: true,
+		Pos: c.pos, Ordinal: c.ordinal, At: c.at, Cut: c.cut, Disks: s.disks(), Config: c.config, App: c.app, Latest: true,
 	})
 }
 

@@ -17,8 +17,15 @@ type Config struct {
 	FS fsx.FS
 	// Bases opens the raw image of a disk, creating or growing it to size
 	// (new parts read as zeros); it never shrinks one. The store closes it,
-	// and closes it first when a disk grew and it is opened again.
+	// and closes it first when a disk grew and it is opened again. It is asked
+	// for the image of a disk that joins when that is applied, and for that of a
+	// removed disk when a point is read in it.
 	Bases func(disk string, size int64) (block.Device, error)
+	// Set is asked by Begin whether the disks may become another set of names:
+	// some join, some leave, some come back. Nil, or an error, refuses the epoch
+	// with ErrDisks. It is asked again when the epoch begins again, and must not
+	// use the store (but for Absent).
+	Set func(disks []delta.Disk) error
 	// Identity tells whether an image is still the one the store left; nil
 	// means the check is somebody else's.
 	Identity func(disk string) (Identity, error)

@@ -74,8 +74,18 @@ func (s *Store) fill(ctx context.Context, dir string, sup *super, c *Copied) err
 	c.Shared = true
 	for i := range sup.disks {
 		d := &sup.disks[i]
-		if err := copyImage(ctx, dst.ImagePath(d.name), s.bases[i], c); err != nil {
+		if d.size == 0 && s.undoLimit(i) == 0 {
+			continue // removed, and nothing has it
+		}
+		dev, err := s.base(i)
+		if err == nil {
+			err = copyImage(ctx, dst.ImagePath(d.name), dev, c)
+		}
+		if err != nil {
 			return fmt.Errorf("disk %s: %w", d.name, err)
+		}
+		if d.size == 0 {
+			continue // points only are read from it
 		}
 		if err := identifyCopy(dst, d); err != nil {
 			return err

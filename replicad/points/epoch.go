@@ -17,8 +17,8 @@ type epoch struct {
 	disks []int // store's disk for each disk of the header
 	recs  []record
 	tally delta.Tally
-	index [][]spoolExtent // per store disk, ascending
-	sizes []int64         // per store disk, as of this epoch
+	index [][]spoolExtent // per store disk known then, ascending
+	sizes []int64         // per store disk known then, as of this epoch; 0 = absent
 	end   int64           // file offset behind the last record
 
 	// Set when committed.
@@ -90,6 +90,9 @@ func overlay(epochs []*epoch, disk int, off, end int64) iter.Seq[piece] {
 	return func(yield func(piece) bool) {
 		cs := make([]cursor, 0, len(epochs))
 		for i := len(epochs) - 1; i >= 0; i-- { // newest first
+			if disk >= len(epochs[i].index) {
+				continue // it is older than the disk
+			}
 			ix := epochs[i].index[disk]
 			from := sort.Search(len(ix), func(k int) bool { return ix[k].end() > off })
 			if ix = ix[from:]; len(ix) > 0 && ix[0].off < end {

@@ -34,7 +34,8 @@ type primary struct {
 	content [][]byte
 	parent  delta.Pos
 	cuts    map[delta.Pos][][]byte
-	sent    []delta.Pos // in order
+	sets    map[delta.Pos][]delta.Disk // the disks of each cut
+	sent    []delta.Pos                // in order
 	acked   delta.Pos
 	now     time.Time
 	blob    []byte
@@ -50,12 +51,13 @@ type primary struct {
 	apps             map[delta.Pos]bool
 	pinned           delta.Pos // was acknowledged as pinned
 	room             int64     // the images have at least so many bytes
+	mixed            bool      // the set of disks may change
 }
 
 func newPrimary(seed uint64) *primary {
 	p := &primary{
 		rng: rand.New(rand.NewPCG(seed, 9)), vm: delta.VM{1}, gen: delta.Generation{7}, disks: slices.Clone(disksAB),
-		cuts: map[delta.Pos][][]byte{}, blobs: map[delta.Pos][]byte{}, apps: map[delta.Pos]bool{}, now: time.Unix(1_700_000_000, 0).UTC(),
+		cuts: map[delta.Pos][][]byte{}, sets: map[delta.Pos][]delta.Disk{}, blobs: map[delta.Pos][]byte{}, apps: map[delta.Pos]bool{}, now: time.Unix(1_700_000_000, 0).UTC(),
 	}
 	for _, d := range p.disks {
 		b := make([]byte, d.Size)
@@ -77,6 +79,7 @@ func (p *primary) copy() *primary {
 	c.content, c.disks = nil, slices.Clone(p.disks)
 	// What the copy goes on to cut is forgotten with it: a sweep makes thousands.
 	c.cuts, c.blobs, c.apps = maps.Clone(p.cuts), maps.Clone(p.blobs), maps.Clone(p.apps)
+	c.sets = maps.Clone(p.sets)
 	for _, b := range p.content {
 		c.content = append(c.content, bytes.Clone(b))
 	}
@@ -126,6 +129,7 @@ func (p *primary) cut(changed [][]block.Range) *delta.Built {
 		kept[i] = bytes.Clone(p.content[i])
 	}
 	p.cuts[b.Pos] = kept
+	p.sets[b.Pos] = slices.Clone(p.disks)
 	p.blobs[b.Pos] = p.blob
 	p.apps[b.Pos] = p.app
 	p.sent = append(p.sent, b.Pos)
@@ -174,7 +178,12 @@ func (d detRand) Read(p []byte) (int, error) {
 
 func (p *primary) config(h *blocktest.Host) points.Config {
 	seed := p.rng.Uint64()
+	var set func([]delta.Disk) error
+	if p.mixed {
+		set = func([]delta.Disk) error { return nil }
+	}
 	return points.Config{
+		Set:    set,
 		FS:     h.FS,
 		Bases:  func(disk string, size int64) (block.Device, error) { return h.Disk(disk, max(size, p.room)), nil },
 		VM:     p.vm,
@@ -246,12 +255,24 @@ func (p *primary) exact(s *points.Store, pos delta.Pos) error {
 	return errors.Join(p.same(v), v.Close())
 }
 
+// set is the disks of a cut.
+func (p *primary) set(pos delta.Pos) []delta.Disk {
+	if d := p.sets[pos]; d != nil {
+		return d
+	}
+	return p.disks
+}
+
 func (p *primary) same(v *points.View) error {
 	want, ok := p.cuts[v.Pos()]
 	if !ok {
 		return fmt.Errorf("view of unknown position %v", v.Pos())
 	}
-	for i, d := range p.disks {
+	set := p.set(v.Pos())
+	if got := v.Disks(); p.sets != nil && !sameDisks(got, set) {
+		return fmt.Errorf("%v has the disks %v, not %v", v.Pos(), got, set)
+	}
+	for i, d := range set {
 		dev, err := v.Disk(d.Name)
 		if err != nil {
 			return err
@@ -265,6 +286,18 @@ func (p *primary) same(v *points.View) error {
 		}
 	}
 	return nil
+}
+
+// sameDisks compares in whatever order.
+func sameDisks(a, b []delta.Disk) bool {
+	in := func(ds []delta.Disk) map[delta.Disk]bool {
+		out := map[delta.Disk]bool{}
+		for _, d := range ds {
+			out[d] = true
+		}
+		return out
+	}
+	return len(a) == len(b) && maps.Equal(in(a), in(b))
 }
 
 var errDiffers = errors.New("content differs")
@@ -313,6 +346,12 @@ func (p *primary) sound(s *points.Store) error {
 		if err := p.exact(s, pt.Pos); err != nil {
 			return fmt.Errorf("point: %w", err)
 		}
+		if got := pt.Disks; !sameDisks(got, p.set(pt.Pos)) {
+			return fmt.Errorf("point %v is listed with the disks %v", pt.Pos, got)
+		}
+	}
+	if err := p.absent(s); err != nil {
+		return err
 	}
 	if !pinned {
 		return fmt.Errorf("the pinned point %v is gone", p.pinned)
@@ -322,7 +361,7 @@ func (p *primary) sound(s *points.Store) error {
 
 // bases compares the images with the applied position.
 func (p *primary) basesAre(h *blocktest.Host, pos delta.Pos) error {
-	for i, d := range p.disks {
+	for i, d := range p.set(pos) {
 		want := p.cuts[pos][i]
 		if err := sameBytes(h.Disk(d.Name, max(d.Size, p.room)).Content()[:len(want)], want); err != nil {
 			return fmt.Errorf("image %s at %v: %w", d.Name, pos, err)

@@ -261,6 +261,7 @@ func TestAnImageOnADeviceOfAnotherNumberIsTheSame(t *testing.T) {
 // growable is a set of disks that can become larger.
 type growable struct {
 	disks map[string][]byte
+	opens map[string]int // devices that are open
 }
 
 func (g *growable) open(disk string, size int64) (block.Device, error) {
@@ -269,6 +270,10 @@ func (g *growable) open(disk string, size int64) (block.Device, error) {
 		b = append(b, make([]byte, size-int64(len(b)))...)
 		g.disks[disk] = b
 	}
+	if g.opens == nil {
+		g.opens = map[string]int{}
+	}
+	g.opens[disk]++
 	m := block.NewMem(max(size, int64(len(b))))
 	if _, err := m.WriteAt(b, 0); err != nil {
 		return nil, err
@@ -294,9 +299,13 @@ func (d *growing) ZeroAt(off, n int64, punch bool) error {
 	clear(d.g.disks[d.name][off : off+n])
 	return d.m.ZeroAt(off, n, punch)
 }
-func (d *growing) Sync() error  { return d.m.Sync() }
-func (d *growing) Size() int64  { return d.m.Size() }
-func (d *growing) Close() error { return d.m.Close() }
+func (d *growing) Sync() error { return d.m.Sync() }
+func (d *growing) Size() int64 { return d.m.Size() }
+
+func (d *growing) Close() error {
+	d.g.opens[d.name]--
+	return d.m.Close()
+}
 
 func TestGrownDiskKeepsOlderPointsAtTheirSize(t *testing.T) {
 	p, h := newPrimary(58), blocktest.NewHost()
@@ -367,8 +376,8 @@ func TestAPointKeepsWhatAShrinkCutOff(t *testing.T) {
 	must(t, err)
 	must(t, p.sound(s))
 	for _, pt := range s.Points() {
-		if want, ok := sizes[pt.Pos]; ok && pt.Sizes[1] != want {
-			t.Errorf("%v has %d bytes, not %d", pt.Pos, pt.Sizes[1], want)
+		if want, ok := sizes[pt.Pos]; ok && pt.Disks[1].Size != want {
+			t.Errorf("%v has %d bytes, not %d", pt.Pos, pt.Disks[1].Size, want)
 		}
 	}
 	must(t, s.Close())

@@ -25,7 +25,7 @@ func (s *Store) Points() []Point {
 			continue // its header is not readable, or it is just being thinned out
 		}
 		p := Point{
-			Pos: g.start.pos, Ordinal: g.start.ordinal, At: g.start.at, Cut: g.start.cut, Sizes: g.sizes, Config: g.start.config,
+			Pos: g.start.pos, Ordinal: g.start.ordinal, At: g.start.at, Cut: g.start.cut, Disks: s.sup.present(g.sizes), Config: g.start.config,
 			App: g.start.app, Bytes: g.bytes.Load(), Pinned: s.kept(g.start.pos), Owners: slices.Clone(s.keep[g.start.pos]), Damage: s.readable(i),
 		}
 		out = append(out, p)
@@ -45,7 +45,7 @@ func (s *Store) Status() Status {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	st := Status{
-		State: s.state(), VM: s.sup.vm, Disks: s.disks(), Committed: s.committed.pos, Applied: s.sup.applied.pos, Cut: s.committed.cut,
+		State: s.state(), VM: s.sup.vm, Disks: s.disks(), Absent: s.sup.absent(s.latest()), Committed: s.committed.pos, Applied: s.sup.applied.pos, Cut: s.committed.cut,
 		Backlog: len(s.epochs), Points: points, Free: free, Seeded: map[string]int64{},
 		Quota: s.limits.UndoBytes, Reserve: s.limits.Reserve, Sacrificed: s.sacrificed, Forecast: s.forecast(free, now),
 		Damage: append([]error(nil), s.damage...),

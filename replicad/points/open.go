@@ -104,7 +104,7 @@ func (s *Store) changedOutside(clean bool) (bool, error) {
 		return false, nil
 	}
 	for _, d := range s.sup.disks {
-		if d.file.IsZero() {
+		if d.file.IsZero() || d.size == 0 {
 			continue
 		}
 		id, err := s.cfg.Identity(d.name)

@@ -88,7 +88,7 @@ func (s *Store) sealAt(at mark, g delta.Generation, forced bool) (Seal, error) {
 	if s.sup.role == roleRolling {
 		sup.applied = at
 		for i := range sup.disks {
-			sup.disks[i].size = s.segs[s.segmentAt(at)].sizes[i]
+			sup.disks[i].size = sizeOf(s.segs[s.segmentAt(at)].sizes, i)
 		}
 	} else {
 		sup.ended, sup.points = s.committed.pos, uint32(len(s.segs))
@@ -104,6 +104,7 @@ func (s *Store) sealAt(at mark, g delta.Generation, forced bool) (Seal, error) {
 	gs := s.segs
 	s.segs = nil
 	s.token++
+	s.asked = nil
 	s.committed = at
 	var free []*segment
 	for _, x := range gs {
@@ -230,10 +231,13 @@ func (s *Store) rollBack(ctx context.Context, at int, pace Pace) error {
 			if err := g.read(e, buf[:]); err != nil {
 				return err
 			}
-			dev := s.bases[e.key.disk()]
 			off := e.key.granule() * granule
-			if off >= s.segs[at].sizes[e.key.disk()] {
+			if off >= sizeOf(s.segs[at].sizes, e.key.disk()) {
 				continue // an older point's
+			}
+			dev, err := s.base(e.key.disk())
+			if err != nil {
+				return err
 			}
 			if _, err := dev.WriteAt(buf[:min(granule, dev.Size()-off)], off); err != nil {
 				return noSpace("roll back", err)
@@ -245,12 +249,7 @@ func (s *Store) rollBack(ctx context.Context, at int, pace Pace) error {
 			}
 		}
 	}
-	for i, dev := range s.bases {
-		if err := dev.Sync(); err != nil {
-			return &syncError{what: "image of disk " + s.sup.disks[i].name, err: err}
-		}
-	}
-	return nil
+	return s.syncBases()
 }
 
 // ChangedSince lists per disk the ranges that differ, or may differ, between a

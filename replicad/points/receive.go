@@ -39,8 +39,13 @@ func (r *Receive) First(f func([]Replaced) error) { r.first = f }
 
 // Begin starts or resumes receiving the epoch that h opens. Another partial
 // epoch is dropped. A parent other than the committed position is refused with
-// *delta.PosMismatchError; the committed epoch itself may come again.
+// *delta.PosMismatchError; the committed epoch itself may come again. Another
+// set of disks is up to Config.Set.
 func (s *Store) Begin(h delta.Header) (*Receive, error) {
+	if s.strange(&h) { // it goes into the superblock
+		s.maint.Lock()
+		defer s.maint.Unlock()
+	}
 	s.recv.Lock()
 	defer s.recv.Unlock()
 	r, err := s.begin(h)
@@ -58,12 +63,17 @@ func (s *Store) begin(h delta.Header) (*Receive, error) {
 	if err != nil {
 		return nil, err
 	}
+	if dup == nil {
+		if err := s.admit(h.Disks); err != nil {
+			return nil, err
+		}
+	}
 	s.token++
 	r := &Receive{s: s, token: s.token, dup: dup}
 	if dup != nil {
 		return r, nil
 	}
-	if s.partial != nil && sameHeader(&s.partial.head, &h) && s.partial.ordinal == s.committedOrdinal()+1 {
+	if s.partial != nil && s.partial.disks != nil && sameHeader(&s.partial.head, &h) && s.partial.ordinal == s.committedOrdinal()+1 {
 		r.e = s.partial
 		return r, nil
 	}
@@ -106,7 +116,7 @@ func (s *Store) acceptable(h *delta.Header) (dup *mark, err error) {
 	if h.Parent != c.pos {
 		return nil, &delta.PosMismatchError{Have: c.pos, Want: h.Parent}
 	}
-	if s.disksFor(h) == nil {
+	if !sameSet(s.disks(), h.Disks) && (s.cfg.Set == nil || c.pos.IsZero()) {
 		return nil, fmt.Errorf("%w: have %v, the epoch %v", ErrDisks, s.disks(), h.Disks)
 	}
 	if c.pos.IsZero() {
@@ -448,5 +458,9 @@ func (s *Store) Forget() error {
 	defer s.recv.Unlock()
 	s.token++
 	s.dropPartial()
+	s.mu.Lock()
+	s.asked = nil
+	s.mu.Unlock()
+	s.signal()
 	return nil
 }

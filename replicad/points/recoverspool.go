@@ -29,7 +29,7 @@ func (s *Store) recoverSpool(clean bool) error {
 	}
 	for len(found) > 0 {
 		c := found[0]
-		if !c.whole || c.ordinal != s.committed.ordinal+1 || c.head.Parent != s.committed.pos || s.disksFor(&c.head) == nil {
+		if !c.whole || c.ordinal != s.committed.ordinal+1 || c.head.Parent != s.committed.pos || s.disksFor(c.head.Disks) == nil {
 			break
 		}
 		s.commitMark(c.epoch)
@@ -147,7 +147,7 @@ func (s *Store) scanSlot(sl *slot) (candidate, error) {
 
 // newEpoch returns an empty epoch in a slot, nil when its disks are not ours.
 func (s *Store) newEpoch(sl *slot, h slotHead) *epoch {
-	disks := s.disksFor(&h.head)
+	disks := s.disksFor(h.head.Disks)
 	if disks == nil {
 		return nil
 	}
@@ -156,22 +156,6 @@ func (s *Store) newEpoch(sl *slot, h slotHead) *epoch {
 		e.sizes[d] = h.head.Disks[i].Size
 	}
 	return e
-}
-
-// disksFor maps the header's disks to the store's, nil unless they are the
-// same set and none shrank.
-func (s *Store) disksFor(h *delta.Header) []int {
-	if len(h.Disks) != len(s.sup.disks) {
-		return nil
-	}
-	out := make([]int, len(h.Disks))
-	for i, d := range h.Disks {
-		out[i] = s.diskIndex(d.Name)
-		if out[i] < 0 {
-			return nil
-		}
-	}
-	return out
 }
 
 // seal turns a partial epoch into a whole one.

@@ -176,8 +176,8 @@ func (s *Store) seedResize(disks []delta.Disk) error {
 	if err := s.checkSeeding(); err != nil {
 		return err
 	}
-	to := s.disksFor(&delta.Header{Disks: disks})
-	if to == nil {
+	to := s.disksFor(disks)
+	if to == nil || !sameSet(disks, s.sup.diskList()) {
 		return fmt.Errorf("%w: have %v, the primary %v", ErrDisks, s.sup.diskList(), disks)
 	}
 	want := sizes(disks, to)
@@ -210,7 +210,8 @@ const maxDigestRange = 1 << 20
 
 // Digests hashes ranges of a disk at pos, which must be the committed
 // position (zero while seeding): BLAKE3 keyed, the first 16 bytes of each. Of a
-// range that ends behind the disk it is zero, which no content has.
+// range that ends behind the disk, or of a disk that is absent, it is zero, which
+// no content has.
 func (s *Store) Digests(ctx context.Context, pos delta.Pos, disk string, key [32]byte, ranges []block.Range) ([][16]byte, error) {
 	dev, done, err := s.digestSource(pos, disk)
 	if err != nil {
@@ -267,8 +268,7 @@ func (s *Store) digestSource(pos delta.Pos, disk string) (block.Device, func(), 
 	if err != nil {
 		return nil, nil, err
 	}
-	dev, err := v.Disk(disk)
-	return dev, func() { _ = v.Close() }, err // closing a view cannot fail
+	return &viewDisk{v: v, disk: i, size: sizeOf(v.sizes, i)}, func() { _ = v.Close() }, nil // closing a view cannot fail
 }
 
 // seedBase is an image that is being seeded; it stays open until done is called.
@@ -281,5 +281,5 @@ func (s *Store) seedBase(i int) (dev block.Device, done func(), err error) {
 		s.grow.RUnlock()
 		return nil, nil, fmt.Errorf("%w: the store is closed", ErrState)
 	}
-	return s.bases[i], s.grow.RUnlock, nil
+	return s.bases[i], s.grow.RUnlock, nil // all are there while seeding
 }

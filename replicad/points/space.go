@@ -86,8 +86,7 @@ func (s *Store) relieve(err error) (did bool, out error) {
 		return false, err
 	}
 	s.log.Warn("recovery point given up for want of room", "pos", drop.start.pos, "cut", drop.start.cut, "err", err)
-	s.unrefSegments([]*segment{drop})
-	return true, nil
+	return true, s.fail(s.letGo(drop))
 }
 
 // dropOldest takes the oldest segment out if its point may go. Others in

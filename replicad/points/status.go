@@ -33,7 +33,7 @@ type Point struct {
 	Ordinal uint64    // number of the commit in this store, from 1
 	At      time.Time // when it was committed here
 	Cut     time.Time // the primary's clock at the cut, for display only
-	Sizes   []int64   // of the disks, in Store.Disks order
+	Disks   []delta.Disk
 	Config  delta.Digest
 	App     bool  // application-consistent: cut while the guest was frozen
 	Latest  bool  // the newest committed state; see Store.States
@@ -57,7 +57,8 @@ type Seal struct {
 type Status struct {
 	State      State
 	VM         delta.VM
-	Disks      []delta.Disk
+	Disks      []delta.Disk // as of the committed position
+	Absent     []string     // not there then; points may have them, see Store.Absent
 	Committed  delta.Pos
 	Applied    delta.Pos
 	Cut        time.Time // of the committed position; display only

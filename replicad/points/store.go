@@ -22,7 +22,7 @@ import (
 // images, superblock and undo; recv what changes the partial epoch. Both are
 // held across I/O on purpose: each is the only activity of its kind. grow is
 // held for reading while an image is read by a view, so that it is not
-// replaced meanwhile. mu is never held across I/O.
+// replaced or opened meanwhile. mu is never held across I/O.
 type Store struct {
 	cfg    Config
 	policy Policy
@@ -35,8 +35,8 @@ type Store struct {
 	seeded map[int]int64 // written, not yet durable seed cursors; guarded by maint
 	unsync int64         // seed bytes since the last durable cursor
 
-	grow  sync.RWMutex // held by readers of bases, and while one is replaced
-	bases []block.Device
+	grow  sync.RWMutex   // held by readers of bases, and while one is replaced
+	bases []block.Device // nil for a disk that is absent; changed with grow and mu
 
 	recv    sync.Mutex
 	dec     *delta.ChunkDecoder
@@ -47,6 +47,7 @@ type Store struct {
 	mu          sync.Mutex
 	sup         *super // what is durable
 	committed   mark
+	asked       []string // disks of the epoch that began last
 	epochs      []*epoch // committed and not applied, oldest first
 	free        []*slot
 	stranded    []*slot // hold epochs behind a damaged one
@@ -194,9 +195,14 @@ func (s *Store) replaceable(sup *super) error {
 	return s.removeAll(spoolDir, undoDir) // unreadable since the promotion
 }
 
-// openBases opens every image; sync makes what is in them durable.
+// openBases opens the image of every disk that is there; sync makes what is in
+// them durable.
 func (s *Store) openBases(sync bool) error {
 	for _, d := range s.sup.disks {
+		if d.size == 0 {
+			s.bases = append(s.bases, nil)
+			continue
+		}
 		dev, err := s.cfg.Bases(d.name, d.size)
 		if err != nil {
 			return fmt.Errorf("open image of disk %s: %w", d.name, err)
@@ -217,9 +223,13 @@ func (s *Store) openBases(sync bool) error {
 func (s *Store) closeBases() error {
 	var err error
 	for _, b := range s.bases {
-		err = errors.Join(err, b.Close())
+		if b != nil {
+			err = errors.Join(err, b.Close())
+		}
 	}
+	s.mu.Lock()
 	s.bases = nil
+	s.mu.Unlock()
 	return err
 }
 
@@ -250,6 +260,9 @@ func (s *Store) Close() error {
 // closeClean makes the images durable and records what they look like.
 func (s *Store) closeClean() error {
 	for i, b := range s.bases {
+		if b == nil {
+			continue
+		}
 		if err := b.Sync(); err != nil {
 			return fmt.Errorf("sync image of disk %s: %w", s.sup.disks[i].name, err)
 		}
@@ -268,6 +281,10 @@ func (s *Store) identify(sup *super) error {
 		return nil
 	}
 	for i := range sup.disks {
+		if sup.disks[i].size == 0 { // it has none, or one that only points are read from
+			sup.disks[i].file, sup.disks[i].identity = delta.Digest{}, delta.Digest{}
+			continue
+		}
 		id, err := s.cfg.Identity(sup.disks[i].name)
 		if err != nil {
 			return fmt.Errorf("identity of disk %s: %w", sup.disks[i].name, err)
@@ -380,14 +397,14 @@ func (s *Store) Disks() []delta.Disk {
 	return s.disks()
 }
 
-func (s *Store) disks() []delta.Disk {
-	out := s.sup.diskList()
+func (s *Store) disks() []delta.Disk { return s.sup.present(s.latest()) }
+
+// latest are the sizes as of the committed position, by index; s.mu is held.
+func (s *Store) latest() []int64 {
 	if n := len(s.epochs); n > 0 {
-		for i := range out {
-			out[i].Size = s.epochs[n-1].sizes[i]
-		}
+		return s.epochs[n-1].sizes
 	}
-	return out
+	return sizes(s.sup.diskList(), nil)
 }
 
 // Committed is the committed position, zero while seeding.

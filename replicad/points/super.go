@@ -7,6 +7,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -233,10 +234,22 @@ func decodeSuper(b []byte) *super {
 		copy(d.identity[:], e[64:])
 		s.disks = append(s.disks, d)
 	}
-	if delta.ValidateDisks(s.diskList()) != nil {
+	if !s.validDisks() {
 		return nil
 	}
 	return s
+}
+
+// validDisks checks the list; an absent disk has size 0, but not all of them.
+func (s *super) validDisks() bool {
+	all := s.diskList()
+	for i := range all {
+		if all[i].Size == 0 {
+			all[i].Size = delta.Granule // stands for any
+		}
+	}
+	there := slices.ContainsFunc(s.disks, func(d superDiskInfo) bool { return d.size > 0 })
+	return there && delta.ValidateDisks(all) == nil
 }
 
 func (s *super) diskList() []delta.Disk {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"slices"
 	"syscall"
 	"testing"
 	"time"
@@ -70,9 +71,9 @@ func (p *primary) judge(h *blocktest.Host, s *points.Store) error {
 // adopt continues from a committed cut, as a primary that asked does.
 func (p *primary) adopt(pos delta.Pos) {
 	p.parent, p.acked = pos, pos
-	for i := range p.content {
-		p.content[i] = append([]byte(nil), p.cuts[pos][i]...)
-		p.disks[i].Size = int64(len(p.content[i]))
+	p.content, p.disks = nil, slices.Clone(p.set(pos))
+	for _, b := range p.cuts[pos] {
+		p.content = append(p.content, append([]byte(nil), b...))
 	}
 }
 

@@ -36,7 +36,9 @@ func (s *Store) thin(ctx context.Context) (bool, error) {
 			s.log.Warn("recovery point given up for want of room", "pos", drop.start.pos, "cut", drop.start.cut, "why", short)
 		}
 		s.log.Debug("point dropped", "pos", drop.start.pos)
-		s.unrefSegments([]*segment{drop})
+		if err := s.letGo(drop); err != nil {
+			return true, err
+		}
 		return true, s.collectFirmware()
 	case len(merge) > 1:
 		err := s.merge(ctx, merge)
@@ -48,6 +50,16 @@ func (s *Store) thin(ctx context.Context) (bool, error) {
 		return true, err
 	}
 	return false, nil
+}
+
+// letGo removes the oldest segment durably: else the next one could be gone
+// after a power loss and this one back, a gap that looks like damage.
+func (s *Store) letGo(g *segment) error {
+	s.unrefSegments([]*segment{g})
+	if err := s.cfg.FS.SyncDir(undoDir); err != nil {
+		return &syncError{what: "undo directory", err: err}
+	}
+	return nil
 }
 
 // plan finds the oldest segment to drop, or a run of segments to merge into

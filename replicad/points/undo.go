@@ -54,7 +54,7 @@ type segment struct {
 	lo, hi uint64 // the numbers it stands for; several after thinning
 	file   fsx.File
 	start  mark
-	sizes  []int64 // at start
+	sizes  []int64 // at start, of the disks known then; 0 = absent
 	closed bool
 	stop   uint64       // ordinal at which it was closed
 	bytes  atomic.Int64 // length of the file

@@ -70,7 +70,7 @@ func (s *Store) viewable(pos delta.Pos) (mark, []int64, error) {
 	}
 	switch {
 	case pos == s.committed.pos && len(s.epochs) > 0:
-		return s.committed, sizes(s.disks(), nil), nil
+		return s.committed, s.latest(), nil
 	case pos == s.sup.applied.pos && s.must <= s.sup.applied.ordinal:
 		// The images are exactly there; apply makes a point of it first.
 		return s.sup.applied, sizes(s.sup.diskList(), nil), nil
@@ -80,7 +80,8 @@ func (s *Store) viewable(pos delta.Pos) (mark, []int64, error) {
 	return mark{}, nil, ErrNoPoint
 }
 
-// DisksAt are the disks with the sizes they had at pos, which must be viewable.
+// DisksAt are the disks there were at pos, with the sizes they had; pos must be
+// viewable.
 func (s *Store) DisksAt(pos delta.Pos) ([]delta.Disk, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -88,11 +89,7 @@ func (s *Store) DisksAt(pos delta.Pos) ([]delta.Disk, error) {
 	if err != nil {
 		return nil, err
 	}
-	out := s.sup.diskList()
-	for i := range out {
-		out[i].Size = sizes[i]
-	}
-	return out, nil
+	return s.sup.present(sizes), nil
 }
 
 // readable reports the damage that keeps the point before segment i from being
@@ -111,6 +108,13 @@ func (s *Store) readable(i int) error {
 
 // Pos is the viewed position.
 func (v *View) Pos() delta.Pos { return v.at.pos }
+
+// Disks are the disks there were then.
+func (v *View) Disks() []delta.Disk {
+	v.s.mu.Lock()
+	defer v.s.mu.Unlock()
+	return v.s.sup.present(v.sizes)
+}
 
 // Close lets go of the state. Reads under way end with their data.
 func (v *View) Close() error {
@@ -152,7 +156,7 @@ func (v *View) Disk(name string) (block.Device, error) {
 	v.s.mu.Lock()
 	i := v.s.diskIndex(name)
 	v.s.mu.Unlock()
-	if i < 0 {
+	if i < 0 || sizeOf(v.sizes, i) == 0 {
 		return nil, fmt.Errorf("view %v: %w: no disk %s", v.at.pos, ErrDisks, name)
 	}
 	return &viewDisk{v: v, disk: i, size: v.sizes[i]}, nil
@@ -282,17 +286,25 @@ func (s *Store) readBelow(o uint64, disk int, p []byte, off int64) error {
 
 // readBase reads an image; what a later size adds to it reads as zeros.
 func (s *Store) readBase(o uint64, disk int, p []byte, off int64) error {
-	s.grow.RLock()
-	defer s.grow.RUnlock()
+	base, done, err := s.holdBase(disk)
+	if err != nil {
+		return err
+	}
+	defer done()
 	s.mu.Lock()
-	err := s.alive(o)
+	err = s.alive(o)
 	s.mu.Unlock()
 	if err != nil {
 		return err
 	}
-	base := s.bases[disk]
-	have := min(max(base.Size()-off, 0), int64(len(p)))
+	have := int64(0)
+	if base != nil {
+		have = min(max(base.Size()-off, 0), int64(len(p)))
+	}
 	clear(p[have:])
+	if have == 0 {
+		return nil
+	}
 	return readFull(base, p[:have], off)
 }
 

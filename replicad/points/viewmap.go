@@ -49,16 +49,21 @@ func (d *viewDisk) Map(off, n int64, fn func(block.Extent) bool) error {
 
 // mapBase asks the image; what lies beyond its end is a hole.
 func (s *Store) mapBase(o uint64, disk int, off, n int64) (out []block.Extent, err error) {
-	s.grow.RLock()
-	defer s.grow.RUnlock()
+	base, done, err := s.holdBase(disk)
+	if err != nil {
+		return nil, err
+	}
+	defer done()
 	s.mu.Lock()
 	err = s.alive(o)
 	s.mu.Unlock()
 	if err != nil {
 		return nil, err
 	}
-	base := s.bases[disk]
-	have := min(max(base.Size()-off, 0), n)
+	have := int64(0)
+	if base != nil {
+		have = min(max(base.Size()-off, 0), n)
+	}
 	m, ok := base.(block.Mapper)
 	switch {
 	case have == 0:

@@ -92,10 +92,10 @@ func (v *VM) mountPoint(o MountOptions, private bool) (*mounted, error) {
 	}
 	x := &mounted{pos: p, view: view, private: private}
 	if o.patch != nil {
-		x.over, err = v.overlayPatch(view, s, o.patch)
+		x.over, err = v.overlayPatch(view, o.patch)
 	}
 	if err == nil {
-		err = v.show(x, o, s)
+		err = v.show(x, o)
 	}
 	if err != nil {
 		return nil, errors.Join(err, x.over.close(), view.Close())
@@ -107,7 +107,7 @@ func (v *VM) mountPoint(o MountOptions, private bool) (*mounted, error) {
 }
 
 // show starts the server of a mount.
-func (v *VM) show(x *mounted, o MountOptions, s *points.Store) error {
+func (v *VM) show(x *mounted, o MountOptions) error {
 	var id [4]byte
 	_, _ = rand.Read(id[:]) // never fails
 	opts := mount.Options{
@@ -119,7 +119,7 @@ func (v *VM) show(x *mounted, o MountOptions, s *points.Store) error {
 		}
 	}
 	var disks []mount.Disk
-	for _, d := range s.Disks() {
+	for _, d := range x.view.Disks() {
 		dev, err := x.view.Disk(d.Name)
 		if err != nil {
 			return err
@@ -234,12 +234,8 @@ func (v *VM) ExportPoint(ctx context.Context, o ExportOptions, progress func(mou
 	if err != nil {
 		return nil, err
 	}
-	s, err := v.store()
-	if err != nil {
-		return nil, err
-	}
 	var names []string
-	for _, d := range s.Disks() {
+	for _, d := range p.Disks {
 		names = append(names, d.Name)
 	}
 	files, err := mount.Files(o.To, v.record().Name, names, f)

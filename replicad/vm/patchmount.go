@@ -79,7 +79,7 @@ type patched struct {
 
 // overlayPatch lays a patch over the disks of a view. What it holds goes into
 // files without a name, and is gone with them.
-func (v *VM) overlayPatch(view *points.View, s *points.Store, p *Patch) (*patched, error) {
+func (v *VM) overlayPatch(view *points.View, p *Patch) (*patched, error) {
 	if err := os.MkdirAll(v.scratchDir(), 0o700); err != nil {
 		return nil, fmt.Errorf("make the directory of scratch overlays: %w", err)
 	}
@@ -94,7 +94,7 @@ func (v *VM) overlayPatch(view *points.View, s *points.Store, p *Patch) (*patche
 		}
 	}
 	out := &patched{disks: map[string]*overlay.Scratch{}}
-	for _, d := range s.Disks() {
+	for _, d := range view.Disks() {
 		dev, err := view.Disk(d.Name)
 		if err != nil {
 			return nil, errors.Join(err, out.close())
