@@ -12,6 +12,7 @@ import (
 
 	"kvmreplica/internal/block/blocktest"
 	"kvmreplica/internal/fsx"
+	"kvmreplica/replicad/delta"
 	"kvmreplica/replicad/points"
 )
 
@@ -31,20 +32,62 @@ func goldenStore(t *testing.T) (*primary, *blocktest.Host, map[string][]byte) {
 	must(t, p.epochs(s, 1, 20*time.Second, false))
 	must(t, s.Pin(s.Points()[0].Pos))
 	must(t, s.Close())
+	return p, h, goldenFiles(t, p, h)
+}
+
+// goldenSets is a store with a disk that was removed and one that joins in the
+// backlog.
+func goldenSets(t *testing.T) (*primary, *blocktest.Host, map[string][]byte) {
+	t.Helper()
+	p, h := newPrimary(78).alone(), blocktest.NewHost()
+	p.room = sizeA
+	s, err := p.create(h)
+	must(t, err)
+	must(t, p.epochs(s, 1, 20*time.Second, true))
+	for _, set := range [][]delta.Disk{{onlyA, disk("vdb", 8192)}, {onlyA, disk("vdb", 4096)}, {onlyA}} {
+		must(t, p.send(s, p.become(set...)))
+		must(t, settle(s))
+	}
+	must(t, p.send(s, p.become(disk("vdc", 512), onlyA)))
+	must(t, s.Pin(s.Points()[0].Pos))
+	must(t, s.Close())
+	return p, h, goldenFiles(t, p, h)
+}
+
+func goldenFiles(t *testing.T, p *primary, h *blocktest.Host) map[string][]byte {
+	t.Helper()
 	files := map[string][]byte{}
 	for _, name := range h.FS.Files() {
-		files[name], err = h.FS.Content(name)
+		b, err := h.FS.Content(name)
 		must(t, err)
+		files[name] = b
 	}
-	for _, d := range p.disks {
-		files["image/"+d.Name] = h.Disk(d.Name, d.Size).Content()
+	for _, name := range h.Disks() {
+		size := p.room
+		for _, d := range p.disks {
+			if p.room == 0 && d.Name == name {
+				size = d.Size
+			}
+		}
+		files["image/"+name] = h.Disk(name, size).Content()
 	}
-	return p, h, files
+	return files
 }
 
 func TestVersion1StoreIsStillWrittenAndRead(t *testing.T) {
-	const name = "testdata/v1.json.gz"
 	p, _, now := goldenStore(t)
+	p.isGolden(t, "testdata/v1.json.gz", now)
+}
+
+func TestVersion1StoreWithAnAbsentDiskIsStillWrittenAndRead(t *testing.T) {
+	p, _, now := goldenSets(t)
+	p.isGolden(t, "testdata/v1-sets.json.gz", now)
+}
+
+// isGolden compares the files of a store with those that were written when the
+// format was made, and opens those.
+func (p *primary) isGolden(t *testing.T, name string, now map[string][]byte) {
+	t.Helper()
 	if *update {
 		var b bytes.Buffer
 		z := gzip.NewWriter(&b)

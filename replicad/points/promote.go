@@ -104,8 +104,8 @@ func (s *Store) sealAt(at mark, g delta.Generation, forced bool) (Seal, error) {
 	gs := s.segs
 	s.segs = nil
 	s.token++
-	s.asked = nil
 	s.committed = at
+	s.asked = nil
 	var free []*segment
 	for _, x := range gs {
 		x.dead = true

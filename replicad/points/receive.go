@@ -73,7 +73,10 @@ func (s *Store) begin(h delta.Header) (*Receive, error) {
 	if dup != nil {
 		return r, nil
 	}
-	if s.partial != nil && s.partial.disks != nil && sameHeader(&s.partial.head, &h) && s.partial.ordinal == s.committedOrdinal()+1 {
+	if s.partial != nil && s.partial.disks == nil {
+		s.dropPartial() // its disks were not known when it was found
+	}
+	if s.partial != nil && sameHeader(&s.partial.head, &h) && s.partial.ordinal == s.committedOrdinal()+1 {
 		r.e = s.partial
 		return r, nil
 	}

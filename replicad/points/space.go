@@ -98,11 +98,10 @@ func (s *Store) dropOldest() *segment {
 		return nil
 	}
 	g := s.segs[0]
-	if s.pins[g.start.ordinal] > 0 || s.kept(g.start.pos) {
+	if s.pins[g.start.ordinal] > 0 || s.kept(g.start.pos) || g.refs > 0 {
 		return nil
 	}
 	s.segs = append([]*segment(nil), s.segs[1:]...)
-	g.dead, g.refs = true, g.refs+1
 	s.sacrificed++
 	return g
 }

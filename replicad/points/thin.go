@@ -20,9 +20,11 @@ func (s *Store) thin(ctx context.Context) (bool, error) {
 	s.mu.Lock()
 	drop, merge, given := s.chooseThin(now, short != "")
 	// From here to the end of the work nobody may begin to view these points.
+	if drop != nil && drop.refs > 0 {
+		drop, merge = nil, nil // a read that outlives its view: next time
+	}
 	if drop != nil {
 		s.segs = slices.Clone(s.segs[1:])
-		drop.dead, drop.refs = true, drop.refs+1
 	}
 	if len(merge) > 1 {
 		for _, g := range merge[1:] {
@@ -52,11 +54,15 @@ func (s *Store) thin(ctx context.Context) (bool, error) {
 	return false, nil
 }
 
-// letGo removes the oldest segment durably: else the next one could be gone
-// after a power loss and this one back, a gap that looks like damage.
+// letGo removes the oldest segment, which nobody reads, durably. While it may
+// come back the next one must not go: that would be a gap, which looks like
+// damage. The store is opened again instead, and has one point more.
 func (s *Store) letGo(g *segment) error {
-	s.unrefSegments([]*segment{g})
-	if err := s.cfg.FS.SyncDir(undoDir); err != nil {
+	if err := errors.Join(g.file.Close(), s.cfg.FS.Remove(g.name())); err != nil {
+		return &syncError{what: "undo directory", err: err}
+	}
+	err := s.cfg.FS.SyncDir(undoDir)
+	if err != nil {
 		return &syncError{what: "undo directory", err: err}
 	}
 	return nil
