@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"hash/crc32"
+	"os"
 
 	"golang.org/x/sys/unix"
 )
@@ -77,4 +78,28 @@ func (e *Epoch) KeepAndDie(disk string) (missing int, died bool) {
 		}
 	}
 	return missing, died
+}
+
+// HoldRange is a write that has its range, and has seen its mark, and got no
+// further: it has no tag yet.
+func HoldRange(d *Disk, off, n int64) (release func()) {
+	lo, hi := granuleSpan(off, n)
+	id := d.ranges.lock(lo, hi)
+	return func() { d.ranges.unlock(id) }
+}
+
+// ExhaustShared makes a disk's shared memory one that can be neither reserved
+// nor replaced by ordinary memory; mend takes it back.
+func ExhaustShared(d *Disk) (mend func(), err error) {
+	shm := d.st.Load().shm
+	f, mem := shm.f, shm.mem
+	ro, err := os.Open(shm.path) // no room can be reserved through it
+	if err != nil {
+		return nil, err
+	}
+	shm.f, shm.mem = ro, mem[1:] // no page begins there
+	return func() {
+		shm.f, shm.mem = f, mem
+		_ = ro.Close()
+	}, nil
 }

@@ -82,3 +82,29 @@ func TestASequentialStreamIsMarkedAhead(t *testing.T) {
 		t.Fatalf("%d syncs, %d regions marked", n.IntentSyncs, n.MarkedRegions)
 	}
 }
+
+// I14: without memory for its bits a write is not recorded, and so it fails: it
+// does not reach the image. With memory it goes through.
+func TestAWriteWithoutMemoryForItsBitsTouchesNothing(t *testing.T) {
+	dir := shmDir(t)
+	w := started(t, one(4<<20), func(c *cbt.Config) { c.SharedDir = dir })
+	mend, err := cbt.ExhaustShared(w.g.Disk("vda"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = w.fill("vda", 0, 512, 1)
+	mend()
+	if err == nil {
+		t.Error("the write is answered with success")
+	}
+	if c := w.h.Disk("vda", 4<<20).Content(); c[0] != 0 {
+		t.Error("the write went through unmarked")
+	}
+	if n := w.g.Status().Disks[0].MarkedRegions; n != 0 {
+		t.Errorf("%d regions marked", n)
+	}
+	if err := w.fill("vda", 0, 512, 1); err != nil {
+		t.Error("with memory:", err)
+	}
+	cbt.Kill(w.g)
+}
