@@ -54,7 +54,7 @@ func (sh *ship) feed(ev session.Event) {
 	}
 	for _, a := range sh.m.Step(sh.h.w.now, ev) {
 		switch a := a.(type) {
-		case session.DoCancel, session.Committed: // nothing is outstanding between two steps
+		case session.DoCancel, session.Committed, session.Joined: // nothing is outstanding between two steps
 		case session.FinalDone:
 			sh.final = &finalEnd{pos: a.Pos}
 		case session.FinalFailed:

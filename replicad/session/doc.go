@@ -9,7 +9,8 @@
 // position the replica committed, that every failure but a refusal by the
 // handshake table is retried with growing, jittered pauses for as long as Run
 // runs, that an epoch interrupted by the network continues at the first chunk
-// the replica has not verified, and that Status is one immutable value.
+// the replica has not verified, that a disk which is added later joins piece by
+// piece without a later cut of the others (see Joining), and that Status is one immutable value.
 //
 // Callers run one Session per VM, keep what Status calls durable (Verified,
 // Scrub) if they want it across restarts, and act on Stop conditions: those

@@ -159,17 +159,20 @@ type (
 		Done, Total int64
 	}
 	// DoVerify compares ranges with the replica's content at Pos: those marked
-	// without proof, or with All every marked one.
+	// without proof, or with All every marked one. Of the disks in Below only
+	// what lies below that.
 	DoVerify struct {
 		Pos    delta.Pos
 		Reason string
 		All    bool
+		Below  map[wire.DiskName]int64
 	}
 	// DoFreeze makes a cut on top of Parent; with App the guest's file systems
-	// are to be frozen at it.
+	// are to be frozen at it. Of disks with a limit it has what lies below.
 	DoFreeze struct {
 		Parent delta.Pos
 		App    bool
+		Limits map[wire.DiskName]int64
 	}
 	// DoShip sends a frozen epoch, asking for the replica's progress first
 	// when Resume is set.
@@ -183,10 +186,12 @@ type (
 	DoAbandon struct{ Epoch uint64 }
 	// DoBeat tells the replica that nothing changed.
 	DoBeat struct{ Pos delta.Pos }
-	// DoScrub compares one window of everything.
+	// DoScrub compares one window of everything, but of the disks in Below what
+	// lies below that.
 	DoScrub struct {
-		Pos  delta.Pos
-		From Cursor
+		Pos   delta.Pos
+		From  Cursor
+		Below map[wire.DiskName]int64
 	}
 )
 
@@ -201,6 +206,9 @@ type (
 	FinalFailed struct{ Stop lineage.Decision }
 	// Committed tells that firmware state attached to the last epoch arrived.
 	Committed struct{}
+	// Joined tells that the replica has all of the disks that were joining. It is
+	// repeated after each handshake until they are not called joining any more.
+	Joined struct{ Disks []wire.DiskName }
 )
 
 func (DoHandshake) action() {}
@@ -217,3 +225,4 @@ func (DoCancel) action()    {}
 func (FinalDone) action()   {}
 func (FinalFailed) action() {}
 func (Committed) action()   {}
+func (Joined) action()      {}

@@ -90,6 +90,7 @@ type Machine struct {
 	markedBy  string            // ... in this instance of the data plane
 	compared  bool              // ... and the comparison came to its end
 
+	join       joins
 	verified   bool
 	pass       Pass
 	scrub      Cursor
@@ -135,6 +136,7 @@ func (m *Machine) Status() Status {
 	if m.shipped != nil {
 		s.Committed = m.shipped.Pos // the data plane is about to be told
 	}
+	s.Joining = maps.Clone(m.join.disks)
 	for _, code := range slices.Sorted(maps.Keys(m.cond)) {
 		s.Conditions = append(s.Conditions, m.cond[code])
 	}
@@ -297,16 +299,16 @@ func (m *Machine) next(now time.Time) []Action {
 	case seed != "":
 		return m.do(Seeding, m.seedPiece(seed))
 	case m.verify != "":
-		return m.do(Verifying, DoVerify{m.parent, m.verify, m.verifyAll})
+		return m.do(Verifying, DoVerify{m.parent, m.verify, m.verifyAll, m.join.below()})
 	case m.held != nil:
 		return m.do(Shipping, DoShip{*m.held, m.resume})
 	case m.scrubDue(now):
-		return m.do(Waiting, DoScrub{m.parent, m.scrub})
+		return m.do(Waiting, DoScrub{m.parent, m.scrub, m.join.below()})
 	case m.due(now):
 		m.appCut = m.appDue(now)
 		m.trigger = false
 		m.cutAt = now
-		return m.do(Freezing, DoFreeze{m.parent, m.appCut})
+		return m.do(Freezing, DoFreeze{m.parent, m.appCut, m.join.limits()})
 	}
 	at := m.nextCut
 	if m.cfg.AppEvery > 0 && m.nextApp.Before(at) {
@@ -318,8 +320,12 @@ func (m *Machine) next(now time.Time) []Action {
 	return m.sleep(Waiting, at)
 }
 
+// due: while a disk joins, the next cut follows the last one at once. Its slice
+// is as large as fits the interval, so the other disks' cuts are never later
+// for it and at most about twice as many; waiting for the interval would only
+// leave the link idle, half a day at an interval of a day.
 func (m *Machine) due(now time.Time) bool {
-	return m.final || m.trigger || !m.protected || !now.Before(m.nextCut) || m.appDue(now)
+	return m.final || m.trigger || m.join.open() || !m.protected || !now.Before(m.nextCut) || m.appDue(now)
 }
 
 // appDue: this cut is to be application-consistent. The last cuts of a planned

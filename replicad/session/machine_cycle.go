@@ -17,7 +17,10 @@ func (m *Machine) onSeeded(now time.Time, e EvSeeded) []Action {
 // onFrozen: an empty cut becomes a beat; the first epoch after a seed is what
 // makes the replica consistent and is shipped even when it is empty.
 func (m *Machine) onFrozen(now time.Time, e EvFrozen) []Action {
-	m.source.Pending = 0
+	m.source.Pending = m.join.behind()
+	for n, limit := range e.Epoch.Limits {
+		m.source.Pending -= max(0, limit-m.join.disks[n].Done)
+	}
 	if e.Epoch.Cut.After(m.cutAt) {
 		m.cutAt = e.Epoch.Cut // it had to wait for its turn
 	}
@@ -25,6 +28,12 @@ func (m *Machine) onFrozen(now time.Time, e EvFrozen) []Action {
 	if !e.Epoch.Empty {
 		h := e.Epoch
 		m.held, m.resume, m.drop = &h, false, false
+		return m.next(now)
+	}
+	if m.join.open() {
+		// Nothing is marked, and yet a disk is not whole.
+		d := m.remark("nothing is marked although the replica has not all of a disk that joins")
+		m.mark, m.verify, m.verifyAll = &d, d.Reason, true
 		return m.next(now)
 	}
 	switch {
@@ -90,6 +99,10 @@ func (m *Machine) onAcked(now time.Time, e EvAcked) []Action {
 	}
 	m.parent, m.protected, m.seeding = m.shipped.Pos, true, false
 	m.source = e.Source
+	if m.held != nil {
+		m.joined(now, m.held)
+	}
+	acts = append(acts, m.tellJoined()...)
 	m.held, m.shipped, m.drop, m.resume = nil, nil, false, false
 	m.seeds, m.corrupt, m.overload = nil, 0, 0
 	delete(m.cond, CondOverload)

@@ -35,14 +35,19 @@ func (m *Machine) onHandshake(now time.Time, e EvHandshake) []Action {
 	for _, disk := range e.Request.Disks {
 		m.sizes[disk.Name] = disk.Size
 	}
+	lost := m.startJoin(e, d)
 	if d.Outcome == lineage.SeedContinue {
 		return m.startSeed(now, d)
 	}
 	m.protected = !d.Parent.IsZero()
+	acts := m.tellJoined()
 	m.parent = d.Parent
+	if lost != "" {
+		d = m.remark(lostText(lost))
+	}
 	m.reconcile()
 	if d.Outcome == lineage.VerifyAll || d.Outcome == lineage.VerifyUnion {
-		return m.startVerify(now, d)
+		return append(acts, m.startVerify(now, d)...)
 	}
 	m.verifyAll = false
 	if m.verify = ""; m.source.Suspect > 0 && m.shipped == nil {
@@ -51,7 +56,7 @@ func (m *Machine) onHandshake(now time.Time, e EvHandshake) []Action {
 			m.verify = m.source.Recovered
 		}
 	}
-	return m.next(now)
+	return append(acts, m.next(now)...)
 }
 
 // adopt takes over what the data plane holds: our own epoch, or one frozen by
@@ -197,6 +202,9 @@ func (m *Machine) onEpochLost() {
 	if m.overload++; m.overload >= overloadLimit {
 		m.condition(CondOverload, "a shorter interval or more capture memory",
 			"%d epochs in a row could not be kept while the guest wrote", m.overload)
+	}
+	if m.join.open() {
+		m.shrinkSlice() // a shorter cycle has fewer old contents to keep
 	}
 	m.giveUp()
 }

@@ -3,6 +3,8 @@ package session
 import (
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -40,6 +42,8 @@ type transcript struct {
 	req    wire.HandshakeRequest
 	reply  wire.HandshakeReply
 	source dataplane.Status
+	// limits of the cut asked for last.
+	limits map[wire.DiskName]int64
 }
 
 func gen(name string) (g delta.Generation) {
@@ -120,6 +124,9 @@ func (h *transcript) run(d *datadriven.TestData) (string, error) {
 		return h.step(EvWake{}), nil
 	case "status":
 		return h.status(), nil
+	case "restart": // the daemon; the data plane and what it holds stay
+		h.m = NewMachine(h.m.cfg, h.now)
+		return "", nil
 	}
 	ev, err := h.event(d)
 	if err != nil {
@@ -147,9 +154,10 @@ func (h *transcript) primary(d *datadriven.TestData) (err error) {
 		p, perr := pos(a)
 		h.req.Ancestors, err = []delta.Pos{p}, errors.Join(err, perr)
 	}
+	h.joining(d)
 	h.source.Frozen = nil
 	if f := arg(d, "frozen", ""); f != "" {
-		e := dataplane.Epoch{Generation: h.req.Generation, Epoch: uint64(num(d, "frozen", 0)), Nonce: uint64(num(d, "nonce", 1)), Bytes: 4096, Cut: h.now}
+		e := dataplane.Epoch{Generation: h.req.Generation, Epoch: uint64(num(d, "frozen", 0)), Nonce: uint64(num(d, "nonce", 1)), Bytes: 4096, Cut: h.now, Limits: h.limits}
 		set("on", &e.Parent)
 		if g := arg(d, "digest", ""); g != "" {
 			var p delta.Pos
@@ -177,11 +185,44 @@ func (h *transcript) replica(d *datadriven.TestData) (err error) {
 	if c := num(d, "cursor", -1); c >= 0 {
 		h.reply.Seeding = map[wire.DiskName]int64{"vda": c}
 	}
+	if has := num(d, "has", -1); has >= 0 {
+		h.reply.Sizes = map[wire.DiskName]int64{"vda": 100 << 20}
+		if has > 0 {
+			h.reply.Sizes["vdb"] = has << 20
+		}
+	}
 	h.reply.Sealed = arg(d, "sealed", "") != ""
 	h.reply.Running = arg(d, "running", "") != ""
 	h.reply.Diverged = arg(d, "diverged", "") != ""
 	h.reply.VerifyAll = arg(d, "verify", "")
 	return nil
+}
+
+// joining adds vdb, with so many MiB, or says that it is a disk like any other.
+func (h *transcript) joining(d *datadriven.TestData) {
+	size := num(d, "joins", -1) << 20
+	if size >= 0 {
+		h.req.Disks = append(h.req.Disks[:1:1], wire.Disk{Name: "vdb", Size: size, Joining: true})
+	}
+	if arg(d, "whole", "") != "" {
+		h.req.Disks[1].Joining = false
+	}
+	if len(h.req.Disks) > 1 {
+		n := num(d, "suspectb", 0) << 20
+		h.source.Disks = []dataplane.DiskStatus{{Name: "vda"}, {Name: "vdb", Suspect: n}}
+		h.source.Suspect += n
+	}
+}
+
+// mibs lists sizes in MiB; nothing for none.
+func mibs(what string, sizes map[wire.DiskName]int64) string {
+	for _, n := range slices.Sorted(maps.Keys(sizes)) {
+		what += fmt.Sprintf(" %s=%dM", n, sizes[n]>>20)
+	}
+	if len(sizes) == 0 {
+		return ""
+	}
+	return what
 }
 
 func (h *transcript) event(d *datadriven.TestData) (Event, error) {
@@ -214,7 +255,7 @@ func (h *transcript) event(d *datadriven.TestData) (Event, error) {
 		return EvVerified{}, nil
 	case "frozen":
 		e := dataplane.Epoch{Generation: h.req.Generation, Epoch: uint64(num(d, "epoch", 1)), Nonce: uint64(num(d, "nonce", 1)), Bytes: num(d, "bytes", 4096), Parent: h.m.parent}
-		e.Empty = arg(d, "empty", "") != ""
+		e.Empty, e.Limits = arg(d, "empty", "") != "", h.limits
 		return EvFrozen{Epoch: e}, nil
 	case "shipped":
 		return EvShipped{Pos: p, Sent: 500, From: uint32(num(d, "from", 0))}, nil
@@ -239,8 +280,11 @@ func (h *transcript) step(ev Event) string {
 	started := 0
 	for _, a := range acts {
 		b.WriteString(describe(a) + "\n")
+		if f, ok := a.(DoFreeze); ok {
+			h.limits = f.Limits
+		}
 		switch a.(type) {
-		case DoCancel, FinalDone, FinalFailed, Committed:
+		case DoCancel, FinalDone, FinalFailed, Committed, Joined:
 		default:
 			started++
 		}
@@ -276,9 +320,9 @@ func describe(a Action) string {
 	case DoSeed:
 		return fmt.Sprintf("do seed %s from %d (%d of %d)", a.Disk, a.Offset, a.Done, a.Total)
 	case DoVerify:
-		return fmt.Sprintf("do verify at %s all=%v: %s", short(a.Pos), a.All, a.Reason)
+		return fmt.Sprintf("do verify at %s all=%v%s: %s", short(a.Pos), a.All, mibs(" below", a.Below), a.Reason)
 	case DoFreeze:
-		return "do freeze on " + short(a.Parent)
+		return "do freeze on " + short(a.Parent) + mibs(" limits", a.Limits)
 	case DoShip:
 		return fmt.Sprintf("do ship epoch %d resume=%v", a.Epoch.Epoch, a.Resume)
 	case DoAck:
@@ -288,7 +332,7 @@ func describe(a Action) string {
 	case DoBeat:
 		return "do beat " + short(a.Pos)
 	case DoScrub:
-		return fmt.Sprintf("do scrub from %s:%d", a.From.Disk, a.From.Offset)
+		return fmt.Sprintf("do scrub from %s:%d%s", a.From.Disk, a.From.Offset, mibs(" below", a.Below))
 	case DoCancel:
 		return "cancel"
 	case FinalDone:
@@ -297,6 +341,8 @@ func describe(a Action) string {
 		return "final failed: " + a.Stop.Row
 	case Committed:
 		return "firmware committed"
+	case Joined:
+		return fmt.Sprint("joined ", a.Disks)
 	}
 	return fmt.Sprintf("%T", a)
 }
@@ -307,6 +353,9 @@ func (h *transcript) status() string {
 	fmt.Fprintf(&b, "phase=%s protected=%v seeding=%v paused=%v at=%s rpo=%v\n", s.Phase, s.Protected, s.Seeding, s.Paused, short(s.Committed), s.RPO(h.now))
 	fmt.Fprintf(&b, "cycles=%d empty=%d missed=%d errors=%d abandoned=%d resumed=%d failures=%d verified=%v\n",
 		s.Stats.Cycles, s.Stats.Empty, s.Stats.CyclesMissed, s.Stats.Errors, s.Stats.Abandoned, s.Stats.Resumed, s.Failures, s.Verified)
+	for _, n := range slices.Sorted(maps.Keys(s.Joining)) {
+		fmt.Fprintf(&b, "%s joins: %dM of %dM; pending=%dM suspect=%dM\n", n, s.Joining[n].Done>>20, s.Joining[n].Total>>20, s.Pending>>20, s.Suspect>>20)
+	}
 	for _, c := range s.Conditions {
 		fmt.Fprintf(&b, "%s: %s\n", c.Code, c.Text)
 	}

@@ -169,7 +169,7 @@ func (s *Session) mark(ctx context.Context, d lineage.Decision) (Event, error) {
 }
 
 func (s *Session) freeze(ctx context.Context, a DoFreeze) (Event, error) {
-	req := dataplane.FreezeRequest{Parent: a.Parent}
+	req := dataplane.FreezeRequest{Parent: a.Parent, Limits: a.Limits}
 	if s.cfg.Describe != nil {
 		req.Config = s.cfg.Describe()
 	}

@@ -8,6 +8,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+
 	"kvmreplica/replicad/dataplane"
 )
 
@@ -118,7 +120,7 @@ func TestApplicationConsistentCutsKeepTheirOwnInterval(t *testing.T) {
 	m.Step(now, EvTrigger{})
 	m.Step(now, EvAppEvery{time.Hour})
 	m.Step(now, EvFrozen{Epoch: dataplane.Epoch{Empty: true, Cut: now}})
-	if acts := m.Step(now, EvBeaten{}); len(acts) != 1 || acts[0] != (DoFreeze{Parent: m.parent, App: true}) {
+	if acts := m.Step(now, EvBeaten{}); !cmp.Equal(acts, []Action{DoFreeze{Parent: m.parent, App: true}}) {
 		t.Errorf("after the interval was set: %v", acts)
 	}
 	m.Step(now, EvFrozen{Epoch: dataplane.Epoch{Empty: true, Cut: now}})

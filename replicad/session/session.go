@@ -65,7 +65,7 @@ type Config struct {
 	AppEvery time.Duration
 	Quiesce  func(ctx context.Context) (thaw func() (held bool, err error), err error)
 	// Complete fills in what only the lineage record knows (Ancestors, Before,
-	// Between, Diverged, Running); nil leaves a first generation whose guest
+	// Between, Diverged, Running, which disks are joining); nil leaves a first generation whose guest
 	// runs. It is called before every handshake.
 	Complete func(r *wire.HandshakeRequest)
 	// Describe returns the digest of the VM's description, which is bound into
@@ -77,6 +77,10 @@ type Config struct {
 	// FirmwareCommitted is told that the replica committed what Firmware
 	// returned last.
 	FirmwareCommitted func()
+	// OnJoined is told that the replica has all of the disks which Complete calls
+	// joining, again and again until it does not call them that any more. It must
+	// return soon and not wait for the session.
+	OnJoined func(disks []wire.DiskName)
 	// Union marks what a VerifyUnion decision names; nil marks everything.
 	Union func(ctx context.Context, d lineage.Decision) error
 	// Limit wraps bulk bodies (bandwidth); nil = unlimited.
@@ -239,6 +243,10 @@ func (s *Session) step(ctx context.Context, ev Event) {
 		case Committed:
 			if s.cfg.FirmwareCommitted != nil {
 				s.cfg.FirmwareCommitted()
+			}
+		case Joined:
+			if s.cfg.OnJoined != nil {
+				s.cfg.OnJoined(a.Disks)
 			}
 		default:
 			s.begin(ctx, a)

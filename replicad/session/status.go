@@ -56,6 +56,9 @@ type Status struct {
 	Pass       Pass
 	Scrub      Cursor
 	Mismatched int64
+	// Joining are the disks that were added and are still called joining, also
+	// when they are whole at the replica.
+	Joining    map[wire.DiskName]Joining
 	Conditions []Condition
 	// Stop is the handshake's verdict that a person must act on; nil = none.
 	// Its Diverged flag must be made durable by whoever sees it.

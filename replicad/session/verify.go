@@ -33,7 +33,7 @@ func (s *Session) verify(ctx context.Context, a DoVerify) (Event, error) {
 	if a.All {
 		all = st.Pending
 	}
-	for _, d := range st.Disks {
+	for _, d := range within(st.Disks, a.Below) {
 		for off, end := int64(0), false; !end; {
 			s.track("verify", d.Name, done, max(all, done))
 			r, err := s.cfg.Source.Ranges(ctx, dataplane.RangesRequest{
@@ -42,7 +42,8 @@ func (s *Session) verify(ctx context.Context, a DoVerify) (Event, error) {
 			if err != nil {
 				return EvFailed{Advanced: done > 0}, fromSource(err)
 			}
-			off, end = r.Next, r.Done
+			off, end = r.Next, r.Done || r.Next >= d.Size
+			r.Ranges = below(r.Ranges, d.Size)
 			res, err := s.window(ctx, a.Pos, d.Name, r.Ranges)
 			if err != nil {
 				// What was compared before is not suspect any more.
@@ -63,6 +64,10 @@ func (s *Session) scrub(ctx context.Context, a DoScrub) (Event, error) {
 	if err != nil {
 		return nil, fromSource(err)
 	}
+	st.Disks = within(st.Disks, a.Below)
+	if len(st.Disks) == 0 {
+		return EvScrubbed{Done: true}, nil
+	}
 	i := max(0, slices.IndexFunc(st.Disks, func(d dataplane.DiskStatus) bool { return d.Name == a.From.Disk }))
 	d := st.Disks[i]
 	off := a.From.Offset
@@ -81,6 +86,31 @@ func (s *Session) scrub(ctx context.Context, a DoScrub) (Event, error) {
 		}
 	}
 	return ev, nil
+}
+
+// within are the disks with the sizes up to which the replica has them;
+// what it has nothing of is left out.
+func within(disks []dataplane.DiskStatus, below map[wire.DiskName]int64) (out []dataplane.DiskStatus) {
+	for _, d := range disks {
+		if end, joining := below[d.Name]; joining {
+			if d.Size = min(d.Size, end); end == 0 {
+				continue
+			}
+		}
+		out = append(out, d)
+	}
+	return out
+}
+
+// below is the part of ascending ranges that lies before end.
+func below(ranges []wire.Range, end int64) []wire.Range {
+	for i, r := range ranges {
+		if r.Off >= end {
+			return ranges[:i]
+		}
+		ranges[i].Len = min(r.Len, end-r.Off)
+	}
+	return ranges
 }
 
 // window compares ranges coarsely, then granule by granule where they differ.
