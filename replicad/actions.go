@@ -102,6 +102,8 @@ func (d *Daemon) actOn(ctx context.Context, v *vm.VM, a api.Action, request stri
 		return v.SetRate(a.Rate)
 	case api.VMResize:
 		return d.resize(ctx, v, a, request, emit)
+	case api.VMAddDisk, api.VMTakeDisk:
+		return d.setDisk(ctx, v, a, request, step, emit)
 	case api.VMResync:
 		return d.resync(ctx, v, a, request, emit)
 	case api.PointPin, api.PointUnpin, api.PointKeep, api.PointApp, api.PointMount, api.PointUnmount, api.PointExport:
@@ -236,6 +238,9 @@ func (d *Daemon) unplanned(ctx context.Context, v *vm.VM, a api.Action, request 
 		note(emit, "The primary reports %d changed bytes since: they will be lost.", l.Bytes)
 	default:
 		note(emit, "What the primary wrote since will be lost; how much is unknown.")
+	}
+	for _, name := range l.Without {
+		note(emit, "WITHOUT disk %s: that state does not have it, or not all of it.", name)
 	}
 	if a.InPlace {
 		note(emit, "In place: it cannot be cancelled, %d recovery points END.", l.Points)

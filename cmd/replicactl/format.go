@@ -94,6 +94,14 @@ func (a *app) show(v status.VM) {
 		if d.Pending >= 0 {
 			pending = "  pending " + bytesText(d.Pending)
 		}
+		switch d.State {
+		case "joining":
+			pending += fmt.Sprintf("  being added, the replica has %s", bytesText(d.Copied))
+		case "leaving":
+			pending += "  removed on the primary"
+		case "left":
+			pending += "  removed; recovery points have it"
+		}
 		line("Disk "+string(d.Name), "%s  %s%s", bytesText(d.Size), d.Path, pending)
 	}
 	if v.Role == status.Primary {

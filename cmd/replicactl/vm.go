@@ -15,7 +15,7 @@ func newVM(a *app) *cobra.Command {
 	c.AddCommand(newVMEnable(a), newVMDisable(a), newVMList(a), newVMStatus(a), newVMWatch(a), newVMStart(a), newVMUpgrade(a), newVMExport(a), newVMImport(a),
 		simple(a, "pause NAME", "Stop shipping changes; tracking goes on", api.VMPause),
 		simple(a, "resume NAME", "Ship changes again", api.VMResume),
-		simple(a, "sync NAME", "Run one cycle now and wait for its commit", api.VMSync), newVMResync(a), newVMLimit(a), newVMResize(a))
+		simple(a, "sync NAME", "Run one cycle now and wait for its commit", api.VMSync), newVMResync(a), newVMLimit(a), newVMResize(a), newVMAddDisk(a), newVMRemoveDisk(a))
 	return c
 }
 

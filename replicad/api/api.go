@@ -27,10 +27,12 @@ const (
 	VMDisable  Verb = "vm-disable"
 	VMPause    Verb = "vm-pause"
 	VMResume   Verb = "vm-resume"
-	VMSync     Verb = "vm-sync"   // one cycle now
-	VMResync   Verb = "vm-resync" // compare everything by digest, send what differs
-	VMLimit    Verb = "vm-limit"  // bound what is sent of a VM
-	VMResize   Verb = "vm-resize" // give a disk another size
+	VMSync     Verb = "vm-sync"        // one cycle now
+	VMResync   Verb = "vm-resync"      // compare everything by digest, send what differs
+	VMLimit    Verb = "vm-limit"       // bound what is sent of a VM
+	VMResize   Verb = "vm-resize"      // give a disk another size
+	VMAddDisk  Verb = "vm-add-disk"    // protect one disk more: Disks[0]
+	VMTakeDisk Verb = "vm-remove-disk" // and one less
 	VMStart    Verb = "vm-start"
 	VMUpgrade  Verb = "vm-upgrade" // the installed program takes the data plane over
 	Planned    Verb = "failover-planned"

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"time"
 
 	"kvmreplica/internal/fsx"
@@ -144,7 +145,11 @@ func (c Config) Validate() error {
 		}
 	}
 	seen := map[wire.DiskName]bool{}
-	for _, d := range c.Disks {
+	all := c.Disks
+	if c.Overlay != nil {
+		all = slices.Concat(all, c.Overlay.Aside)
+	}
+	for _, d := range all {
 		if err := d.validate(); err != nil {
 			errs = append(errs, err)
 		}

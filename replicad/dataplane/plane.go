@@ -37,10 +37,14 @@ type Plane struct {
 	instance string
 	started  time.Time
 	images   []*image
-	choices  *choiceStore
-	over     *flattening // nil unless Config.Overlay is set
-	server   *nbd.Server
-	parts    Parts
+
+	asideMu sync.Mutex
+	aside   []*image // guarded by asideMu; of disks that only the store has: OverlayConfig
+
+	choices *choiceStore
+	over    *flattening // nil unless Config.Overlay is set
+	server  *nbd.Server
+	parts   Parts
 
 	group  atomic.Pointer[cbt.Group]
 	lost   atomic.Pointer[string] // why an existing tracker cannot be read
@@ -113,7 +117,7 @@ func OpenOn(ctx context.Context, cfg Config, parts Parts, log *slog.Logger) (_ *
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, p.closeOverlay(), closeImages(p.images))
+			err = errors.Join(err, p.closeOverlay(), closeImages(p.images), closeImages(p.aside))
 		}
 	}()
 	if err := p.openOverlay(); err != nil {
@@ -205,7 +209,7 @@ func (p *Plane) drain() error {
 	if g := p.group.Load(); g != nil {
 		errs = append(errs, g.Close(ctx))
 	}
-	return errors.Join(append(errs, p.closeOverlay(), closeImages(p.images))...)
+	return errors.Join(append(errs, p.closeOverlay(), closeImages(p.images), closeImages(p.aside))...)
 }
 
 // cleaner runs the clean step.

@@ -26,6 +26,9 @@ type OverlayConfig struct {
 	// Rate bounds what is written into the images after the commit, in bytes
 	// per second; 0 = 64 MiB.
 	Rate int64 `json:"rate,omitempty"`
+	// Aside are disks that the store has beside those that are served: the state
+	// failed over to did not have them. Their images are opened when it asks.
+	Aside []DiskConfig `json:"aside,omitempty"`
 }
 
 // Flattening in the background.
@@ -82,6 +85,36 @@ func (p *Plane) openOverlay() error {
 	return nil
 }
 
+// setAside is the image of a disk that is not served, nil for any other. It is
+// opened once; what keeps it from that says the caller's own search.
+func (p *Plane) setAside(disk string) *image {
+	p.asideMu.Lock()
+	defer p.asideMu.Unlock()
+	for _, i := range p.aside {
+		if string(i.cfg.Name) == disk {
+			return i
+		}
+	}
+	for _, d := range p.cfg.Overlay.Aside {
+		if string(d.Name) != disk {
+			continue
+		}
+		i, err := p.parts.image(context.Background(), d, p.cfg.DirtyBytes)
+		if err == nil && d.QemuLock {
+			if err = i.lock(); err != nil {
+				err = errors.Join(err, i.dev.Close())
+			}
+		}
+		if err != nil {
+			p.log.Error("open the image of a disk that stands aside", "disk", disk, "err", err)
+			return nil
+		}
+		p.aside = append(p.aside, i)
+		return i
+	}
+	return nil
+}
+
 func (p *Plane) standbyConfig() (standby.Config, error) {
 	var c standby.Config
 	dir, err1 := fsx.OS(p.cfg.Overlay.Dir)
@@ -92,6 +125,9 @@ func (p *Plane) standbyConfig() (standby.Config, error) {
 		return c, fmt.Errorf("open the overlay: %w", err)
 	}
 	byName := func(disk string) (*image, error) {
+		if i := p.setAside(disk); i != nil {
+			return i, nil
+		}
 		_, i, err := p.image(wire.DiskName(disk))
 		return i, err
 	}

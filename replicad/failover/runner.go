@@ -37,6 +37,8 @@ const (
 	Reverse   Kind = "reverse"   // after an unplanned failover: replicate back
 	Commit    Kind = "commit"    // an unplanned failover stays
 	Cancel    Kind = "cancel"    // an unplanned failover is given up; this host is a replica again
+	AddDisk   Kind = "add-disk"  // one more disk of a protected VM
+	TakeDisk  Kind = "take-disk" // one disk less
 	Test      Kind = "test"      // a test copy is made and started
 	TestStop  Kind = "test-stop" // a test copy is taken away
 )

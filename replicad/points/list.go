@@ -314,3 +314,7 @@ func (s *Store) Verified() error {
 	sup.flags &^= superVerify
 	return s.putSuper(sup)
 }
+
+// Ordinal is the number of the newest commit, 0 while seeding. Numbers of
+// recovery points are of the same kind.
+func (s *Store) Ordinal() uint64 { return s.committedOrdinal() }

@@ -162,6 +162,11 @@ type Disk struct {
 	Path    string        `json:"path"`
 	Pending int64         `json:"pending_bytes"`           // changed; negative when unknown, as the VM's
 	Suspect int64         `json:"suspect_bytes,omitempty"` // still to be compared by digest
+	// State is empty, or "joining": being added, Copied bytes of it are with the
+	// replica; on the replica also "leaving" (the primary has taken it out) and
+	// "left" (only recovery points have it).
+	State  string `json:"state,omitempty"`
+	Copied int64  `json:"copied_bytes,omitempty"`
 }
 
 // Stats follow the names of Hyper-V Replica's measurements.

@@ -38,7 +38,7 @@ type Subject interface {
 	ID() wire.VMID
 	Name() string
 	HoldsReplica() bool
-	TestSource() (libvirt.Spec, libvirt.Policy, error)
+	TestSource(at delta.Pos) (libvirt.Spec, libvirt.Policy, error)
 	ChoosePoint(text string) (points.Point, error)
 	OpenView(pos delta.Pos) (*points.View, error)
 	HoldPoint(ctx context.Context, pos delta.Pos, owner string) error

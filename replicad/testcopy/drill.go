@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"time"
 
+	"kvmreplica/replicad/delta"
 	"kvmreplica/replicad/failover"
 	"kvmreplica/replicad/wire"
 )
@@ -170,7 +171,7 @@ func (s Schedule) due(now, last time.Time) bool {
 // ready says whether there is anything to drill: a replica that holds no
 // complete copy yet is shown as such, and its drill waits for that.
 func ready(v Subject) bool {
-	_, _, err := v.TestSource()
+	_, _, err := v.TestSource(delta.Pos{})
 	if err == nil {
 		_, err = v.ChoosePoint("latest")
 	}

@@ -10,6 +10,7 @@ import (
 	"unicode"
 
 	"kvmreplica/libvirt"
+	"kvmreplica/replicad/delta"
 	"kvmreplica/replicad/overlay"
 	"kvmreplica/replicad/wire"
 )
@@ -58,11 +59,14 @@ const (
 func (m *Manager) Prepare(ctx context.Context, s Subject, o Options) (Plan, error) {
 	ctx, cancel := context.WithTimeout(ctx, libvirtTimeout)
 	defer cancel()
-	spec, policy, err := s.TestSource()
-	if err != nil {
+	if _, _, err := s.TestSource(delta.Pos{}); err != nil { // is there a replica at all
 		return Plan{}, err
 	}
 	point, err := s.ChoosePoint(o.Point)
+	if err != nil {
+		return Plan{}, err
+	}
+	spec, policy, err := s.TestSource(point.Pos)
 	if err != nil {
 		return Plan{}, err
 	}

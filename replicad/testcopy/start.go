@@ -189,7 +189,7 @@ func reservation(c Copy, n NIC) libvirt.Reservation {
 func (m *Manager) define(ctx context.Context, c *copied, s Subject) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, libvirtTimeout)
 	defer cancel()
-	spec, policy, err := s.TestSource()
+	spec, policy, err := s.TestSource(c.record().At)
 	if err != nil {
 		return "", err
 	}

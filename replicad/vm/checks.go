@@ -166,6 +166,9 @@ func (v *VM) PlanPlanned(ctx context.Context, noReverse, keepPoints bool) ([]wir
 	}
 	v.checkPath(&c)
 	v.checkCopy(&c)
+	if err := v.notJoining(); err != nil {
+		c.add("Disks", wire.Failed, "replicactl vm watch "+r.Name, "%s", said(err))
+	}
 	p, err := v.peer()
 	var h wire.HelloReply
 	if err == nil {

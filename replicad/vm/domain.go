@@ -20,7 +20,8 @@ func (v *VM) specOf(doc []byte) (json.RawMessage, error) {
 	if err != nil {
 		return nil, err
 	}
-	keep := v.record().Disks
+	r := v.record()
+	keep := r.served()
 	kept := s.Disks[:0]
 	for _, d := range s.Disks {
 		for _, k := range keep {
@@ -66,7 +67,7 @@ func (v *VM) defineReplica(ctx context.Context) (dropped []string, err error) {
 	if r.Native {
 		return nil, nil
 	}
-	s, err := libvirt.ParseSpec(r.Spec)
+	s, err := r.specWith(Disk.whole)
 	if err != nil {
 		return nil, err
 	}
@@ -86,31 +87,101 @@ func (v *VM) defineReplica(ctx context.Context) (dropped []string, err error) {
 	if _, err := v.deps.Hyper.Define(ctx, doc); err != nil {
 		return nil, err
 	}
-	return nil, v.update(func(r *Record) error {
-		r.Disks = slices.Clone(r.Disks)
-		for i := range r.Disks {
-			o := originals[i]
-			r.Disks[i].Original = &o
+	return nil, v.keepOriginals(originals)
+}
+
+// keepOriginals remembers what a definition said of the disks that stand on
+// exports now.
+func (v *VM) keepOriginals(originals []libvirt.DiskOriginal) error {
+	return v.update(func(r *Record) error { r.setOriginals(originals); return nil })
+}
+
+func (r *Record) setOriginals(originals []libvirt.DiskOriginal) {
+	r.Disks = slices.Clone(r.Disks)
+	for i := range r.Disks {
+		for _, o := range originals {
+			if o.Target == string(r.Disks[i].Name) {
+				r.Disks[i].Original = &o
+			}
 		}
+	}
+}
+
+// redefineLater is redefine for whoever does not hold the plan token. Whoever
+// does places the domain himself.
+func (v *VM) redefineLater() {
+	if unlock, err := v.lock(); err == nil {
+		defer unlock()
+		v.redefine()
+	}
+}
+
+// redefine follows a set of disks that became another one.
+func (v *VM) redefine() {
+	if v.record().Lineage.State != lineage.Replica {
+		return
+	}
+	_, err := v.defineReplica(v.mgr.lifetime())
+	if err == nil && v.record().Native {
+		err = v.pointOutGone(v.mgr.lifetime())
+	}
+	if err != nil {
+		v.log.Warn("follow the VM's set of disks in its definition", "err", err)
+	}
+}
+
+// pointOutGone gives disks that left their own sources back in a definition
+// that was this host's own.
+func (v *VM) pointOutGone(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, libvirtTimeout)
+	defer cancel()
+	doc, err := v.deps.Hyper.XML(ctx, string(v.id), libvirt.XMLPersistent)
+	if err != nil {
+		return err
+	}
+	changed := false
+	for _, d := range v.record().Disks {
+		if !d.Out && d.State != left || d.Original == nil {
+			continue
+		}
+		if doc, changed, err = v.pointOut(doc, d, changed); err != nil {
+			return err
+		}
+	}
+	if !changed {
 		return nil
-	})
+	}
+	_, err = v.deps.Hyper.Define(ctx, doc)
+	return err
+}
+
+// pointOut gives one disk its own source back, where it stands on its export.
+func (v *VM) pointOut(doc []byte, d Disk, changed bool) ([]byte, bool, error) {
+	dom, err := libvirt.ParseDomain(doc)
+	if err != nil {
+		return nil, false, err
+	}
+	k, ok := dom.Disk(string(d.Name))
+	if !ok || d.Original == nil || k.Kind != libvirt.SourceNBD {
+		return doc, changed, nil
+	}
+	doc, err = libvirt.SwapOut(doc, *d.Original)
+	return doc, true, err
 }
 
 // onExports points the record's disks in a document to our exports.
 func (v *VM) onExports(doc []byte) ([]byte, []libvirt.DiskOriginal, error) {
 	r := v.record()
-	originals := make([]libvirt.DiskOriginal, len(r.Disks))
-	for i, d := range r.Disks {
+	disks := r.placed()
+	originals := make([]libvirt.DiskOriginal, len(disks))
+	for i, d := range disks {
 		var err error
 		src := libvirt.NBDSource{Socket: v.socket(), Export: string(d.Name), Reconnect: libvirt.ReconnectDelay}
 		if doc, originals[i], err = libvirt.SwapIn(doc, string(d.Name), src); err != nil {
 			return nil, nil, err
 		}
 	}
-	r.Disks = slices.Clone(r.Disks)
-	for i := range originals {
-		r.Disks[i].Original = &originals[i]
-	}
+	r.setOriginals(originals)
 	doc, err := libvirt.InsertMetadata(doc, metadata(r))
 	return doc, originals, err
 }
@@ -131,11 +202,8 @@ func metadata(r Record) string {
 // offExports gives a document its own disk sources back.
 func (v *VM) offExports(doc []byte) ([]byte, error) {
 	for _, d := range v.record().Disks {
-		if d.Original == nil {
-			continue
-		}
 		var err error
-		if doc, err = libvirt.SwapOut(doc, *d.Original); err != nil {
+		if doc, _, err = v.pointOut(doc, d, false); err != nil {
 			return nil, err
 		}
 	}
@@ -161,6 +229,17 @@ func (v *VM) placeDomain(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
+	if err := v.pointOutGone(ctx); err != nil {
+		return "", err
+	}
+	if v.record().Native {
+		if doc, err = v.deps.Hyper.XML(lctx, string(v.id), libvirt.XMLPersistent); err != nil {
+			return "", err
+		}
+	} else if v.standsOnMore(d) {
+		_, err = v.defineReplica(ctx)
+		return "defined again: it has other disks now", err
+	}
 	for name, src := range v.exports() {
 		k, ok := d.Disk(name)
 		if ok && k.Kind == libvirt.SourceNBD && k.Socket == src.Socket && k.Export == src.Export {
@@ -183,6 +262,15 @@ func (v *VM) placeDomain(ctx context.Context) (string, error) {
 		_, err = v.deps.Hyper.Define(lctx, doc)
 	}
 	return "stands on its exports", err
+}
+
+// standsOnMore reports that a domain points to an export that there is not.
+func (v *VM) standsOnMore(d libvirt.Domain) bool {
+	exports := v.exports()
+	return slices.ContainsFunc(d.Disks, func(k libvirt.Disk) bool {
+		_, ok := exports[k.Target]
+		return !ok && k.Kind == libvirt.SourceNBD && k.Socket == v.socket()
+	})
 }
 
 // undefineReplica removes a domain that was rendered here.

@@ -322,8 +322,11 @@ func (v *VM) enableSteps(p *enableVars) []failover.Step {
 // them away.
 func (v *VM) swaps() []libvirt.InsertRequest {
 	r := v.record()
-	var out []libvirt.InsertRequest
-	for _, d := range r.Disks {
+	return v.swapsOf(r.served())
+}
+
+func (v *VM) swapsOf(disks []Disk) (out []libvirt.InsertRequest) {
+	for _, d := range disks {
 		out = append(out, libvirt.InsertRequest{
 			Disk: d.Live, Source: libvirt.NBDSource{Socket: v.socket(), Export: string(d.Name)},
 			AfterRelease: func(ctx context.Context) error {
@@ -391,23 +394,14 @@ func (v *VM) pointIn(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if v.record().Disks[0].Original != nil {
-		if doc, err = v.offExports(doc); err != nil { // a repeated step
-			return "", err
-		}
+	if doc, err = v.offExports(doc); err != nil { // a repeated step
+		return "", err
 	}
 	doc, originals, err := v.onExports(doc)
 	if err != nil {
 		return "", err
 	}
-	if err := v.update(func(r *Record) error {
-		r.Disks = slices.Clone(r.Disks)
-		for i := range r.Disks {
-			o := originals[i]
-			r.Disks[i].Original = &o
-		}
-		return nil
-	}); err != nil {
+	if err := v.keepOriginals(originals); err != nil {
 		return "", err
 	}
 	if _, err := v.deps.Hyper.Define(ctx, doc); err != nil {

@@ -251,7 +251,8 @@ func (v *VM) refuseExports(ctx context.Context, why string) {
 // Exports are where the VM's disks stand, for comparing block graphs.
 func (v *VM) exports() map[string]libvirt.NBDSource {
 	out := map[string]libvirt.NBDSource{}
-	for _, d := range v.record().Disks {
+	r := v.record()
+	for _, d := range r.placed() {
 		out[string(d.Name)] = libvirt.NBDSource{Socket: v.socket(), Export: string(d.Name)}
 	}
 	return out
@@ -300,6 +301,7 @@ func (v *VM) look(ctx context.Context) {
 	}
 	v.facts.ended = v.facts.ended && isOff
 	v.mu.Unlock()
+	v.tendGone(ctx)
 	r := v.record()
 	if v.noticeRelease() || !r.Lineage.MayServe() || !r.Placed {
 		return

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	"kvmreplica/libvirt"
 	"kvmreplica/replicad/delta"
@@ -20,8 +21,10 @@ func (v *VM) half() (wire.HandshakeReply, error) {
 		VM: r.VM, Role: l.Role(), Generation: l.Generation, Ancestors: l.Ancestors,
 		Diverged: l.Diverged != nil, Running: v.guestRuns(), Discard: l.Discard,
 	}
-	for _, d := range r.Disks {
-		h.Disks = append(h.Disks, d.Name)
+	for _, d := range r.served() {
+		if d.State != leaving {
+			h.Disks = append(h.Disks, d.Name)
+		}
 	}
 	if l.State == lineage.Demoting || l.State == lineage.Demoted {
 		return h, &wire.Error{Kind: wire.KindUnavailable, Text: "a role change is under way on this host", Hint: "replicactl vm status " + r.Name}
@@ -59,6 +62,10 @@ func (v *VM) half() (wire.HandshakeReply, error) {
 		return h, nil
 	case points.Suspect, points.Damaged, points.Rolling:
 		return h, &wire.Error{Kind: wire.KindCorrupt, Text: fmt.Sprintf("the replica is %s", st.State), Hint: "on the replica host: replicactl vm status " + r.Name}
+	}
+	h.Sizes = map[wire.DiskName]int64{}
+	for _, d := range st.Disks {
+		h.Sizes[wire.DiskName(d.Name)] = d.Size
 	}
 	h.Committed = st.Committed
 	h.Generation = st.Committed.Generation
@@ -181,12 +188,14 @@ func (m *Manager) receiving(ctx context.Context, id wire.VMID, g delta.Generatio
 // committed follows the position into the generation it lies in.
 func (v *VM) committed(pos delta.Pos) error {
 	v.heard()
-	if s, err := v.store(); err == nil {
-		if err := v.followSizes(s.Disks()); err != nil {
-			return fmt.Errorf("follow the disks' sizes: %w", err)
-		}
+	before := v.record()
+	if err := v.followStore(); err != nil {
+		return fmt.Errorf("follow the newest state's disks: %w", err)
 	}
 	r := v.record()
+	if was := before.wholeNames(); !slices.Equal(was, r.wholeNames()) {
+		go v.redefineLater() // libvirt may take its time, the epoch is committed
+	}
 	if r.Lineage.Generation == pos.Generation && !r.Incomplete && r.Lineage.Sealed.IsZero() && r.Next == nil {
 		return nil
 	}

@@ -41,6 +41,7 @@ func (v *VM) storeConfig() points.Config {
 		FS: fsx.Sub(v.fsys, storeDir), VM: id, Log: v.log, Now: v.deps.Now,
 		Limits: v.limits(), Policy: v.retention(),
 		Bases:    v.openBase,
+		Set:      v.setOf,
 		Identity: v.baseIdentity,
 		Free:     func() (int64, error) { return overlay.FreeBytes(dir) },
 	}
@@ -190,8 +191,8 @@ func (v *VM) startKeeping(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("open the replica store: %w", err)
 	}
-	if err := v.followSizes(st.Disks()); err != nil {
-		return errors.Join(fmt.Errorf("follow the disks' sizes: %w", err), st.Close())
+	if err := v.followDisks(st.Disks(), st.Ordinal()); err != nil {
+		return errors.Join(fmt.Errorf("follow the newest state's disks: %w", err), st.Close())
 	}
 	run, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	k := &keeping{store: st, cancel: cancel, done: make(chan struct{})}
@@ -302,8 +303,8 @@ func (v *VM) adoptBase(pos delta.Pos, assume bool) error {
 	if err != nil {
 		return fmt.Errorf("make the replica store: %w", err)
 	}
-	for _, d := range v.record().Disks {
-		if err := s.SeedAssume(string(d.Name)); err != nil {
+	for _, d := range v.deltaDisks() {
+		if err := s.SeedAssume(d.Name); err != nil {
 			return errors.Join(err, s.Close())
 		}
 	}
@@ -329,9 +330,9 @@ func (v *VM) completeStore(ctx context.Context) error {
 	s, err := points.Open(v.storeConfig())
 	if err == nil {
 		st := s.Status()
-		for _, d := range r.Disks {
+		for _, d := range v.deltaDisks() {
 			if released && st.State == points.Seeding {
-				err = errors.Join(err, s.SeedAssume(string(d.Name)))
+				err = errors.Join(err, s.SeedAssume(d.Name))
 			}
 		}
 		if err = errors.Join(err, s.Close()); err != nil || st.State != points.Promoted || fresh {
@@ -352,7 +353,8 @@ func (v *VM) completeStore(ctx context.Context) error {
 
 func (v *VM) deltaDisks() []delta.Disk {
 	var out []delta.Disk
-	for _, d := range v.record().Disks {
+	r := v.record()
+	for _, d := range r.served() {
 		out = append(out, delta.Disk{Name: string(d.Name), Size: d.Size})
 	}
 	return out
@@ -386,7 +388,7 @@ func (v *VM) sealStore(p *promoteVars) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if err := v.followSizes(s.Disks()); err != nil { // they are cut to what the record says
+	if err := v.followDisks(s.Disks(), s.Ordinal()); err != nil { // they are cut to what the record says
 		return "", fmt.Errorf("follow the disks' sizes: %w", err)
 	}
 	blobs, err := s.Firmware(p.At)

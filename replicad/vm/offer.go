@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 	"unicode"
@@ -155,23 +156,25 @@ func (v *VM) refreshOffer(ctx context.Context, o wire.Offer) (wire.OfferReply, e
 	if r.Lineage.State != lineage.Replica {
 		return wire.OfferReply{State: "exists"}, nil // the handshake says what is wrong
 	}
-	if !sameDisks(r.wireDisks(), o.Disks) {
-		return wire.OfferReply{}, &wire.Error{
-			Kind: wire.KindConflict, Text: "the replica of " + r.Name + " was made for other disks",
-			Hint: "on the replica host: replicactl vm disable --force " + r.Name + ", then enable it again",
-		}
+	err := v.maySet(&r, o)
+	if err == nil {
+		err = v.mgr.roomFor(v, deltaDisks(o.Disks))
 	}
-	err := v.mgr.roomFor(v, deltaDisks(o.Disks))
 	if err == nil {
 		err = v.fits(o.Disks)
 	}
 	if err != nil || o.Try {
 		return wire.OfferReply{State: "exists"}, err
 	}
+	was := r.wholeNames()
+	if err := v.followSet(o); err != nil {
+		return wire.OfferReply{}, fmt.Errorf("follow the VM's set of disks: %w", err)
+	}
+	r = v.record()
 	if err := v.seedSizes(deltaDisks(o.Disks)); err != nil {
 		return wire.OfferReply{}, err
 	}
-	if string(r.Spec) == string(o.Spec) && r.Interval == o.Interval && r.Name == o.Name && r.AppEvery == o.AppEvery {
+	if string(r.Spec) == string(o.Spec) && r.Interval == o.Interval && r.Name == o.Name && r.AppEvery == o.AppEvery && slices.Equal(was, r.wholeNames()) {
 		return wire.OfferReply{State: "exists"}, nil
 	}
 	if err := v.update(func(r *Record) error {
@@ -222,21 +225,7 @@ func (v *VM) seedSizes(disks []delta.Disk) error {
 	if err := s.SeedResize(disks); err != nil {
 		return storeError(err)
 	}
-	return v.followSizes(s.Disks())
-}
-
-// sameDisks compares names, in any order; none is named twice.
-func sameDisks(have, want []wire.Disk) bool {
-	names := map[wire.DiskName]bool{}
-	for _, d := range have {
-		names[d.Name] = true
-	}
-	for _, d := range want {
-		if !names[d.Name] {
-			return false
-		}
-	}
-	return len(have) == len(want)
+	return v.followStore()
 }
 
 func deltaDisks(disks []wire.Disk) (out []delta.Disk) {

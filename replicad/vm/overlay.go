@@ -31,6 +31,9 @@ type Overlay struct {
 	Points int `json:"points"`
 	// Prior is what this host was before.
 	Prior lineage.Lineage `json:"prior"`
+	// Disks are what the record had then; nil = from a version before sets of
+	// disks could change.
+	Disks []Disk `json:"disks,omitempty"`
 	// Committed: it stays.
 	Committed bool `json:"committed,omitempty"`
 	// Deadline, if set, is when Then (commit or cancel) is done by itself.
@@ -127,7 +130,7 @@ func (v *VM) makeOverlay(p *promoteVars) (string, error) {
 			return "", err
 		}
 	}
-	disks, err := s.DisksAt(p.At) // an older point may have had other sizes
+	disks, err := v.wholeAt(s, p.At) // an older point may have had others, and other sizes
 	if err != nil {
 		return "", fmt.Errorf("the disks' sizes at %v: %w", p.At, err)
 	}
@@ -175,7 +178,7 @@ func (v *VM) dropOverlay() error {
 	if err := overlay.Remove(fsx.Sub(v.fsys, overlayDir)); err != nil {
 		return err
 	}
-	for _, d := range v.record().Disks {
+	for _, d := range v.record().Disks { // also of disks that are left out now
 		if err := os.Remove(v.overlayFile(d)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("drop the overlay: %w", err)
 		}

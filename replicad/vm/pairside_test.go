@@ -190,6 +190,14 @@ func (g *guestHost) write() error {
 	n := g.s.w.counter.Load() + 1
 	var b [512]byte
 	binary.LittleEndian.PutUint64(b[:], n)
+	if _, err := g.disk.ReadAt(make([]byte, 512), 0); err != nil { // as QEMU does
+		c, err := nbd.Dial(context.Background(), "unix", g.s.socket(), nbd.ClientOptions{Export: "vda"})
+		if err != nil {
+			return err
+		}
+		_ = g.disk.Close()
+		g.disk = c
+	}
 	for _, off := range []int64{0, int64(n%64) << 12} {
 		if _, err := g.disk.WriteAt(b[:], off); err != nil {
 			return err

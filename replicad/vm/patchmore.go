@@ -48,7 +48,7 @@ func (v *VM) keepReplaced(ctx context.Context, all []points.Replaced) error {
 	}
 	c := content{generation: h.Generation, base: h.Parent, cut: m.Cut, ranges: map[wire.DiskName][]wire.Range{}}
 	more := int64(0)
-	for _, d := range v.record().Disks {
+	for _, d := range v.serving() {
 		i := slices.IndexFunc(all, func(r points.Replaced) bool { return r.Disk == string(d.Name) })
 		if i < 0 {
 			return fmt.Errorf("complete the patch %s: the store has no disk %s", id, d.Name)

@@ -71,7 +71,7 @@ func (v *VM) Planned(ctx context.Context, o PlannedOptions, event func(failover.
 	if d := v.record().Lineage.Diverged; d != nil {
 		return &wire.Error{Kind: wire.KindRefused, Text: "the two copies have diverged: " + d.Reason, Hint: "replicactl failover reverse " + v.record().Name + " on the host whose data is to be kept"}
 	}
-	if err := v.imagesOnly(ctx); err != nil {
+	if err := errors.Join(v.imagesOnly(ctx), v.notJoining()); err != nil {
 		return err
 	}
 	state, _, err := v.deps.Hyper.DomainState(ctx, string(v.id))
@@ -100,6 +100,10 @@ func (v *VM) stepsOf(r *failover.Runner) ([]failover.Step, error) {
 		return steps(j.Vars, &enableVars{}, v.enableSteps)
 	case failover.Disable:
 		return steps(j.Vars, &disableVars{}, v.disableSteps)
+	case failover.AddDisk:
+		return steps(j.Vars, &diskVars{}, v.addDiskSteps)
+	case failover.TakeDisk:
+		return steps(j.Vars, &diskVars{}, v.takeDiskSteps)
 	case failover.Reverse:
 		return steps(j.Vars, &commitVars{}, func(p *commitVars) []failover.Step { return v.reverseSteps(r, p) })
 	case failover.Commit:

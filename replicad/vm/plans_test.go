@@ -41,6 +41,8 @@ func everyPlan() map[string]func(t *testing.T, w *pair) aPlan {
 		"take-back, forced": takingBackByForce,
 		"unplanned":         takingOver,
 		"return":            returning,
+		"add a disk":        addingADisk,
+		"remove a disk":     removingADisk,
 	}
 }
 

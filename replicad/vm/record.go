@@ -132,6 +132,16 @@ type Disk struct {
 	// Original is what the domain said of the disk before it pointed at our
 	// export; the way back.
 	Original *libvirt.DiskOriginal `json:"original,omitempty"`
+	// State is where the disk stands between being protected and not; see
+	// diskset.go. Out: the state that the VM was failed over to did not have it.
+	State DiskState `json:"state,omitempty"`
+	Out   bool      `json:"out,omitempty"`
+	// Of a replica's disk. New: its image is still to be made. Joins are the
+	// commits in which it was not whole. Spec is what the description said of
+	// one that leaves.
+	New   bool            `json:"new,omitempty"`
+	Joins []Span          `json:"joins,omitempty"`
+	Spec  json.RawMessage `json:"spec,omitempty"`
 }
 
 const (
@@ -181,6 +191,12 @@ func (r *Record) disk(name wire.DiskName) (Disk, bool) {
 	return Disk{}, false
 }
 
+// serving are the disks that this host serves, or would.
+func (v *VM) serving() []Disk {
+	r := v.record()
+	return r.served()
+}
+
 // where says to people where a disk's real content is.
 func (d Disk) where() string {
 	if d.Kind == diskNBD {
@@ -191,9 +207,9 @@ func (d Disk) where() string {
 
 // wireDisks is what travels.
 func (r *Record) wireDisks() []wire.Disk {
-	out := make([]wire.Disk, 0, len(r.Disks))
-	for _, d := range r.Disks {
-		out = append(out, wire.Disk{Name: d.Name, Size: d.Size, Format: "raw"})
+	var out []wire.Disk
+	for _, d := range r.served() {
+		out = append(out, wire.Disk{Name: d.Name, Size: d.Size, Format: "raw", Joining: d.State == joining})
 	}
 	return out
 }

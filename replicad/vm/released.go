@@ -235,7 +235,7 @@ func (v *VM) sameSources(doc []byte) error {
 	}
 	name := v.record().Name
 	exports := v.exports()
-	for _, k := range v.record().Disks {
+	for _, k := range v.serving() {
 		now, ok := is.Disk(string(k.Name))
 		if !ok {
 			return fmt.Errorf("the domain has no disk %s any more; put it back, or: replicactl vm disable %s", k.Name, name)

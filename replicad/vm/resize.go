@@ -94,7 +94,7 @@ func (v *VM) mayResize(ctx context.Context, o ResizeOptions) (Resized, error) {
 	if !r.Lineage.MayServe() {
 		return refuse("run the command on the host where the VM runs", "this host is %s for the VM", r.Lineage.State)
 	}
-	if err := v.imagesOnly(ctx); err != nil {
+	if err := errors.Join(v.imagesOnly(ctx), v.notJoining()); err != nil {
 		return Resized{}, err
 	}
 	c, err := v.plane()
@@ -314,7 +314,7 @@ func (v *VM) followSizes(disks []delta.Disk) error {
 // trimImages cuts off what replica images have behind their disks: the store
 // kept it for recovery points that have ended.
 func (v *VM) trimImages() error {
-	for _, d := range v.record().Disks {
+	for _, d := range v.serving() {
 		if d.Kind != diskRaw {
 			continue
 		}
@@ -340,7 +340,7 @@ func trimImage(path string, size int64) error {
 // sizes are this host's disks.
 func (v *VM) sizes() map[wire.DiskName]int64 {
 	out := map[wire.DiskName]int64{}
-	for _, d := range v.record().Disks {
+	for _, d := range v.serving() {
 		out[d.Name] = d.Size
 	}
 	return out

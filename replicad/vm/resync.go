@@ -186,7 +186,7 @@ func (v *VM) viewPass(s session.Status, out *status.VM) {
 	if !p.open() {
 		c.Done = c.Total
 	} else if s.Pass.ID == p.Request {
-		for _, d := range r.Disks {
+		for _, d := range r.served() {
 			if d.Name == s.Scrub.Disk {
 				c.Done += s.Scrub.Offset
 				break

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 
@@ -115,7 +116,11 @@ func (v *VM) askRelease(ctx context.Context, request string) (string, error) {
 			return "", err
 		}
 	}
+	mine := v.sizes() // either host may have had other disks
 	for disk, rs := range between {
+		if mine[disk] == 0 {
+			continue
+		}
 		if err := markAll(ctx, c, disk, rs, "taken back by the failover to an older point"); err != nil {
 			return "", err
 		}
@@ -125,7 +130,10 @@ func (v *VM) askRelease(ctx context.Context, request string) (string, error) {
 		for _, r := range rs {
 			bytes += r.Len
 		}
-		if err := markAll(ctx, c, disk, within(rs, v.sizes()[disk]), "changed on the old primary"); err != nil {
+		if mine[disk] == 0 {
+			continue
+		}
+		if err := markAll(ctx, c, disk, within(rs, mine[disk]), "changed on the old primary"); err != nil {
 			return "", err
 		}
 	}
@@ -148,7 +156,7 @@ func (v *VM) replacing(ctx context.Context) map[wire.DiskName][]wire.Range {
 	if out == nil {
 		out = map[wire.DiskName][]wire.Range{}
 	}
-	disks := v.record().Disks
+	disks := v.serving()
 	for _, d := range disks {
 		rs, err := allRanges(ctx, c, d.Name)
 		if err != nil {
@@ -289,6 +297,9 @@ func (v *VM) giveUp(ctx context.Context, q wire.FailoverRequest) (wire.FailoverR
 	if err == nil {
 		err = v.move(lineage.Change{Event: lineage.Discard}, func(r *Record) {
 			r.Incomplete, r.NoReverse, r.WantRunning = true, false, false
+			if q.Sizes != nil { // the survivor may run from a state that had other disks
+				r.standOn(slices.Collect(maps.Keys(q.Sizes)))
+			}
 			r.ReleasedBase, r.ReleasedTracked, r.Overlay, r.Given = base, tracked, nil, reply.Patch
 			r.Paused, r.Superseded, r.Next = false, "", nil
 		})
@@ -309,7 +320,7 @@ func (v *VM) giveUp(ctx context.Context, q wire.FailoverRequest) (wire.FailoverR
 // replace, before the first is overwritten.
 func (v *VM) keepLosing(ctx context.Context, q wire.FailoverRequest, base delta.Pos, reply *wire.FailoverReply) error {
 	all := map[wire.DiskName][]wire.Range{}
-	for _, d := range v.record().Disks {
+	for _, d := range v.serving() {
 		rs := slices.Concat(reply.Dirty[d.Name], within(q.Also[d.Name], d.Size))
 		if n, ok := q.Sizes[d.Name]; ok && n < d.Size {
 			rs = append(rs, behind(n, d.Size))
@@ -436,7 +447,7 @@ func (v *VM) ownChanges(ctx context.Context, reply *wire.FailoverReply) (base de
 		return s.Base, false, "tracking was lost: " + s.TrackingLost
 	}
 	reply.Dirty = map[wire.DiskName][]wire.Range{}
-	for _, d := range v.record().Disks {
+	for _, d := range v.serving() {
 		rs, err := allRanges(ctx, c, d.Name)
 		if err != nil {
 			return s.Base, false, err.Error()

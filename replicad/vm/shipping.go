@@ -80,8 +80,8 @@ func (v *VM) startShipping() {
 		Verified: r.Verified && !r.Pass.open(), Scrub: r.Scrub, Pass: pass, Mismatched: differs,
 		LastCut: r.LastCut, Holes: true,
 		Paused:   r.Paused || v.facts.overlay != "" || v.deps.Now().Before(r.StartAt), // see seen, startDue
-		OnChange: v.sessionChanged,
-		Log:      v.log,
+		OnChange: v.sessionChanged, OnJoined: v.joined,
+		Log: v.log,
 	})
 	s := v.ship
 	s.sess, s.cancel, s.done = sess, cancel, make(chan struct{})
@@ -99,6 +99,11 @@ func (v *VM) complete(r *wire.HandshakeRequest) {
 	r.Ancestors, r.Before, r.Diverged = l.Ancestors, l.Before, l.Diverged != nil
 	_, r.Between, _ = v.middle()
 	r.Running = v.guestRuns()
+	rec := v.record()
+	for i := range r.Disks {
+		d, _ := rec.disk(r.Disks[i].Name)
+		r.Disks[i].Joining = d.State == joining
+	}
 }
 
 // describe is the digest of the description that goes with a position.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	"kvmreplica/libvirt"
 	"kvmreplica/replicad/delta"
@@ -18,10 +19,11 @@ func (v *VM) Name() string { return v.record().Name }
 // HoldsReplica reports whether this host keeps recovery points of the VM now.
 func (v *VM) HoldsReplica() bool { return v.record().Lineage.State == lineage.Replica }
 
-// TestSource is what a test copy of the VM is made from: the description, this
-// host's policy for it, and the disks. Disk sources and networks of the policy
+// TestSource is what a test copy of a state of the VM is made from: the
+// description with the disks that the state has whole (zero = the newest), and
+// this host's policy for it. Disk sources and networks of the policy
 // are those of the real VM, for the caller to replace. It refuses where there is no replica.
-func (v *VM) TestSource() (libvirt.Spec, libvirt.Policy, error) {
+func (v *VM) TestSource(at delta.Pos) (libvirt.Spec, libvirt.Policy, error) {
 	r := v.record()
 	if r.Lineage.State != lineage.Replica {
 		return libvirt.Spec{}, libvirt.Policy{}, &wire.Error{
@@ -32,7 +34,21 @@ func (v *VM) TestSource() (libvirt.Spec, libvirt.Policy, error) {
 	if r.Incomplete {
 		return libvirt.Spec{}, libvirt.Policy{}, &wire.Error{Kind: wire.KindRefused, Text: "the replica holds no complete copy now", Hint: "replicactl vm watch " + r.Name}
 	}
-	s, err := libvirt.ParseSpec(r.Spec)
+	has := Disk.whole
+	if !at.IsZero() {
+		st, err := v.store()
+		if err != nil {
+			return libvirt.Spec{}, libvirt.Policy{}, err
+		}
+		disks, err := v.wholeAt(st, at)
+		if err != nil {
+			return libvirt.Spec{}, libvirt.Policy{}, err
+		}
+		has = func(d Disk) bool {
+			return slices.ContainsFunc(disks, func(k delta.Disk) bool { return k.Name == string(d.Name) })
+		}
+	}
+	s, err := r.specWith(has)
 	if err != nil {
 		return s, libvirt.Policy{}, err
 	}

@@ -223,6 +223,9 @@ func (v *VM) backToReplica(p *cancelVars) (string, error) {
 		return "", nil
 	}
 	err := v.move(lineage.Change{Event: lineage.Cancel, At: p.Newest, Prior: &p.Prior}, func(r *Record) {
+		if r.Overlay != nil && r.Overlay.Disks != nil {
+			r.Disks = r.Overlay.Disks
+		}
 		r.Overlay, r.Promotion, r.NoReverse, r.WantRunning = nil, "", false, false
 		r.Paused, r.UnionMarked, r.Superseded = false, false, ""
 		r.Acked, r.LastCut = delta.Pos{}, time.Time{}
@@ -239,6 +242,7 @@ func (v *VM) receiveAgain(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
+	v.redefine() // it may have had other disks
 	v.openIntake()
 	v.publishGate()
 	return fmt.Sprintf("%d recovery points are as before", st.Points), nil

@@ -41,7 +41,11 @@ func (v *VM) Status(ctx context.Context, peerName string) status.VM {
 	}
 	f := health.Facts{Name: r.Name, Interval: r.Interval, Since: r.Created, Running: out.Running}
 	for _, d := range r.Disks {
-		out.Disks = append(out.Disks, status.Disk{Name: d.Name, Size: d.Size, Path: d.where(), Pending: -1})
+		k := status.Disk{Name: d.Name, Size: d.Size, Path: d.where(), Pending: -1, State: string(d.State)}
+		if d.Out {
+			k.State = string(left)
+		}
+		out.Disks = append(out.Disks, k)
 	}
 	if r.Lineage.State == lineage.Replica {
 		out.Role, out.Primary, out.Replica = status.Replica, peerName, v.deps.HostName
@@ -238,6 +242,9 @@ func viewSession(s session.Status, out *status.VM, f *health.Facts) {
 	}
 	if s.Seeding && out.Pending >= 0 {
 		out.Pending += unseeded(s.Progress, out.Disks)
+	}
+	for i, d := range out.Disks {
+		out.Disks[i].Copied = s.Joining[d.Name].Done
 	}
 	out.LastCommit = s.LastCut
 	f.AppFailed = s.Stats.AppError

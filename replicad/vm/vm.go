@@ -20,8 +20,9 @@ import (
 // VM is one virtual machine's replication on this host. All methods are safe
 // for concurrent use.
 //
-// Locks, in this order: plan (held for a whole plan), machine (held while a
-// role's machinery starts or stops), intake (read-held while an epoch begins),
+// Locks, in this order: plan (held for a whole plan), setting (held while disks
+// join or are forgotten), machine (held while a role's machinery starts or
+// stops), intake (read-held while an epoch begins),
 // gate (held while the start gate's files are written), mu (held for moments,
 // never across I/O but the replacement of the record file).
 type VM struct {
@@ -33,6 +34,7 @@ type VM struct {
 
 	plan    chan struct{} // holds one token; taken by whoever changes roles
 	loaded  bool          // found by Open: Run brings it into its role
+	setting sync.Mutex
 	machine sync.Mutex
 	intake  sync.RWMutex
 	gate    sync.Mutex
@@ -169,8 +171,8 @@ func (v *VM) planeConfig() dataplane.Config {
 		Binary:    v.deps.Binary, CaptureBytes: v.deps.CaptureBytes, DirtyBytes: v.deps.DirtyBytes, AnyClient: v.deps.AnyClient,
 		SocketUID: uid, SocketGID: gid,
 	}
-	for _, d := range r.Disks {
-		k := dataplane.DiskConfig{Name: d.Name, Kind: dataplane.Kind(d.Kind), Path: d.Path, URI: d.URI, Size: d.Size, QemuLock: r.Placed}
+	for _, d := range r.served() {
+		k := dataplane.DiskConfig{Name: d.Name, Kind: dataplane.Kind(d.Kind), Path: d.Path, URI: d.URI, Size: d.Size, QemuLock: r.Placed && (d.State != joining || d.Original != nil)}
 		if r.Overlay != nil {
 			k.Overlay = v.overlayFile(d)
 		}
@@ -178,6 +180,11 @@ func (v *VM) planeConfig() dataplane.Config {
 	}
 	if r.Overlay != nil {
 		c.Overlay = &dataplane.OverlayConfig{Dir: v.overlayPath(), Store: filepath.Join(v.deps.StateDir, "vms", string(v.id), storeDir)}
+		for _, d := range r.Disks {
+			if (d.Out || d.State == left) && !d.New {
+				c.Overlay.Aside = append(c.Overlay.Aside, dataplane.DiskConfig{Name: d.Name, Kind: dataplane.Kind(d.Kind), Path: d.Path, URI: d.URI, QemuLock: true})
+			}
+		}
 	}
 	return c
 }
