@@ -160,7 +160,7 @@ func (v *VM) followSet(o wire.Offer) error {
 	defer v.setting.Unlock()
 	r := v.record()
 	joins, leaves, stays := r.offered(o.Disks)
-	if len(joins)+len(leaves)+len(stays) > 0 {
+	if len(joins)+len(leaves)+len(stays) > 0 || r.otherSize(o.Disks) {
 		s, err := v.store()
 		if err != nil {
 			return err
@@ -175,6 +175,7 @@ func (v *VM) followSet(o wire.Offer) error {
 			for i := range r.Disks {
 				r.Disks[i].follow(r.Spec, leaves, stays)
 			}
+			r.sizeJoining(o.Disks)
 			for _, w := range joins {
 				r.join(w, r.imageOf(g.Root, w.Name), next)
 			}
@@ -219,6 +220,26 @@ func (r *Record) join(w wire.Disk, path string, ordinal uint64) {
 	r.Disks = append(r.Disks, Disk{
 		Name: w.Name, Size: w.Size, Kind: diskRaw, Path: path, State: joining, New: true, Joins: []Span{{From: ordinal}},
 	})
+}
+
+// otherSize: a disk that is being added was taken out meanwhile and added again
+// with another size.
+func (r *Record) otherSize(disks []wire.Disk) bool {
+	next := *r
+	next.Disks = slices.Clone(r.Disks)
+	next.sizeJoining(disks)
+	return !slices.EqualFunc(r.Disks, next.Disks, func(a, b Disk) bool { return a.Size == b.Size })
+}
+
+// sizeJoining gives disks that are being added the size they will have.
+func (r *Record) sizeJoining(disks []wire.Disk) {
+	for i := range r.Disks {
+		for _, w := range disks {
+			if d := &r.Disks[i]; d.State == joining && d.Name == w.Name {
+				d.Size = w.Size
+			}
+		}
+	}
 }
 
 // makeNew makes the images of disks that joined. Later an image that is missing

@@ -155,6 +155,9 @@ func (v *VM) mayPromote(at delta.Pos) string {
 	if d := v.record().Lineage.Diverged; d != nil {
 		return "the copies have diverged: " + d.Reason
 	}
+	if err := v.notJoining(); err != nil {
+		return err.Error()
+	}
 	return v.canPromote(at)
 }
 
