@@ -2,6 +2,7 @@ package vm
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 
@@ -102,7 +103,11 @@ func (v *VM) planAdd(ctx context.Context, d libvirt.Domain, name wire.DiskName, 
 		_, err = peer.Offer(ctx, o)
 	}
 	if err != nil {
-		p.check("Replica host", wire.Failed, "replicactl peer test "+v.mgr.peerName(r.Peer), "%s", said(err))
+		remedy := "replicactl peer test " + v.mgr.peerName(r.Peer)
+		if w := (*wire.Error)(nil); errors.As(err, &w) && w.Hint != "" {
+			remedy = w.Hint
+		}
+		p.check("Replica host", wire.Failed, remedy, "%s", err)
 	} else {
 		p.check("Replica host", wire.OK, "", "takes the disk")
 	}

@@ -3,9 +3,15 @@ package vm
 import (
 	"bytes"
 	"context"
+	"errors"
+	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
+
+	"kvmreplica/libvirt"
+	"kvmreplica/replicad/wire"
 )
 
 // A disk taken out while it joins and added again with another size, before the
@@ -56,5 +62,106 @@ func TestAReplicaThatLacksADiskDeclinesAPlannedFailover(t *testing.T) {
 	w.secondIs("joining", "joining")
 	if why := w.b.vm().mayPromote(w.b.vm().keepStore(t).Committed()); !strings.Contains(why, "still being added") {
 		t.Fatalf("it would take over without the disk: %q", why)
+	}
+}
+
+// The primary dies while a disk is being added: the other host goes on without
+// it, and the old primary, when it returns, gives the addition up and keeps the
+// disk on its own image.
+func TestAPrimaryThatDiesWhileItAddsADiskReturnsWithoutIt(t *testing.T) {
+	t.Parallel()
+	w := newPair(t)
+	image := w.protectFirst()
+	w.shipped(w.b)
+	must(t, w.a.do(func(_ context.Context, _ *Manager, v *VM) error { return v.Pause() }))
+	must(t, w.a.do(setDisk(false)))
+	w.secondIs("joining", "joining")
+	w.powerCutA()
+	l, err := w.b.vm().Loss(t.Context(), "latest", true)
+	if err != nil || len(l.Without) != 1 || l.Without[0] != "vdb" {
+		t.Errorf("it was not said that the disk will be missing: %v %v", l.Without, err)
+	}
+	must(t, w.b.do(failoverTo("latest", UnplannedOptions{})))
+	if k := w.b.on(); k.Target != "" {
+		t.Errorf("the domain has %+v", k)
+	}
+	w.write(w.b, 3)
+	must(t, w.b.do(commit))
+	w.until("the images to be all there is", w.b.flattened)
+	w.a.start()
+	w.until("A to go on", func() error {
+		err := w.a.do(func(_ context.Context, _ *Manager, v *VM) error { return v.Resume() })
+		if w.a.vm().record().Superseded != "" {
+			return nil
+		}
+		return err
+	})
+	w.until("A to know", w.primaryHeld)
+	must(t, w.b.do(reverse))
+	w.lossy.Store(false)
+	w.shipped(w.a)
+	w.until("both to have forgotten the disk", func() error {
+		w.a.vm().look(t.Context())
+		w.b.vm().look(t.Context())
+		if x, y := w.a.second(), w.b.second(); x != "unknown" || y != "unknown" {
+			return fmt.Errorf("it is %s and %s", x, y)
+		}
+		return nil
+	})
+	if k := w.a.on(); k.Kind != libvirt.SourceFile || k.Path != image {
+		t.Errorf("A's definition has it on %+v", k)
+	}
+	must(t, w.b.do(planned))
+	w.shipped(w.b)
+	var e *wire.Error
+	if err := w.a.do(setDisk(false)); !errors.As(err, &e) || !strings.Contains(e.Text, "never overwritten") || !strings.Contains(e.Hint, "move it away") {
+		t.Errorf("what B has of it would be lost: %v", err) // nobody knows what it is worth
+	}
+	must(t, os.Remove(filepath.Join(filepath.Dir(w.b.vm().record().Disks[0].Path), "vdb.raw")))
+	must(t, w.a.do(setDisk(false)))
+	w.secondIs("member", "member")
+	w.holds(w.b, "old!")
+}
+
+// A planned failover right behind a removal, before any epoch told of it.
+func TestAPlannedFailoverBehindARemovalGoesWithoutTheDisk(t *testing.T) {
+	t.Parallel()
+	w := newPair(t)
+	w.protectFirst()
+	w.shipped(w.b)
+	must(t, w.a.do(setDisk(false)))
+	w.secondIs("member", "member")
+	w.holds(w.b, "old!")
+	must(t, w.a.do(setDisk(true)))
+	w.until("the planned failover", func() error {
+		err := w.a.do(planned)
+		if err != nil && !kindIs(err, wire.KindConflict) && !kindIs(err, wire.KindUnavailable) {
+			w.t.Fatal(err)
+		}
+		return err
+	})
+	w.shipped(w.a)
+	if k := w.b.on(); k.Target != "" {
+		t.Errorf("the domain has %+v", k)
+	}
+}
+
+// Ending the protection while a disk is being added leaves nothing.
+func TestDisableWhileADiskIsBeingAddedLeavesNothing(t *testing.T) {
+	t.Parallel()
+	w := newPair(t)
+	w.protectFirst()
+	before := w.a.on()
+	w.shipped(w.b)
+	must(t, w.a.do(func(_ context.Context, _ *Manager, v *VM) error { return v.Pause() }))
+	must(t, w.a.do(setDisk(false)))
+	w.secondIs("joining", "joining")
+	must(t, w.a.do(disable(DisableOptions{})))
+	if now := w.a.on(); now.Path != before.Path || now.Kind != before.Kind {
+		t.Errorf("the disk is on %+v, it was on %+v", now, before)
+	}
+	must(t, w.b.do(disable(DisableOptions{Delete: true})))
+	if left := w.b.images(); len(left) > 0 {
+		t.Errorf("left over: %v", left)
 	}
 }
