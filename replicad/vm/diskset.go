@@ -123,6 +123,9 @@ func (v *VM) maySet(r *Record, o wire.Offer) error {
 	if err != nil {
 		return err
 	}
+	if len(r.Disks)+len(joins) > delta.MaxDisks {
+		return no("repeat the command when recovery points that have removed disks are gone", "the replica would know %d disks of %s, %d are possible", len(r.Disks)+len(joins), r.Name, delta.MaxDisks)
+	}
 	for _, w := range joins {
 		switch {
 		case !w.Joining:

@@ -7,10 +7,12 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
 	"kvmreplica/libvirt"
+	"kvmreplica/replicad/delta"
 	"kvmreplica/replicad/wire"
 )
 
@@ -164,4 +166,40 @@ func TestDisableWhileADiskIsBeingAddedLeavesNothing(t *testing.T) {
 	if left := w.b.images(); len(left) > 0 {
 		t.Errorf("left over: %v", left)
 	}
+}
+
+// A primary that offers ever other disks makes the replica's host remember no
+// more of them, and make no more files, than a VM may have.
+func TestAHostilePrimarysDisksAreBounded(t *testing.T) {
+	t.Parallel()
+	w := newPair(t)
+	w.protectFirst()
+	w.shipped(w.b)
+	must(t, w.a.do(func(_ context.Context, _ *Manager, v *VM) error { return v.Pause() }))
+	o := w.a.vm().offering("hostile")
+	refused := false
+	for n := range 3 * delta.MaxDisks {
+		next := o
+		next.Disks = append(slices.Clone(o.Disks), wire.Disk{Name: wire.DiskName(fmt.Sprintf("vd%d", n)), Size: 1 << 20, Format: "raw", Joining: true})
+		_, err := w.b.manager().Offer(w.as(w.a.host), next)
+		refused = refused || kindIs(err, wire.KindConflict)
+		if got := len(w.b.vm().record().Disks); got > delta.MaxDisks {
+			t.Fatalf("it remembers %d disks", got)
+		}
+		if got := len(w.b.images()); got > delta.MaxDisks {
+			t.Fatalf("it has made %d files", got)
+		}
+	}
+	if !refused {
+		t.Error("nothing was refused") // the watcher forgets some every two seconds
+	}
+	_, err := w.b.manager().Offer(w.as(w.a.host), o)
+	must(t, err)
+	w.until("they are forgotten", func() error {
+		w.b.vm().look(t.Context())
+		if got := w.b.images(); len(got) != 1 {
+			return fmt.Errorf("%v", got)
+		}
+		return nil
+	})
 }

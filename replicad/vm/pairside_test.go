@@ -119,21 +119,28 @@ func (g *guestHost) Start(ctx context.Context, id string, o libvirt.StartOptions
 	if err := g.s.hook(); err != nil {
 		return err
 	}
+	c, err := g.launch(ctx, id, o)
+	if err == nil {
+		g.s.w.booted(g.s, c) // unlocked: it asks the other host, which may be starting one, too
+	}
+	return err
+}
+
+func (g *guestHost) launch(ctx context.Context, id string, o libvirt.StartOptions) (*nbd.Client, error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.disk != nil {
-		return &libvirt.Error{Op: "Start", Kind: libvirt.KindState, Msg: "running"}
+		return nil, &libvirt.Error{Op: "Start", Kind: libvirt.KindState, Msg: "running"}
 	}
 	c, err := nbd.Dial(ctx, "unix", g.s.socket(), nbd.ClientOptions{Export: "vda"})
 	if err != nil {
-		return fmt.Errorf("qemu: %w", err)
+		return nil, fmt.Errorf("qemu: %w", err)
 	}
 	if err := g.Fake.Start(ctx, id, o); err != nil {
-		return errors.Join(err, c.Close())
+		return nil, errors.Join(err, c.Close())
 	}
 	g.disk = c
-	g.s.w.booted(g.s, c)
-	return nil
+	return c, nil
 }
 
 func (g *guestHost) Shutdown(ctx context.Context, id string, o libvirt.ShutdownOptions) error {
