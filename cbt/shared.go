@@ -299,7 +299,7 @@ func (s *sharedDisk) replacePage(off int64) error {
 // never backed, and notes those that were: all slots of a page are backed
 // together before the first of them is used.
 func (s *sharedDisk) scan(slot int, found func(w, v uint64)) error {
-	buf := make([]byte, 1<<20)
+	buf := make([]byte, min(1<<20, s.slotLen)) // no more: a guest waits while a successor does this
 	base := sharedHead + int64(slot)*s.slotLen
 	for off := int64(0); off < s.slotLen; off += int64(len(buf)) {
 		part := buf[:min(int64(len(buf)), s.slotLen-off)]
