@@ -83,7 +83,7 @@ func (w *pair) violation(format string, a ...any) {
 
 // booted checks what a starting guest finds; its hypervisor holds its lock.
 func (w *pair) booted(s *side, c *nbd.Client) {
-	if s.other.hyper.runs() && !w.forced.Load() {
+	if s.other.hyper.alive.Load() && !w.forced.Load() {
 		w.violation("the guest starts on %s while it runs on %s", s.name, s.other.name)
 	}
 	var b [512]byte

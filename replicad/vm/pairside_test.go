@@ -113,34 +113,31 @@ type guestHost struct {
 
 	mu   sync.Mutex
 	disk *nbd.Client // guarded by mu; the running guest's
+	// alive is asked by the other host's guest when it starts, without mu: both
+	// may be starting.
+	alive atomic.Bool
 }
 
 func (g *guestHost) Start(ctx context.Context, id string, o libvirt.StartOptions) error {
 	if err := g.s.hook(); err != nil {
 		return err
 	}
-	c, err := g.launch(ctx, id, o)
-	if err == nil {
-		g.s.w.booted(g.s, c) // unlocked: it asks the other host, which may be starting one, too
-	}
-	return err
-}
-
-func (g *guestHost) launch(ctx context.Context, id string, o libvirt.StartOptions) (*nbd.Client, error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.disk != nil {
-		return nil, &libvirt.Error{Op: "Start", Kind: libvirt.KindState, Msg: "running"}
+		return &libvirt.Error{Op: "Start", Kind: libvirt.KindState, Msg: "running"}
 	}
 	c, err := nbd.Dial(ctx, "unix", g.s.socket(), nbd.ClientOptions{Export: "vda"})
 	if err != nil {
-		return nil, fmt.Errorf("qemu: %w", err)
+		return fmt.Errorf("qemu: %w", err)
 	}
 	if err := g.Fake.Start(ctx, id, o); err != nil {
-		return nil, errors.Join(err, c.Close())
+		return errors.Join(err, c.Close())
 	}
 	g.disk = c
-	return c, nil
+	g.alive.Store(true)
+	g.s.w.booted(g.s, c)
+	return nil
 }
 
 func (g *guestHost) Shutdown(ctx context.Context, id string, o libvirt.ShutdownOptions) error {
@@ -178,6 +175,7 @@ func (g *guestHost) halt() {
 	if g.disk != nil {
 		_ = g.disk.Close()
 		g.disk = nil
+		g.alive.Store(false)
 	}
 }
 
