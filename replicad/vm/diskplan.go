@@ -370,6 +370,19 @@ func (v *VM) joined(disks []wire.DiskName) {
 	v.log.Info("the replica has all of a disk that was added", "disks", disks)
 }
 
+// setChanges reports that a disk is on its way under the guest or away from it:
+// that its export is not there means nothing then.
+func (v *VM) setChanges() bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	for _, j := range []*failover.Journal{v.running, v.stuck} {
+		if j != nil && (j.Kind == failover.AddDisk || j.Kind == failover.TakeDisk) {
+			return true
+		}
+	}
+	return false
+}
+
 // notJoining refuses what needs the replica to have every disk.
 func (v *VM) notJoining() error {
 	r := v.record()

@@ -203,3 +203,30 @@ func TestAHostilePrimarysDisksAreBounded(t *testing.T) {
 		return nil
 	})
 }
+
+// While a disk goes under the guest, or away from it, the watcher does not take
+// it for one whose writes pass the tracker: everything would be compared.
+func TestADiskOnItsWayIsNoBypass(t *testing.T) {
+	t.Parallel()
+	w := newPair(t)
+	w.protectFirst()
+	w.shipped(w.b)
+	seen := 0
+	look := func() {
+		v := w.a.vm()
+		v.look(t.Context())
+		if b := v.bypassed(); b != "" {
+			t.Errorf("disk %s is said to pass the tracker", b)
+		}
+		seen++
+	}
+	w.a.mu.Lock()
+	w.a.atPoint = map[string]func(){"add-disk/insert/begun": look, "take-disk/define/begun": look}
+	w.a.mu.Unlock()
+	must(t, w.a.do(setDisk(false)))
+	w.secondIs("member", "member")
+	must(t, w.a.do(setDisk(true)))
+	if seen != 2 {
+		t.Errorf("looked %d times", seen)
+	}
+}

@@ -416,14 +416,16 @@ func (v *VM) busy() bool {
 
 // lookAtGraph compares the real block graph with what it should be.
 func (v *VM) lookAtGraph(ctx context.Context) {
-	g, err := v.deps.Hyper.Graph(ctx, string(v.id), v.exports())
-	if err != nil {
+	asked := v.exports()
+	g, err := v.deps.Hyper.Graph(ctx, string(v.id), asked)
+	if err != nil || v.setChanges() {
 		return
 	}
 	var bypass, overlay []string
 	for name := range v.exports() {
 		d, ok := g[name]
 		switch {
+		case asked[name].Export == "": // added since
 		case !ok || d.Position == libvirt.PositionAbsent:
 			bypass = append(bypass, name)
 		case d.Position == libvirt.PositionBelowOverlay:
