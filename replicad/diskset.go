@@ -18,7 +18,7 @@ func (d *Daemon) setDisk(ctx context.Context, v *vm.VM, a api.Action, request st
 	if len(a.Disks) != 1 {
 		return &wire.Error{Kind: wire.KindInvalid, Text: fmt.Sprintf("one disk is %s at a time", verb), Hint: hint}
 	}
-	o := vm.DiskOptions{Disk: wire.DiskName(a.Disks[0]), Remove: a.Verb == api.VMTakeDisk, DryRun: a.DryRun, Request: request}
+	o := vm.DiskOptions{Disk: wire.DiskName(a.Disks[0]), Remove: a.Verb == api.VMTakeDisk, Request: request}
 	if a.DryRun {
 		checks, err := v.PlanDisk(ctx, o)
 		if err != nil {

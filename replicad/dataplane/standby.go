@@ -86,13 +86,13 @@ func (p *Plane) openOverlay() error {
 }
 
 // setAside is the image of a disk that is not served, nil for any other. It is
-// opened once; what keeps it from that says the caller's own search.
-func (p *Plane) setAside(disk string) *image {
+// opened once.
+func (p *Plane) setAside(disk string) (*image, error) {
 	p.asideMu.Lock()
 	defer p.asideMu.Unlock()
 	for _, i := range p.aside {
 		if string(i.cfg.Name) == disk {
-			return i
+			return i, nil
 		}
 	}
 	for _, d := range p.cfg.Overlay.Aside {
@@ -106,13 +106,12 @@ func (p *Plane) setAside(disk string) *image {
 			}
 		}
 		if err != nil {
-			p.log.Error("open the image of a disk that stands aside", "disk", disk, "err", err)
-			return nil
+			return nil, fmt.Errorf("disk %s, which only recovery points have: %w", disk, err)
 		}
 		p.aside = append(p.aside, i)
-		return i
+		return i, nil
 	}
-	return nil
+	return nil, nil
 }
 
 func (p *Plane) standbyConfig() (standby.Config, error) {
@@ -125,8 +124,8 @@ func (p *Plane) standbyConfig() (standby.Config, error) {
 		return c, fmt.Errorf("open the overlay: %w", err)
 	}
 	byName := func(disk string) (*image, error) {
-		if i := p.setAside(disk); i != nil {
-			return i, nil
+		if i, err := p.setAside(disk); i != nil || err != nil {
+			return i, err
 		}
 		_, i, err := p.image(wire.DiskName(disk))
 		return i, err

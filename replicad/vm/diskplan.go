@@ -18,7 +18,6 @@ import (
 type DiskOptions struct {
 	Disk    wire.DiskName // the target in the domain: vdb
 	Remove  bool
-	DryRun  bool
 	Request string
 }
 

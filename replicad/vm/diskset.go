@@ -437,16 +437,17 @@ func (v *VM) tendGone(ctx context.Context) {
 		if !v.needless(d) {
 			continue
 		}
-		mine := d.Kind == diskRaw && !r.Native && r.Lineage.State == lineage.Replica
-		if mine {
-			if err := os.Remove(d.Path); err != nil && !absent(err) {
-				v.log.Warn("delete the image of a disk that left", "disk", string(d.Name), "err", err)
-				continue
-			}
-		}
+		// In this order: a record that names a disk without its image would refuse
+		// every epoch, should the disk come back.
 		if err := v.withoutDisk(d.Name); err != nil {
 			v.log.Warn("forget a disk that left", "disk", string(d.Name), "err", err)
 			return
+		}
+		mine := d.Kind == diskRaw && !r.Native && r.Lineage.State == lineage.Replica
+		if mine {
+			if err := os.Remove(d.Path); err != nil && !absent(err) {
+				v.log.Warn("the image of a disk that left stays; delete it", "disk", string(d.Name), "image", d.Path, "err", err)
+			}
 		}
 		v.log.Info("a disk that left is forgotten", "disk", string(d.Name), "image", d.where(), "deleted", mine)
 	}

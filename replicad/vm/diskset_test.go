@@ -73,6 +73,19 @@ func (w *pair) secondIs(a, b string) {
 	})
 }
 
+// forgotten waits until neither host knows the second disk.
+func (w *pair) forgotten() {
+	w.t.Helper()
+	w.until("both to have forgotten the disk", func() error {
+		w.a.vm().look(w.t.Context())
+		w.b.vm().look(w.t.Context())
+		if x, y := w.a.second(), w.b.second(); x != "unknown" || y != "unknown" {
+			return fmt.Errorf("it is %s and %s", x, y)
+		}
+		return nil
+	})
+}
+
 // fill writes a mark over the whole second disk through the export.
 func (w *pair) fill(s *side, mark string) {
 	w.t.Helper()
@@ -254,14 +267,7 @@ func TestAFailoverToAPointBeforeAnAdditionGoesWithoutTheDisk(t *testing.T) {
 	must(t, w.b.do(reverse))
 	w.lossy.Store(false)
 	w.shipped(w.a)
-	w.until("both to have forgotten the disk", func() error {
-		w.a.vm().look(t.Context())
-		w.b.vm().look(t.Context())
-		if x, y := w.a.second(), w.b.second(); x != "unknown" || y != "unknown" {
-			return fmt.Errorf("it is %s and %s", x, y)
-		}
-		return nil
-	})
+	w.forgotten()
 	if _, err := os.Stat(image); err != nil {
 		t.Errorf("A's own image: %v", err)
 	}
@@ -292,13 +298,7 @@ func TestWhileADiskIsBeingAddedNothingCountsOnIt(t *testing.T) {
 	}
 	must(t, w.a.do(setDisk(true)))
 	must(t, w.a.do(func(_ context.Context, _ *Manager, v *VM) error { return v.Resume() }))
-	w.until("both to have forgotten the disk", func() error {
-		w.b.vm().look(t.Context())
-		if x, y := w.a.second(), w.b.second(); x != "unknown" || y != "unknown" {
-			return fmt.Errorf("it is %s and %s", x, y)
-		}
-		return nil
-	})
+	w.forgotten()
 	if left := w.b.images(); len(left) != 1 {
 		t.Errorf("B has %v", left)
 	}

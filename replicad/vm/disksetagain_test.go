@@ -102,14 +102,7 @@ func TestAPrimaryThatDiesWhileItAddsADiskReturnsWithoutIt(t *testing.T) {
 	must(t, w.b.do(reverse))
 	w.lossy.Store(false)
 	w.shipped(w.a)
-	w.until("both to have forgotten the disk", func() error {
-		w.a.vm().look(t.Context())
-		w.b.vm().look(t.Context())
-		if x, y := w.a.second(), w.b.second(); x != "unknown" || y != "unknown" {
-			return fmt.Errorf("it is %s and %s", x, y)
-		}
-		return nil
-	})
+	w.forgotten()
 	if k := w.a.on(); k.Kind != libvirt.SourceFile || k.Path != image {
 		t.Errorf("A's definition has it on %+v", k)
 	}
