@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -68,8 +69,12 @@ func TestADataPlaneIsConfinedAlsoAfterADeathAndAnUpgrade(t *testing.T) {
 	first := confined("at the start")
 	dt.Kill(t, first)
 	second := confined("after a death")
-	if _, err := c.Upgrade(context.Background(), dataplane.UpgradeRequest{}); err != nil {
+	a, err := c.Upgrade(context.Background(), dataplane.UpgradeRequest{})
+	if err != nil {
 		t.Fatal(err)
+	}
+	for end := time.Now().Add(dt.Patience); status(t, c).PID != a.PID && time.Now().Before(end); {
+		c.Close() // the predecessor answers on connections it had, until it is gone
 	}
 	third := confined("after an upgrade")
 	if first == second || second == third {
