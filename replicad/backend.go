@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"strings"
 	"time"
 
 	"kvmreplica/internal/version"
@@ -144,9 +143,9 @@ func (d *Daemon) authorisation(r api.Rights) peer.Authorisation {
 
 // Join pairs with the host that made the invitation.
 func (d *Daemon) Join(ctx context.Context, r api.JoinRequest) (status.Peer, error) {
-	addr := r.Address
-	if _, _, err := net.SplitHostPort(addr); err != nil {
-		addr = net.JoinHostPort(strings.Trim(addr, "[]"), fmt.Sprint(defaultPort))
+	addr, err := peer.Address(r.Address, defaultPort)
+	if err != nil {
+		return status.Peer{}, err
 	}
 	listen := d.conf().Advertise
 	if listen == "" && d.cfg.Listen != "" {
@@ -234,6 +233,8 @@ func (d *Daemon) Act(ctx context.Context, a api.Action, emit func(api.Event)) er
 	switch a.Verb {
 	case api.PeerTest:
 		err = d.testPeer(ctx, a, emit)
+	case api.PeerAddress:
+		err = d.movePeer(ctx, a, emit)
 	case api.Reload:
 		err = d.reload(emit)
 	case api.VMEnable:

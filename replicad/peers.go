@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"kvmreplica/internal/version"
+	"kvmreplica/replicad/api"
 	"kvmreplica/replicad/peer"
 	"kvmreplica/replicad/vm"
 	"kvmreplica/replicad/wire"
@@ -107,4 +108,38 @@ func (d *Daemon) grant(host wire.HostID) (vm.Grant, error) {
 		root = d.conf().StorageRoots[0]
 	}
 	return vm.Grant{Name: r.Name, MaySend: a.MaySend && d.conf().Receiving, Deaf: !d.conf().Receiving, Root: root, MaxVMs: a.MaxVMs, MaxDisks: a.MaxDisks, MaxBytes: a.MaxBytes}, nil
+}
+
+// movePeer records another address of a paired host, once that host has answered
+// there; by force also if not.
+func (d *Daemon) movePeer(ctx context.Context, a api.Action, emit func(api.Event)) error {
+	rec, err := d.peers.Find(a.Peer)
+	if err != nil {
+		return err
+	}
+	addr, err := peer.Address(a.To, defaultPort)
+	if err != nil {
+		return err
+	}
+	c, err := d.client(rec.Host)
+	if err != nil {
+		return err
+	}
+	there := false
+	for _, k := range c.Test(ctx, peer.TestInfo{Version: version.String(), Address: addr}) {
+		emit(api.Event{Check: &k})
+		there = there || k.Name == "identity" && k.Result == wire.OK
+	}
+	if !there && !a.Force {
+		return &wire.Error{
+			Kind: wire.KindRefused, Text: fmt.Sprintf("%s does not answer at %s; it is still looked for at %s", rec.Name, addr, rec.Address),
+			Hint: "see the checks above; with --force the address is recorded all the same",
+		}
+	}
+	if err := d.peers.SetAddress(rec.Host, addr); err != nil {
+		return err
+	}
+	d.log.Info("a peer has another address", "peer", rec.Name, "was", rec.Address, "is", addr, "answers", there)
+	emit(api.Event{Note: fmt.Sprintf("%s is looked for at %s", rec.Name, addr)})
+	return nil
 }

@@ -12,7 +12,7 @@ import (
 
 func newPeer(a *app) *cobra.Command {
 	c := &cobra.Command{Use: "peer", Short: "Pair this host with others and say what they may do", RunE: needVerb}
-	c.AddCommand(newInvite(a), newJoin(a), newPeerList(a), newPeerTest(a), newAllow(a), newPeerRemove(a))
+	c.AddCommand(newInvite(a), newJoin(a), newPeerList(a), newPeerTest(a), newPeerAddress(a), newAllow(a), newPeerRemove(a))
 	return c
 }
 
@@ -152,4 +152,19 @@ func newPeerRemove(a *app) *cobra.Command {
 			return a.client().RemovePeer(cmd.Context(), args[0])
 		},
 	}
+}
+
+func newPeerAddress(a *app) *cobra.Command {
+	var force bool
+	c := &cobra.Command{
+		Use: "address PEER HOST[:PORT]", Short: "Record where a paired host is to be found from now on", Args: cobra.ExactArgs(2),
+		Long: `Record where a paired host is to be found from now on, after it has got another address. That host must answer
+there, with the key it was paired with. Connections to where it was end at once; what was under way goes on
+over new ones, and no VM is copied again.` + exitHelp,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return a.act(cmd.Context(), api.Action{Verb: api.PeerAddress, Peer: args[0], To: args[1], Force: force})
+		},
+	}
+	c.Flags().BoolVar(&force, "force", false, "also if it does not answer there now")
+	return c
 }

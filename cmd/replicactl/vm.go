@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"io"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -205,9 +206,17 @@ changed are named and take a restart. A bad file changes nothing.` + exitHelp,
 }
 
 func newDoctor(a *app) *cobra.Command {
-	return &cobra.Command{
+	var stacks bool
+	c := &cobra.Command{
 		Use: "doctor", Short: "Check this host against good practice, with remedies", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if stacks {
+				v, err := a.client().Stacks(cmd.Context())
+				if err == nil {
+					_, err = io.WriteString(a.out, v.Text)
+				}
+				return err
+			}
 			cs, err := a.client().Doctor(cmd.Context())
 			if err != nil {
 				return err
@@ -228,4 +237,6 @@ func newDoctor(a *app) *cobra.Command {
 			return nil
 		},
 	}
+	c.Flags().BoolVar(&stacks, "stacks", false, "print what the daemon's threads of execution do instead: for a report of one that hangs")
+	return c
 }

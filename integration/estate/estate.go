@@ -31,9 +31,6 @@ const Port = 7878
 // Options change how an estate is made; the zero value suits tests.
 type Options struct {
 	Lab lab.Options
-	// Via routes a host's connections to the other one through an address,
-	// e.g. a proxy's; nil = directly.
-	Via map[string]string
 	// Config is added to both hosts' replicad.toml, before its tables.
 	Config string
 	// Tools are further programs of this machine in the guest: where to put

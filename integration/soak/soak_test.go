@@ -37,19 +37,7 @@ type sample struct {
 // mutual TLS through a proxy that cuts, stalls, slows down and goes away. In the
 // end the line is good and every replica equals its guest's disk.
 func TestThreeVMsOverABadLineHoldNoMoreThanTheyNeed(t *testing.T) {
-	long := 8 * time.Second
-	if s := os.Getenv("KVMREPLICA_SOAK"); s != "" {
-		var err error
-		long, err = time.ParseDuration(s)
-		must(t, err)
-	}
-	seed := uint64(time.Now().UnixNano())
-	if s := os.Getenv("KVMREPLICA_SEED"); s != "" {
-		var err error
-		seed, err = strconv.ParseUint(s, 10, 64)
-		must(t, err)
-	}
-	t.Logf("KVMREPLICA_SEED=%d", seed)
+	long, seed := length(t)
 	bin := filepath.Join(t.TempDir(), "replicad")
 	must(t, lab.Build(t.Context(), bin, "./cmd/replicad"))
 	h := newHosts(t)
@@ -83,6 +71,25 @@ func TestThreeVMsOverABadLineHoldNoMoreThanTheyNeed(t *testing.T) {
 		t.Logf("%s: %d cycles (%d empty), %d errors of the line, %d resumed, %d MiB sent, RPO %v median %v max",
 			v.cfg.Name, s.Stats.Cycles, s.Stats.Empty, s.Stats.Errors, s.Stats.Resumed, s.Stats.SentBytes>>20, s.Stats.RPOMedian, s.Stats.RPOMax)
 	}
+}
+
+// length is how long a run lasts, and the seed of its faults.
+func length(t *testing.T) (time.Duration, uint64) {
+	t.Helper()
+	long := 8 * time.Second
+	if s := os.Getenv("KVMREPLICA_SOAK"); s != "" {
+		var err error
+		long, err = time.ParseDuration(s)
+		must(t, err)
+	}
+	seed := uint64(time.Now().UnixNano())
+	if s := os.Getenv("KVMREPLICA_SEED"); s != "" {
+		var err error
+		seed, err = strconv.ParseUint(s, 10, 64)
+		must(t, err)
+	}
+	t.Logf("KVMREPLICA_SEED=%d", seed)
+	return long, seed
 }
 
 func must(t testing.TB, err error) {

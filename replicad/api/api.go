@@ -51,13 +51,15 @@ const (
 	// Reload has the daemon read its configuration again.
 	Reload Verb = "reload"
 
-	PlanUndo   Verb = "failover-take-back"
-	PeerTest   Verb = "peer-test"
-	PointPin   Verb = "point-pin"
-	PointUnpin Verb = "point-unpin"
-	PointKeep  Verb = "point-keep" // change the retention on the replica's host
-	PointApp   Verb = "point-app"  // change the interval of application-consistent points
-	PointMount Verb = "point-mount"
+	PlanUndo Verb = "failover-take-back"
+	PeerTest Verb = "peer-test"
+	// PeerAddress records where a peer is to be found: To.
+	PeerAddress Verb = "peer-address"
+	PointPin    Verb = "point-pin"
+	PointUnpin  Verb = "point-unpin"
+	PointKeep   Verb = "point-keep" // change the retention on the replica's host
+	PointApp    Verb = "point-app"  // change the interval of application-consistent points
+	PointMount  Verb = "point-mount"
 	// VMStatsReset begins the open window of the measurements anew.
 	VMStatsReset Verb = "vm-stats-reset"
 	// PointUnmount ends the mount ID, or all of the VM.

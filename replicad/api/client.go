@@ -86,6 +86,11 @@ func (c *Client) Doctor(ctx context.Context) (v []wire.Check, err error) {
 	return v, c.call(ctx, http.MethodGet, "/v1/doctor", nil, &v)
 }
 
+// Stacks returns what every goroutine of the daemon does.
+func (c *Client) Stacks(ctx context.Context) (v Text, err error) {
+	return v, c.call(ctx, http.MethodGet, "/v1/stacks", nil, &v)
+}
+
 // Invite prepares one pairing.
 func (c *Client) Invite(ctx context.Context, r InviteRequest) (v InviteReply, err error) {
 	return v, c.call(ctx, http.MethodPost, "/v1/peers/invite", r, &v)

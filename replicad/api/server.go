@@ -1,6 +1,7 @@
 package api
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -9,6 +10,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"runtime/pprof"
 	"strings"
 	"sync"
 	"time"
@@ -50,6 +52,7 @@ func NewServer(back Backend, log *slog.Logger) *Server {
 	}))
 	mux.HandleFunc("GET /v1/peers", reply(func(r *http.Request) (any, error) { return back.Peers(r.Context()) }))
 	mux.HandleFunc("GET /v1/doctor", reply(func(r *http.Request) (any, error) { return back.Doctor(r.Context()) }))
+	mux.HandleFunc("GET /v1/stacks", reply(stacks))
 	mux.HandleFunc("DELETE /v1/peers/{name}", reply(func(r *http.Request) (any, error) {
 		return struct{}{}, back.RemovePeer(r.Context(), r.PathValue("name"))
 	}))
@@ -118,6 +121,15 @@ func reply(f func(*http.Request) (any, error)) http.HandlerFunc {
 		w.Header().Set("Content-Type", "application/json")
 		_ = json.NewEncoder(w).Encode(v) // the client went away: nothing to tell it
 	}
+}
+
+// stacks asks the runtime and nothing of the product, which may hang.
+func stacks(*http.Request) (any, error) {
+	var b bytes.Buffer
+	if err := pprof.Lookup("goroutine").WriteTo(&b, 2); err != nil {
+		return nil, err
+	}
+	return Text{Text: b.String()}, nil
 }
 
 func with[Q, A any](f func(context.Context, Q) (A, error)) http.HandlerFunc {

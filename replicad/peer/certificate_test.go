@@ -427,6 +427,44 @@ func TestRemovalAtTheCallerEndsItsConnectionsToo(t *testing.T) {
 	}
 }
 
+// A host that moved: what hangs on a connection to where it was ends at once, and
+// the next call goes to where it is. Other changes of the record end nothing.
+func TestAnotherAddressEndsTheConnectionsToTheOldOne(t *testing.T) {
+	p, r, c := pairOf(t)
+	started := make(chan struct{}, 1)
+	r.svc.put = func(ctx context.Context, _ io.Reader) error {
+		started <- struct{}{}
+		<-ctx.Done()
+		return ctx.Err()
+	}
+	failed := make(chan error, 1)
+	ctx := soon(t)
+	go func() {
+		_, err := c.PutEpoch(ctx, key(), 0, bytes.NewReader([]byte("x")))
+		failed <- err
+	}()
+	<-started
+	errFatal(t, p.store.Allow(r.id.Host(), all()))
+	if _, err := c.Status(soon(t), vmA); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case err := <-failed:
+		t.Fatalf("a change of rights ended a transfer: %v", err)
+	default:
+	}
+	old := r.addr
+	r.serve(t) // the same host, elsewhere
+	errFatal(t, p.store.SetAddress(r.id.Host(), r.addr))
+	if err := <-failed; err == nil || ctx.Err() != nil {
+		t.Fatalf("the transfer to %s went on: %v", old, err)
+	}
+	r.svc.put = nil
+	if _, err := c.Status(soon(t), vmA); err != nil {
+		t.Fatalf("at its new address: %v", err)
+	}
+}
+
 // An open connection, in the middle of a transfer, ends with the certificate of
 // either side.
 func TestAConnectionEndsWithItsCertificate(t *testing.T) {

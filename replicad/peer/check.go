@@ -22,6 +22,7 @@ const (
 type TestInfo struct {
 	Version string // product version
 	Need    int64  // bytes that would be needed there; 0 = unknown
+	Address string // host:port to try instead of the recorded one
 }
 
 // Test tries everything a replication over this client needs, in order, and
@@ -83,12 +84,15 @@ func (t *test) ours(context.Context) bool {
 		t.add("certificate", r, e.Hint, "%s ends %s", e.What, e.Ends.UTC().Format(time.RFC3339))
 	}
 	rec, err := t.c.cfg.Store.trusted(t.c.cfg.Host)
+	if t.info.Address != "" {
+		rec.Address = t.info.Address
+	}
 	switch {
 	case err != nil:
 		t.add("paired", wire.Failed, "replicactl peer invite", "%s", err)
 		return false
 	case rec.Address == "":
-		t.add("paired", wire.Failed, "let it connect to this host, or give it an address", "no address is known for %s", rec.Name)
+		t.add("paired", wire.Failed, "let it connect to this host, or: replicactl peer address PEER HOST", "no address is known for %s", rec.Name)
 		return false
 	}
 	t.rec = rec

@@ -90,6 +90,19 @@ func TestConnectionTestNamesTheFirstThingThatFails(t *testing.T) {
 		errFatal(t, p.store.SetAddress(r.id.Host(), imp.addr))
 		expect(t, results(t, c), with(unknown(6), "identity", wire.Failed))
 	})
+	t.Run("another host answers at an address to be tried", func(t *testing.T) {
+		_, _, c := pairOf(t)
+		imp := newHost(t, "impostor")
+		imp.serve(t)
+		m := map[string]wire.Result{}
+		for _, x := range c.Test(soon(t), TestInfo{Address: imp.addr}) {
+			m[x.Name] = x.Result
+		}
+		if m["reach"] != wire.OK || m["identity"] != wire.Failed {
+			t.Errorf("got %v", m)
+		}
+		expect(t, results(t, c), nil) // nothing was recorded
+	})
 	t.Run("clock and receiving", func(t *testing.T) {
 		_, r, c := pairOf(t, func(cfg *ServerConfig) { cfg.Receiving = nil })
 		r.svc.reply = wire.HelloReply{Now: time.Now().Add(-time.Hour)}

@@ -73,11 +73,21 @@ func NewClient(cfg ClientConfig) (*Client, error) {
 	c.bulk = c.transport(commitTimeout)
 	c.bulk.ExpectContinueTimeout = continueTimeout
 	c.stop = cfg.Store.Watch(func(h wire.HostID) {
-		if _, ok := cfg.Store.Get(cfg.Host); h == cfg.Host && !ok {
-			c.conns.closeAll(false)
+		if h == cfg.Host {
+			c.changed()
 		}
 	})
 	return c, nil
+}
+
+// changed ends the connections when the host is no longer paired, or is to be
+// found elsewhere: one to where it was may hang for as long as TCP tries.
+func (c *Client) changed() {
+	if rec, ok := c.cfg.Store.Get(c.cfg.Host); ok {
+		c.conns.closeBut(rec.Address)
+	} else {
+		c.conns.closeBut("")
+	}
 }
 
 // transport speaks HTTP/1.1 only, through no proxy, without compression.
@@ -104,7 +114,7 @@ func (c *Client) dial(ctx context.Context, _, _ string) (net.Conn, error) {
 	if rec.Address == "" {
 		return nil, &wire.Error{
 			Kind: wire.KindUnavailable, Text: "no address is known for " + rec.Name,
-			Hint: "pair the hosts again with listen set there, or let that host do the calling",
+			Hint: "replicactl peer address PEER HOST, or let that host do the calling",
 		}
 	}
 	raw := func(ctx context.Context, network, address string) (net.Conn, error) {
@@ -112,7 +122,7 @@ func (c *Client) dial(ctx context.Context, _, _ string) (net.Conn, error) {
 		if err != nil {
 			return nil, err
 		}
-		return c.conns.add(&stallConn{Conn: n, limit: c.cfg.Stall})
+		return c.conns.add(&stallConn{Conn: n, limit: c.cfg.Stall}, rec.Address)
 	}
 	conn, cs, err := dialTLS(ctx, c.cfg.Identity, rec.Address, protoMain, raw, c.verify)
 	if err != nil {
@@ -134,7 +144,7 @@ func (c *Client) verify(cs tls.ConnectionState) error {
 		return err
 	}
 	if host != c.cfg.Host {
-		return &AuthError{Kind: ErrWrongHost, Host: host, Hint: "correct the address: replicactl peer list"}
+		return &AuthError{Kind: ErrWrongHost, Host: host, Hint: "correct the address: replicactl peer list; replicactl peer address PEER HOST"}
 	}
 	_, err = verifyPeer(cs, c.cfg.Store, x509.ExtKeyUsageServerAuth, c.cfg.Now())
 	return err
@@ -145,7 +155,7 @@ func (c *Client) Close() error {
 	c.stop()
 	c.control.CloseIdleConnections()
 	c.bulk.CloseIdleConnections()
-	c.conns.closeAll(true)
+	c.conns.end()
 	return nil
 }
 

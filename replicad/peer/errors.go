@@ -72,28 +72,38 @@ type dialed struct {
 
 type dialedConn struct {
 	net.Conn
-	owner *dialed
+	owner   *dialed
+	address string // as the host's record had it
 }
 
-func (d *dialed) add(c net.Conn) (net.Conn, error) {
+func (d *dialed) add(c net.Conn, address string) (net.Conn, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.closed {
 		_ = c.Close()
 		return nil, errors.New("client is closed")
 	}
-	n := &dialedConn{Conn: c, owner: d}
+	n := &dialedConn{Conn: c, owner: d, address: address}
 	d.set[n] = true
 	return n, nil
 }
 
-// closeAll closes every connection; with forever set no new one is added.
-func (d *dialed) closeAll(forever bool) {
+// end closes every connection and takes no new one.
+func (d *dialed) end() {
 	d.mu.Lock()
-	d.closed = d.closed || forever
+	d.closed = true
+	d.mu.Unlock()
+	d.closeBut("")
+}
+
+// closeBut closes every connection that does not lead to address.
+func (d *dialed) closeBut(address string) {
+	d.mu.Lock()
 	var all []*dialedConn
 	for c := range d.set {
-		all = append(all, c)
+		if address == "" || c.address != address {
+			all = append(all, c)
+		}
 	}
 	d.mu.Unlock()
 	for _, c := range all {

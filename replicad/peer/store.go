@@ -109,6 +109,19 @@ func (r Record) Validate() error {
 	return r.Allow.Validate()
 }
 
+// Address is what a person calls a host (a name or an IP address, with a port or
+// without) as host:port.
+func Address(word string, defaultPort int) (string, error) {
+	a := word
+	if _, _, err := net.SplitHostPort(a); err != nil {
+		a = net.JoinHostPort(strings.Trim(a, "[]"), strconv.Itoa(defaultPort))
+	}
+	if err := checkAddress(a); err != nil {
+		return "", &wire.Error{Kind: wire.KindInvalid, Text: err.Error(), Hint: "give HOST or HOST:PORT"}
+	}
+	return a, nil
+}
+
 func checkAddress(a string) error {
 	host, port, err := net.SplitHostPort(a)
 	if err != nil || host == "" || !wire.ValidText(a, wire.MaxName) {

@@ -154,7 +154,7 @@ func New(cfg Config) *Session {
 		cfg.Rand = rand.New(rand.NewPCG(rand.Uint64(), rand.Uint64()))
 	}
 	return &Session{
-		cfg: cfg, log: cfg.Log.With("vm", cfg.Name), kick: make(chan struct{}, 1),
+		cfg: cfg, log: cfg.Log, kick: make(chan struct{}, 1),
 		results: make(chan Event, 1), status: Status{Phase: Idle, Paused: cfg.Paused},
 	}
 }
