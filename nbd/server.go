@@ -264,15 +264,12 @@ func (s *Server) line(nc net.Conn) net.Conn {
 	return nc
 }
 
-// passing says whether accept may succeed later: out of descriptors or memory,
-// or a client that left before it was accepted.
+// passing says whether accept may succeed later: everything but a listener that
+// is closed, or is none. A guest whose connections nobody takes has no disk, so
+// the lack of descriptors, memory or permission is waited out.
 func passing(err error) bool {
-	for _, e := range []syscall.Errno{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM, syscall.ECONNABORTED, syscall.EINTR} {
-		if errors.Is(err, e) {
-			return true
-		}
-	}
-	return false
+	var e syscall.Errno
+	return errors.As(err, &e) && e != syscall.EBADF && e != syscall.EINVAL && e != syscall.ENOTSOCK
 }
 
 // start begins a connection, or hangs up on it.

@@ -26,6 +26,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kvmreplica/internal/fsx"
+	"kvmreplica/internal/listen"
 	"kvmreplica/libvirt"
 	"kvmreplica/replicad/api"
 	"kvmreplica/replicad/config"
@@ -212,7 +213,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	if err := d.startPeers(ctx, g); err != nil {
 		return errors.Join(err, control.Close())
 	}
-	g.Go(func() error { return local.Serve(control) })
+	g.Go(func() error { return local.Serve(listen.Patient(control, d.log)) })
 	g.Go(func() error {
 		<-ctx.Done()
 		sctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopWithin)
@@ -255,7 +256,7 @@ func (d *Daemon) startPeers(ctx context.Context, g *errgroup.Group) error {
 	if err != nil {
 		return fmt.Errorf("listen for peers: %w (is another replicad running, or the address wrong? see listen in the configuration)", err)
 	}
-	g.Go(func() error { return srv.Serve(ctx, l) })
+	g.Go(func() error { return srv.Serve(ctx, listen.Patient(l, d.log)) })
 	return nil
 }
 

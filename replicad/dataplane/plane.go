@@ -19,6 +19,7 @@ import (
 
 	"kvmreplica/cbt"
 	"kvmreplica/internal/fsx"
+	"kvmreplica/internal/listen"
 	"kvmreplica/nbd"
 	"kvmreplica/replicad/delta"
 	"kvmreplica/replicad/wire"
@@ -148,7 +149,7 @@ func (p *Plane) Serve(ctx context.Context, guests, control net.Listener) error {
 		BaseContext: func(net.Listener) context.Context { return ctx },
 	}
 	wg.Go(func() {
-		if err := h.Serve(control); !errors.Is(err, http.ErrServerClosed) {
+		if err := h.Serve(listen.Patient(control, p.log)); !errors.Is(err, http.ErrServerClosed) {
 			fail <- fmt.Errorf("serve control: %w", err)
 		}
 	})
