@@ -83,7 +83,7 @@ fuzz: ## every fuzz target for FUZZTIME (60s)
 	  done || exit 1; \
 	done
 
-# Campaigns. Seeds, and the totals of "powerfail", outlive a run.
+# Campaigns. Seeds, and the totals of "powerfail", "kill" and "faults", outlive a run.
 N        ?= 15
 DURATION ?= 1h
 CAMPAIGN ?= docs/operations/campaigns
@@ -103,9 +103,10 @@ kernel: deps ## the kernel's NBD client on our exports, killed data planes, nbd-
 	KVMREPLICA_KERNEL=full $(SYSTEMTEST) -timeout 2h ./integration/kernel
 
 .PHONY: faults
-faults: deps ## failing system calls of the real data plane, the whole table, and of the real daemons
+faults: deps build ## failing system calls of the real data plane, the whole table, and of the real daemons; adds to faults.jsonl in CAMPAIGN
 	KVMREPLICA_FAULTS=full $(SYSTEMTEST) -timeout 2h ./integration/faults
-	KVMREPLICA_FAULTS=full $(SYSTEMTEST) -timeout 6h -run TestFailingSystemCalls ./integration/kvm
+	KVMREPLICA_FAULTS=full KVMREPLICA_CAMPAIGN=$(abspath $(CAMPAIGN))/faults.jsonl \
+	  $(SYSTEMTEST) -timeout 12h -run TestFailingSystemCalls ./integration/kvm
 
 .PHONY: soak
 soak: deps ## three VMs over a bad line for DURATION (1h)

@@ -83,6 +83,7 @@ type siege struct {
 	seed    uint64
 	ops     int      // of the last round
 	env     []string // of daemons that are started again
+	spare   string   // another VM, protected or not
 }
 
 // killRound is one round in the campaign's file: the first victim, and then
