@@ -85,6 +85,7 @@ func (p Proof) possible(c Copy) error {
 const (
 	proofEvery = 500 * time.Millisecond
 	proofTry   = 30 * time.Second
+	proofDial  = 2 * time.Second
 )
 
 // await tries a proof until it comes true, the copy ends or ctx does. detail is
@@ -125,8 +126,7 @@ func (m *Manager) try(ctx context.Context, p Proof, c Copy, console *tail) (stri
 		if err != nil {
 			return "", err
 		}
-		var d net.Dialer
-		conn, err := d.DialContext(tctx, "tcp", net.JoinHostPort(ip, p.Arg))
+		conn, err := dial(tctx, net.JoinHostPort(ip, p.Arg))
 		if err != nil {
 			return "", err
 		}
@@ -135,6 +135,14 @@ func (m *Manager) try(ctx context.Context, p Proof, c Copy, console *tail) (stri
 		return m.command(tctx, p.Arg, c)
 	}
 	return "", fmt.Errorf("unknown proof %q", p.Kind)
+}
+
+// dial tries for a short time only: the kernel repeats a SYN that nobody
+// answered after 1, 3, 7 and 15 seconds, so that a guest which listens since the
+// fourth would count as recovered at the seventh.
+func dial(ctx context.Context, address string) (net.Conn, error) {
+	d := net.Dialer{Timeout: proofDial}
+	return d.DialContext(ctx, "tcp", address)
 }
 
 // command runs a person's program; exit code 0 is the proof.
