@@ -8,6 +8,7 @@ import (
 	"strings"
 	"testing"
 
+	"kvmreplica/replicad/dataplane"
 	"kvmreplica/replicad/delta"
 	"kvmreplica/replicad/lineage"
 	"kvmreplica/replicad/points"
@@ -336,4 +337,35 @@ func TestACrashAtAnyStepOfACommitThatKeepsThePointsLosesNone(t *testing.T) {
 			w.check()
 		})
 	}
+}
+
+// While a failover is on trial its data plane has disks that no successor can
+// take, and while a commit copies the points it may do so for hours: an upgrade
+// is refused at once and says what to wait for; afterwards it is not.
+func TestAnUpgradeIsRefusedWhileThePointsOfATrialAreKept(t *testing.T) {
+	t.Parallel()
+	w, want := keepingTrial(t, UnplannedOptions{})
+	if _, err := w.b.vm().Upgrade(t.Context(), false, true); err == nil || !strings.Contains(err.Error(), "cannot be handed on") {
+		t.Errorf("an upgrade during the trial: %v", err)
+	}
+	c, err := w.b.vm().plane()
+	must(t, err)
+	var during, below error
+	w.b.vm().deps.Failpoint = func(point string) {
+		if point == "commit/keep/begun" {
+			_, during = w.b.vm().Upgrade(t.Context(), false, true)
+			_, below = c.Upgrade(t.Context(), dataplane.UpgradeRequest{})
+		}
+	}
+	must(t, w.b.do(commitKeeping))
+	var we *wire.Error
+	if !errors.As(during, &we) || we.Kind != wire.KindConflict || !strings.Contains(we.Text, "commit") || we.Hint == "" {
+		t.Errorf("an upgrade during the commit: %v", during)
+	}
+	if !errors.As(below, &we) || we.Kind != wire.KindRefused || !strings.Contains(we.Hint, "failover commit") {
+		t.Errorf("the data plane's answer to an upgrade during the commit: %v", below)
+	}
+	w.until("the images to hold everything", w.b.flattened)
+	w.wasKept(want)
+	w.check()
 }
