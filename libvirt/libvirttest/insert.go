@@ -132,7 +132,15 @@ func (f *Fake) InsertDisks(ctx context.Context, uuid string, reqs []libvirt.Inse
 
 // RemoveDisks walks all disks out.
 func (f *Fake) RemoveDisks(ctx context.Context, uuid string, reqs []libvirt.InsertRequest) error {
-	if err := f.on(ctx, "RemoveDisks", uuid, "", func(*domain) error { return nil }); err != nil {
+	if err := f.on(ctx, "RemoveDisks", uuid, "", func(d *domain) error {
+		v, err := libvirt.ParseDomain(d.doc)
+		for _, r := range reqs {
+			if _, ok := v.Disk(r.Disk.Target); err == nil && !ok {
+				err = &libvirt.Error{Op: "RemoveDisks", Kind: libvirt.KindNotFound, Msg: "the domain has no such disk"}
+			}
+		}
+		return err
+	}); err != nil {
 		return err
 	}
 	for _, r := range reqs {

@@ -169,6 +169,38 @@ func (v *VM) pointOut(doc []byte, d Disk, changed bool) ([]byte, bool, error) {
 	return doc, true, err
 }
 
+// onImages completes disks that were never under a guest of this host without
+// our exports, because the VM came here by a failover: what each is on its own
+// image says the definition that was rendered.
+func (v *VM) onImages(ctx context.Context, disks []Disk) ([]Disk, error) {
+	if !slices.ContainsFunc(disks, func(d Disk) bool { return d.Live.Target == "" }) {
+		return disks, nil
+	}
+	doc, err := v.deps.Hyper.XML(ctx, string(v.id), libvirt.XMLPersistent)
+	if err != nil {
+		return nil, err
+	}
+	if doc, err = v.offExports(doc); err != nil {
+		return nil, err
+	}
+	own, err := libvirt.ParseDomain(doc)
+	if err != nil {
+		return nil, err
+	}
+	disks = slices.Clone(disks)
+	for i, d := range disks {
+		if d.Live.Target != "" {
+			continue
+		}
+		k, ok := own.Disk(string(d.Name))
+		if !ok || k.Kind == libvirt.SourceNBD && k.Socket == v.socket() {
+			return nil, fmt.Errorf("the definition does not say what disk %s is without its export", d.Name)
+		}
+		disks[i].Live = k
+	}
+	return disks, nil
+}
+
 // onExports points the record's disks in a document to our exports.
 func (v *VM) onExports(doc []byte) ([]byte, []libvirt.DiskOriginal, error) {
 	r := v.record()

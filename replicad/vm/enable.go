@@ -383,7 +383,12 @@ func (v *VM) takeOut(ctx context.Context) error {
 	if err := v.startPlane(ctx); err != nil {
 		return err
 	}
-	return v.deps.Hyper.RemoveDisks(ctx, string(v.id), v.swaps())
+	r := v.record()
+	disks, err := v.onImages(ctx, r.served())
+	if err != nil {
+		return err
+	}
+	return v.deps.Hyper.RemoveDisks(ctx, string(v.id), v.swapsOf(disks))
 }
 
 // pointIn edits the persistent definition.
