@@ -126,8 +126,13 @@ mutants: ## plant seeded bugs one by one; shows what catches each, fails if one 
 	go run ./integration/mutants -run '$(RUN)' $(if $(UNTRIED),-untried) -campaign $(abspath $(CAMPAIGN))/mutants.jsonl
 
 .PHONY: histories
-histories: ## N=200 random failover histories of two managers over real data planes and stores (SEED=k plays one again)
-	KVMREPLICA_HISTORIES=$(or $(N),200) SEED=$(SEED) go test -count=1 -timeout 12h -v -run TestHistories ./replicad/vm
+histories: deps build ## N=15 further random failover histories of the real daemons (SEED=k plays one again); adds to histories.jsonl in CAMPAIGN
+	KVMREPLICA_HISTORIES=$(N) SEED=$(SEED) KVMREPLICA_CAMPAIGN=$(abspath $(CAMPAIGN))/histories.jsonl \
+	  $(SYSTEMTEST) -timeout 24h -run TestRandomFailoverHistories ./integration/histories
+
+.PHONY: pairs
+pairs: ## PAIRS=200 random failover histories of two managers in one process, over real data planes and stores (SEED=k plays one again)
+	KVMREPLICA_HISTORIES=$(or $(PAIRS),200) SEED=$(SEED) go test -count=1 -timeout 12h -v -run TestHistories ./replicad/vm
 
 .PHONY: bench
 bench: deps build ## our speed beside qemu-nbd's and nbdkit's: BENCHARGS=-quick, -json FILE, -h

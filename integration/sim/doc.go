@@ -9,7 +9,7 @@
 // not: the glue that package vm puts between them, and libvirt. It is written
 // here once more, after the same design and as small as it can be (agent.go,
 // plans.go, serve.go), so that the simulation judges the parts and their
-// protocol; package vm itself is driven by `make histories`.
+// protocol; package vm itself is driven by `make pairs` and `make histories`.
 //
 // A run is a script: a list of Ops made from a seed, each with a number of its
 // own from which all its choices follow, so that leaving one out changes no

@@ -60,7 +60,7 @@ func TestHistories(t *testing.T) {
 				h := &history{pair: newPair(t), r: rand.New(rand.NewPCG(seed, 11)), kept: map[string]bool{}}
 				defer func() {
 					if t.Failed() {
-						t.Logf("SEED=%d make histories\n%s", seed, strings.Join(h.log, "\n"))
+						t.Logf("SEED=%d make pairs\n%s", seed, strings.Join(h.log, "\n"))
 					}
 					mu.Lock()
 					defer mu.Unlock()
