@@ -120,6 +120,9 @@ func playOne(t *testing.T, w *world, seed uint64) (p played, left *world) {
 	p = h.played(err)
 	t.Logf("seed %d: %s in %.1fs, %d boots, %d records, %d forks", seed, p.Outcome, p.Seconds, p.Boots, p.Records, p.Forks)
 	w.used++
+	if envInt("SEED", 0) != 0 && err == nil {
+		t.Log("\n" + h.story())
+	}
 	if err != nil {
 		t.Errorf("%v\nSEED=%d make histories\n%s", err, seed, h.story())
 		w.logs(t)

@@ -151,10 +151,11 @@ func (h *history) operate(ctx context.Context, a, b status.VM) {
 		}
 		h.forks++
 		// The side that was failed over to last; with two of them, or none, either.
-		if fb := b.State == status.FailedOver || b.Failover != nil; fb != (a.State == status.FailedOver || a.Failover != nil) && fb || fb == (a.State == status.FailedOver || a.Failover != nil) && h.r.IntN(2) == 0 {
-			keep, v = kb, b
+		overA, overB := a.State == status.FailedOver || a.Failover != nil, b.State == status.FailedOver || b.Failover != nil
+		if overB && !overA || overA == overB && h.r.IntN(2) == 0 {
+			keep = kb
 		}
-		h.decide(ctx, keep)
+		h.reverse(ctx, keep)
 		return
 	case owns(b):
 		keep, v = kb, b
@@ -175,14 +176,14 @@ func (h *history) mend(ctx context.Context, keep *host, v, r status.VM) {
 	case v.Failover != nil && v.Failover.Phase == status.Trial && v.State != status.Diverged:
 		h.ctl(ctx, keep, patience, "failover", "commit", h.name, "--yes")
 	case v.State == status.FailedOver || v.State == status.Diverged || has(v, "diverged") != nil:
-		h.decide(ctx, keep)
+		h.reverse(ctx, keep)
 	case r.State == status.Suspect:
 		h.ctl(ctx, keep.other, patience, "vm", "resync", h.name)
 	case stop != nil && strings.Contains(stop.Remedy, "failover unplanned") && r.Role == status.Replica:
 		h.destroy(ctx, keep)
 		h.byForce(ctx, keep.other)
 	case stop != nil && strings.Contains(stop.Remedy, "failover reverse"):
-		h.decide(ctx, keep)
+		h.reverse(ctx, keep)
 	case !v.Running && has(v, "start-held") != nil && h.tried%2 == 0 && !r.Running:
 		h.ctl(ctx, keep, patience, "vm", "start", h.name, "--force")
 	case !v.Running:
@@ -190,11 +191,6 @@ func (h *history) mend(ctx context.Context, keep *host, v, r status.VM) {
 	default:
 		h.sync(ctx, keep) // waits for a silent host have grown meanwhile
 	}
-}
-
-// decide keeps a side.
-func (h *history) decide(ctx context.Context, keep *host) {
-	h.reverse(ctx, keep)
 }
 
 // byForce takes a host's side, whatever it loses.

@@ -34,10 +34,17 @@ func (h *history) play(ctx context.Context) error {
 	if err := h.protect(ctx); err != nil {
 		return err
 	}
-	for range 5 + h.r.IntN(5) {
+	if h.r.IntN(3) == 0 { // so that a host can be put back to this
+		if err := h.putBack(ctx, h.any()); err != nil {
+			return err
+		}
+	}
+	for range 6 + h.r.IntN(8) {
 		if err := h.step(ctx); err != nil {
 			return err
 		}
+		pause := time.Duration(h.r.IntN(1200)) * time.Millisecond // so that guests boot and write
+		wait(ctx, pause, func() bool { return false })
 		if err := errors.Join(h.revive(ctx), h.broken()); err != nil {
 			return err
 		}
@@ -109,43 +116,63 @@ func (h *history) step(ctx context.Context) error {
 	if !k.Up() {
 		return h.reboot(ctx, k)
 	}
-	switch n := h.r.IntN(22); n {
-	case 0, 1:
+	switch n := h.r.IntN(26); n {
+	case 0:
 		h.breathe(ctx, time.Duration(h.r.IntN(2000))*time.Millisecond)
-	case 2, 3:
+	case 1, 2, 3:
 		h.sync(ctx, h.primary(ctx))
-	case 4:
+	case 4, 5:
 		h.pin(ctx)
-	case 5:
-		return h.killDaemon(k)
 	case 6:
-		h.killPlane(ctx, k)
+		return h.killDaemon(k)
 	case 7:
-		return h.crash(ctx, k, h.r.IntN(2) == 0)
+		h.killPlane(ctx, k)
 	case 8:
+		return h.crash(ctx, k, h.r.IntN(2) == 0)
+	case 9:
 		return h.link(h.cut)
-	case 9, 10, 11:
+	case 10, 11, 12:
 		return h.meanwhile(ctx, k, func() { h.planned(ctx, h.primary(ctx)) })
-	case 12, 13, 14:
-		return h.meanwhile(ctx, k.other, func() { h.unplanned(ctx, k) })
-	case 15:
-		return h.meanwhile(ctx, k, func() { h.ctl(ctx, k, patience, "failover", "commit", h.name, "--yes") })
-	case 16:
-		return h.meanwhile(ctx, k.other, func() { h.cancel(ctx, k) })
+	case 13, 14, 15, 16:
+		return h.meanwhile(ctx, k.other, func() { h.unplanned(ctx, h.replica(ctx, k)) })
 	case 17:
+		return h.meanwhile(ctx, k, func() { h.commit(ctx, h.trial(ctx, k)) })
+	case 18:
+		return h.meanwhile(ctx, k, func() { h.cancel(ctx, h.trial(ctx, k)) })
+	case 19:
 		if p := h.primary(ctx); p != nil {
 			return h.meanwhile(ctx, k, func() { h.reverse(ctx, p) })
 		}
-	case 18:
-		h.off(ctx, k)
-	case 19:
-		h.ctl(ctx, k, patience, "vm", "start", h.name)
 	case 20:
+		h.off(ctx, k)
+	case 21:
+		h.ctl(ctx, k, patience, "vm", "start", h.name)
+	case 22, 23:
 		return h.putBack(ctx, k)
 	default:
 		return h.arm(ctx, k)
 	}
 	return nil
+}
+
+// replica is the host that holds the copy, where one can say so; else k.
+func (h *history) replica(ctx context.Context, k *host) *host {
+	if p := h.primary(ctx); p != nil && p.other.Up() {
+		return p.other
+	}
+	return k
+}
+
+// trial is the host of a failover on trial; else k.
+func (h *history) trial(ctx context.Context, k *host) *host {
+	if v, err := k.other.status(ctx, h.name); err == nil && v.Failover != nil {
+		return k.other
+	}
+	return k
+}
+
+func (h *history) commit(ctx context.Context, k *host) {
+	h.ctl(ctx, k, patience, "failover", "commit", h.name, "--yes")
 }
 
 func (h *history) breathe(ctx context.Context, d time.Duration) {
