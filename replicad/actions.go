@@ -16,9 +16,6 @@ import (
 
 const defaultPort = config.DefaultPort
 
-// maxInterval between two cuts.
-const maxInterval = 24 * time.Hour
-
 func emitChecks(cs []wire.Check, emit func(api.Event)) (failed *wire.Check) {
 	for i := range cs {
 		c := cs[i]
@@ -40,19 +37,15 @@ func (d *Daemon) enable(ctx context.Context, a api.Action, request string, step 
 		return err
 	}
 	silent := a.OnSilent
-	switch silent {
-	case "":
+	if silent == "" {
 		silent = string(d.conf().OnSilentPeer)
-	case string(config.Start), string(config.Hold):
-	default:
-		return &wire.Error{Kind: wire.KindInvalid, Text: fmt.Sprintf("on-silent-peer is %q", silent), Hint: "use start or hold"}
 	}
-	if a.Interval < 0 || a.Interval > maxInterval || a.Interval%time.Second != 0 {
-		return &wire.Error{Kind: wire.KindInvalid, Text: fmt.Sprintf("interval %s", a.Interval), Hint: "whole seconds from 1s to 24h, or 0 for back to back"}
+	if err := (vm.Settings{Interval: &a.Interval, OnSilent: &silent, Shutdown: &a.Shutdown}).Check(); err != nil {
+		return err
 	}
 	o := vm.EnableOptions{
 		Name: a.VM, Peer: rec.Host, Interval: a.Interval, Disks: a.Disks, OnSilent: silent, StartAt: a.StartAt, Existing: a.Existing, Request: request,
-		Retention: a.Retention, AppEvery: a.AppEvery,
+		Retention: a.Retention, AppEvery: a.AppEvery, Shutdown: a.Shutdown,
 	}
 	if a.DryRun {
 		p, err := d.vms.PlanEnable(ctx, o)
@@ -100,6 +93,8 @@ func (d *Daemon) actOn(ctx context.Context, v *vm.VM, a api.Action, request stri
 		return v.SyncNow(ctx)
 	case api.VMLimit:
 		return v.SetRate(a.Rate)
+	case api.VMSet:
+		return setVM(ctx, v, a, emit)
 	case api.VMResize:
 		return d.resize(ctx, v, a, request, emit)
 	case api.VMAddDisk, api.VMTakeDisk:
@@ -202,7 +197,7 @@ func (d *Daemon) plannedElsewhere(ctx context.Context, v *vm.VM, a api.Action, r
 	}
 	note(emit, "Asking the primary %s:", name)
 	reply, err := c.Failover(ctx, wire.FailoverRequest{
-		VM: v.ID(), Step: "request-planned", Request: request, Start: !a.NoStart, Reverse: !a.NoReverse, Force: a.Force, KeepPoints: a.KeepPoints, Reason: a.Reason,
+		VM: v.ID(), Step: "request-planned", Request: request, Start: !a.NoStart, Reverse: !a.NoReverse, Force: a.Force, KeepPoints: a.KeepPoints, Timeout: a.Timeout, Reason: a.Reason,
 	})
 	var w *wire.Error
 	if errors.As(err, &w) && w.Kind == wire.KindUnavailable {

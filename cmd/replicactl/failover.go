@@ -56,7 +56,7 @@ replication is reversed. It may be typed on either host. A failure before the ro
 	f.BoolVar(&act.NoStart, "no-start", false, "do not start the guest on the other host")
 	f.BoolVar(&act.NoReverse, "no-reverse", false, "do not reverse replication")
 	f.BoolVar(&act.KeepPoints, "keep-points", false, "keep the recovery points, which end otherwise, as files on the other host")
-	f.DurationVar(&act.Timeout, "shutdown-timeout", 5*time.Minute, "how long the guest may take to shut down")
+	f.DurationVar(&act.Timeout, "shutdown-timeout", 0, "how long the guest may take to shut down (default: the VM's, see vm set --shutdown-time)")
 	f.BoolVar(&act.Force, "force-off", false, "switch the guest off when it has not shut down in time")
 	f.BoolVarP(&yes, "yes", "y", false, "do not ask")
 	return c

@@ -65,6 +65,9 @@ func (a *app) show(v status.VM) {
 	if v.Rate > 0 {
 		line("Limit", "%s/s", bytesText(v.Rate))
 	}
+	if v.OnSilent != "" {
+		line("Settings", "on-silent-peer %s, shutdown-time %s", v.OnSilent, v.Shutdown)
+	}
 	if v.LastCommit.IsZero() {
 		line("Last copy", "none: nothing could be failed over to")
 	} else {

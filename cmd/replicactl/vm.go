@@ -16,7 +16,7 @@ func newVM(a *app) *cobra.Command {
 	c.AddCommand(newVMEnable(a), newVMDisable(a), newVMList(a), newVMStatus(a), newVMWatch(a), newVMStart(a), newVMUpgrade(a), newVMExport(a), newVMImport(a),
 		simple(a, "pause NAME", "Stop shipping changes; tracking goes on", api.VMPause),
 		simple(a, "resume NAME", "Ship changes again", api.VMResume),
-		simple(a, "sync NAME", "Run one cycle now and wait for its commit", api.VMSync), newVMResync(a), newVMLimit(a), newVMResize(a), newVMAddDisk(a), newVMRemoveDisk(a))
+		simple(a, "sync NAME", "Run one cycle now and wait for its commit", api.VMSync), newVMResync(a), newVMSet(a), newVMLimit(a), newVMResize(a), newVMAddDisk(a), newVMRemoveDisk(a))
 	return c
 }
 
@@ -40,6 +40,7 @@ func simple(a *app, use, short string, verb api.Verb) *cobra.Command {
 func newVMEnable(a *app) *cobra.Command {
 	var (
 		act  = api.Action{Verb: api.VMEnable}
+		set  settingFlags
 		yes  bool
 		wait bool
 		when string
@@ -55,13 +56,11 @@ replicad's exports one by one, and taken out again if anything fails. The plan i
 			if act.Peer == "" {
 				return usagef("--to PEER is missing (see: replicactl peer list)")
 			}
-			if act.Interval < 0 || act.Interval > 24*time.Hour || act.Interval%time.Second != 0 {
-				return usagef("--every takes whole seconds from 1s to 24h, or 0 for back to back")
+			err := set.check()
+			if err != nil {
+				return err
 			}
-			if act.OnSilent != "" && act.OnSilent != "start" && act.OnSilent != "hold" {
-				return usagef("--on-silent-peer is %q: start or hold", act.OnSilent)
-			}
-			var err error
+			act.Interval, act.AppEvery, act.Shutdown, act.OnSilent = set.every, set.appEvery, set.shutdown, set.onSilent
 			if act.Existing = when == "existing"; !act.Existing {
 				if act.StartAt, err = parseStart(when, time.Now()); err != nil {
 					return err
@@ -81,15 +80,13 @@ replicad's exports one by one, and taken out again if anything fails. The plan i
 	}
 	f := c.Flags()
 	f.StringVar(&act.Peer, "to", "", "paired host that keeps the copy")
-	f.DurationVar(&act.Interval, "every", 30*time.Second, "replication interval from 1s; 0 = back to back")
+	set.add(c)
 	f.StringSliceVar(&act.Disks, "disk", nil, "protect only these disks (target names, e.g. vda)")
 	f.StringVar(&when, "initial", "now", `initial copy: now; "in 8h", "at 22:00" or "at 2026-01-31 22:00" (up to seven days ahead); existing: compare with images that lie ready on the replica host`)
 	f.StringVar(&act.Retention, "points", "", "recovery points the replica is asked to keep: 0 to 24 hourly ones, or rows such as all:1h,1h:1d,1d:30d (default all:1h,1h:1d)")
-	f.DurationVar(&act.AppEvery, "app-every", 0, "interval of application-consistent points (guest agent), e.g. 1h; 0 = none")
 	f.BoolVar(&act.DryRun, "dry-run", false, "print the checks and the plan, change nothing")
 	f.BoolVarP(&yes, "yes", "y", false, "do not ask")
 	f.BoolVar(&wait, "wait", false, "stay until the initial copy is complete")
-	f.StringVar(&act.OnSilent, "on-silent-peer", "", "after an unclean boot with a silent peer: start or hold (default start)")
 	return c
 }
 

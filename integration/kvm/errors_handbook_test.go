@@ -23,6 +23,7 @@ func TestEveryErrorIsInTheHandbook(t *testing.T) {
 	}
 	names := regexp.MustCompile(`\b(kept|free|variant|nosuch|nobody)(\b|\.raw)`)
 	hosts := regexp.MustCompile(`\bkvm-[ab]\b`)
+	addresses := regexp.MustCompile(`\b10\.77\.0\.[12]\b`)
 	for _, c := range slices.Concat(enableErrors(), operateErrors(), pointErrors()) {
 		row, ok := rows[c.id]
 		if !ok {
@@ -32,7 +33,7 @@ func TestEveryErrorIsInTheHandbook(t *testing.T) {
 		delete(rows, c.id)
 		want := append([]string{"`" + strings.Join(c.args[:2], " ") + "`", fmt.Sprintf("| %d |", c.code)}, c.words...)
 		for _, w := range want {
-			w = hosts.ReplaceAllString(names.ReplaceAllString(w, "NAME$2"), "PEER")
+			w = addresses.ReplaceAllString(hosts.ReplaceAllString(names.ReplaceAllString(w, "NAME$2"), "PEER"), "ADDRESS")
 			if !strings.Contains(row, w) {
 				t.Errorf("the row of %q does not say %q: %s", c.id, w, row)
 			}

@@ -28,6 +28,11 @@ func operateErrors() []errorCase {
 		{id: "vm-unknown", args: []string{"vm", "status", freeVM}, code: 1, words: []string{"is not protected here", "replicactl vm enable " + freeVM}},
 		{id: "interval", args: []string{"vm", "enable", freeVM, "--to", estate.Peer("B"), "--every", "25h", "--yes"}, code: 2, words: []string{"--every takes", "1s to 24h"}},
 		{id: "on-silent-peer", args: enable(freeVM, "--on-silent-peer", "maybe"), code: 2, words: []string{`"maybe"`, "start or hold"}},
+		{id: "set-nothing", args: []string{"vm", "set", keptVM}, code: 2, words: []string{"say what to set", "replicactl vm set --help"}},
+		{id: "set-shutdown-time", args: []string{"vm", "set", keptVM, "--shutdown-time", "90ms"}, code: 2, words: []string{"--shutdown-time takes whole seconds from 1s to 24h"}},
+		{id: "set-app-every", args: []string{"vm", "set", keptVM, "--app-every", "5s"}, code: 2, words: []string{"application-consistent points every 5s", "from 1m to 168h"}},
+		{id: "set-on-replica", host: "B", args: []string{"vm", "set", keptVM, "--every", "5s"}, code: 6, words: []string{"the settings of kept are its primary's, which is kvm-a", "on kvm-a: replicactl vm set kept"}},
+		{id: "set-state-disk-full", args: []string{"vm", "set", keptVM, "--every", "7s"}, code: 1, words: []string{"no space left on device", "df -h /var/lib/replicad"}, setup: full("A", stateDir)},
 		{id: "pairing-code-wrong", host: "B", args: addr("AAAA-AAAA-AAAA-AAAA"), code: 6, words: []string{"pairing code is wrong", "replicactl peer invite"}, setup: func(w *errorWorld) func() {
 			w.ctl("A", "peer", "invite", "--valid", "1m")
 			return func() {}

@@ -30,6 +30,7 @@ const (
 	VMSync     Verb = "vm-sync"        // one cycle now
 	VMResync   Verb = "vm-resync"      // compare everything by digest, send what differs
 	VMLimit    Verb = "vm-limit"       // bound what is sent of a VM
+	VMSet      Verb = "vm-set"         // change what Set says
 	VMResize   Verb = "vm-resize"      // give a disk another size
 	VMAddDisk  Verb = "vm-add-disk"    // protect one disk more: Disks[0]
 	VMTakeDisk Verb = "vm-remove-disk" // and one less
@@ -92,11 +93,15 @@ type Action struct {
 	// copied before they end.
 	KeepPoints bool          `json:"keep_points,omitempty"`
 	Delete     bool          `json:"delete,omitempty"`     // disable: also delete the replica's data
-	Timeout    time.Duration `json:"timeout_ns,omitempty"` // guest shutdown deadline
-	OnSilent   string        `json:"on_silent_peer,omitempty"`
-	Existing   bool          `json:"existing,omitempty"` // enable: compare with images that lie ready on the replica host
-	StartAt    time.Time     `json:"start_at,omitzero"`  // enable: when the initial copy begins; zero = at once
-	Reason     string        `json:"reason,omitempty"`
+	Timeout    time.Duration `json:"timeout_ns,omitempty"` // guest shutdown deadline; 0 = the VM's
+	// Shutdown of enable: the VM's deadline from then on, 0 = the default.
+	Shutdown time.Duration `json:"shutdown_time_ns,omitempty"`
+	// Set says which settings vm-set changes.
+	Set      *Settings `json:"set,omitempty"`
+	OnSilent string    `json:"on_silent_peer,omitempty"`
+	Existing bool      `json:"existing,omitempty"` // enable: compare with images that lie ready on the replica host
+	StartAt  time.Time `json:"start_at,omitzero"`  // enable: when the initial copy begins; zero = at once
+	Reason   string    `json:"reason,omitempty"`
 	// Of vm-export and vm-import: the medium's directory is To or From; at most
 	// one of the secrets.
 	From       string `json:"from,omitempty"`
@@ -136,6 +141,14 @@ type Action struct {
 	Name     string `json:"name,omitempty"` // of the copy
 	All      bool   `json:"all,omitempty"`
 	Proof    string `json:"proof,omitempty"` // that the guest works
+}
+
+// Settings of a protected VM; nil leaves as it is.
+type Settings struct {
+	Interval *time.Duration `json:"interval_ns,omitempty"`
+	AppEvery *time.Duration `json:"app_every_ns,omitempty"`
+	OnSilent *string        `json:"on_silent_peer,omitempty"`
+	Shutdown *time.Duration `json:"shutdown_time_ns,omitempty"`
 }
 
 // Text is a document for people.

@@ -185,7 +185,10 @@ type (
 	// DoAbandon ends a frozen epoch unshipped.
 	DoAbandon struct{ Epoch uint64 }
 	// DoBeat tells the replica that nothing changed.
-	DoBeat struct{ Pos delta.Pos }
+	DoBeat struct {
+		Pos      delta.Pos
+		Interval time.Duration // in force now
+	}
 	// DoScrub compares one window of everything, but of the disks in Below what
 	// lies below that.
 	DoScrub struct {

@@ -44,7 +44,7 @@ func (m *Machine) onFrozen(now time.Time, e EvFrozen) []Action {
 		m.final = false
 		return append(m.sleep(Finished, time.Time{}), FinalDone{m.parent})
 	}
-	return m.do(Shipping, DoBeat{m.parent})
+	return m.do(Shipping, DoBeat{m.parent, m.cfg.Interval})
 }
 
 // appTaken notes how a cut that was to be application-consistent went. One that

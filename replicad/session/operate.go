@@ -75,7 +75,7 @@ func (s *Session) operate(ctx context.Context, a Action) (Event, error) {
 	case DoBeat:
 		ctx, cancel := context.WithTimeout(ctx, peerTimeout)
 		defer cancel()
-		return EvBeaten{}, s.cfg.Replica.Beat(ctx, wire.Beat{VM: s.cfg.VM, Pos: a.Pos, Interval: s.cfg.Interval})
+		return EvBeaten{}, s.cfg.Replica.Beat(ctx, wire.Beat{VM: s.cfg.VM, Pos: a.Pos, Interval: a.Interval})
 	case DoScrub:
 		return s.scrub(ctx, a)
 	}

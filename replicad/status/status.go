@@ -65,6 +65,9 @@ type VM struct {
 	Interval   time.Duration      `json:"interval_ns"`
 	AppEvery   time.Duration      `json:"app_every_ns"`         // of application-consistent points, 0 = none
 	Rate       int64              `json:"rate_limit,omitempty"` // bytes per second of this VM, 0 = only the host's limits
+	OnSilent   string             `json:"on_silent_peer"`       // after an unclean boot with a silent peer: start or hold
+	// Shutdown is how long the guest may take to shut down in a planned failover.
+	Shutdown time.Duration `json:"shutdown_time_ns"`
 	// LastCommit is the time of the last cut the replica holds; zero when none.
 	LastCommit time.Time `json:"last_commit"`
 	// RPO is the age of that cut now; negative when there is none.

@@ -55,7 +55,7 @@ func (v *VM) runAsked(q wire.FailoverRequest) wire.FailoverReply {
 		}
 	}
 	var steps []wire.Step
-	err = v.Planned(ctx, PlannedOptions{NoStart: !q.Start, NoReverse: !q.Reverse, ForceOff: q.Force, KeepPoints: q.KeepPoints, Request: q.Request}, func(e failover.Event) {
+	err = v.Planned(ctx, PlannedOptions{NoStart: !q.Start, NoReverse: !q.Reverse, ForceOff: q.Force, KeepPoints: q.KeepPoints, Timeout: q.Timeout, Request: q.Request}, func(e failover.Event) {
 		if e.Result != "" {
 			steps = append(steps, e.Step)
 		}

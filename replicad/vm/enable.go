@@ -33,7 +33,13 @@ type EnableOptions struct {
 	// points.ParsePolicy reads it; empty = the default.
 	Retention string
 	AppEvery  time.Duration // of application-consistent points; 0 = none
-	Request   string
+	// Shutdown is how long the guest may take to shut down in a planned failover
+	// that does not say; 0 = the default.
+	Shutdown time.Duration
+	// Rate bounds what is sent of the VM, in bytes per second; 0 = only the host's
+	// limits do.
+	Rate    int64
+	Request string
 }
 
 // MaxStartDelay is how far ahead the initial copy may be scheduled.
@@ -76,7 +82,7 @@ func (m *Manager) PlanEnable(ctx context.Context, o EnableOptions) (EnablePlan, 
 	p.rec = Record{
 		VM: wire.VMID(d.UUID), Name: d.Name, Peer: o.Peer, Interval: o.Interval, Native: true,
 		Autostart: d.Autostart, WantRunning: p.run, Created: m.deps.Now(), OnSilent: o.OnSilent, StartAt: o.StartAt, Existing: o.Existing,
-		Retention: o.Retention, AppEvery: o.AppEvery,
+		Retention: o.Retention, AppEvery: o.AppEvery, Shutdown: o.Shutdown, Rate: o.Rate,
 	}
 	if ahead := o.StartAt.Sub(m.deps.Now()); !o.StartAt.IsZero() && (ahead <= 0 || ahead > MaxStartDelay) {
 		return EnablePlan{}, &wire.Error{

@@ -88,7 +88,8 @@ func (m *Manager) admit(ctx context.Context, p wire.Peer, g Grant, o wire.Offer)
 func (m *Manager) accept(ctx context.Context, p wire.Peer, g Grant, o wire.Offer) (wire.OfferReply, error) {
 	r := Record{
 		VM: o.VM, Name: o.Name, Lineage: lineage.New(o.VM, delta.Generation{}), Peer: p.Host, Interval: o.Interval,
-		Spec: o.Spec, Created: m.deps.Now(), OnSilent: "start", Existing: o.Existing, Retention: o.Retention, AppEvery: o.AppEvery,
+		Spec: o.Spec, Created: m.deps.Now(), OnSilent: silentOf(o), Existing: o.Existing, Retention: o.Retention, AppEvery: o.AppEvery,
+		Shutdown: o.Shutdown,
 	}
 	for _, d := range o.Disks {
 		r.Disks = append(r.Disks, Disk{Name: d.Name, Size: d.Size, Kind: "raw", Path: filepath.Join(imageDir(g.Root, o.VM), string(d.Name)+".raw")})
@@ -174,11 +175,12 @@ func (v *VM) refreshOffer(ctx context.Context, o wire.Offer) (wire.OfferReply, e
 	if err := v.seedSizes(deltaDisks(o.Disks)); err != nil {
 		return wire.OfferReply{}, err
 	}
-	if string(r.Spec) == string(o.Spec) && r.Interval == o.Interval && r.Name == o.Name && r.AppEvery == o.AppEvery && slices.Equal(was, r.wholeNames()) {
+	if string(r.Spec) == string(o.Spec) && r.Name == o.Name && r.follows(o) && slices.Equal(was, r.wholeNames()) {
 		return wire.OfferReply{State: "exists"}, nil
 	}
 	if err := v.update(func(r *Record) error {
-		r.Spec, r.Interval, r.Name, r.AppEvery = o.Spec, o.Interval, o.Name, o.AppEvery // the retention is ours
+		r.Spec, r.Name = o.Spec, o.Name
+		r.follow(o)
 		return nil
 	}); err != nil {
 		return wire.OfferReply{}, err
@@ -259,6 +261,12 @@ func checkOffer(o wire.Offer) error {
 	}
 	if o.Generation.IsZero() {
 		return bad("no generation")
+	}
+	if o.Shutdown < 0 || o.Shutdown > maxShutdown {
+		return bad("shutdown time %s", o.Shutdown)
+	}
+	if o.OnSilent != "" && o.OnSilent != "hold" {
+		return bad("on-silent-peer %.32q", o.OnSilent)
 	}
 	if _, err := points.ParsePolicy(o.Retention); err != nil {
 		return bad("%v", err)

@@ -111,6 +111,8 @@ type guestHost struct {
 	*libvirttest.Fake
 	s *side
 
+	shutdown func(libvirt.ShutdownOptions) // told of each; set before
+
 	mu   sync.Mutex
 	disk *nbd.Client // guarded by mu; the running guest's
 	// alive is asked by the other host's guest when it starts, without mu: both
@@ -141,6 +143,9 @@ func (g *guestHost) Start(ctx context.Context, id string, o libvirt.StartOptions
 }
 
 func (g *guestHost) Shutdown(ctx context.Context, id string, o libvirt.ShutdownOptions) error {
+	if g.shutdown != nil {
+		g.shutdown(o)
+	}
 	if err := g.Fake.Shutdown(ctx, id, o); err != nil {
 		return err
 	}

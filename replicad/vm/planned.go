@@ -50,7 +50,7 @@ type PlannedOptions struct {
 	NoStart, NoReverse, ForceOff bool
 	// KeepPoints has the replica's recovery points copied before they end.
 	KeepPoints bool
-	Timeout    time.Duration // guest shutdown; 0 = 5 minutes
+	Timeout    time.Duration // guest shutdown; 0 = as the VM's settings say
 	Request    string
 }
 
@@ -79,7 +79,8 @@ func (v *VM) Planned(ctx context.Context, o PlannedOptions, event func(failover.
 		return fmt.Errorf("read the guest's state: %w", err)
 	}
 	if o.Timeout <= 0 {
-		o.Timeout = defaultShutdown
+		r := v.record()
+		o.Timeout = r.shutdown()
 	}
 	vars := &plannedVars{
 		Start: !o.NoStart && state != libvirt.StateOff, Reverse: !o.NoReverse, ForceOff: o.ForceOff,
@@ -152,7 +153,7 @@ func (v *VM) shutDown(ctx context.Context, p *plannedVars) (string, error) {
 		return "switched off: it did not shut down in " + p.Timeout.String(), v.deps.Hyper.Destroy(ctx, string(v.id), true)
 	}
 	if errors.Is(err, libvirt.ErrTimeout) {
-		return "", &wire.Error{Kind: wire.KindUnavailable, Text: fmt.Sprintf("the guest has not shut down within %s", p.Timeout), Hint: "shut it down from inside, or repeat with a longer --shutdown-timeout or with --force-off"}
+		return "", &wire.Error{Kind: wire.KindUnavailable, Text: fmt.Sprintf("the guest has not shut down within %s", p.Timeout), Hint: "shut it down from inside, or repeat with a longer --shutdown-timeout (lastingly: replicactl vm set --shutdown-time) or with --force-off"}
 	}
 	return "", err
 }

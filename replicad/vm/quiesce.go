@@ -165,14 +165,6 @@ func (v *VM) SetAppEvery(ctx context.Context, d time.Duration) error {
 	if s := v.session(); s != nil {
 		s.SetAppEvery(d)
 	}
-	ctx, cancel := context.WithTimeout(ctx, peerTimeout)
-	defer cancel()
-	p, err := v.peer()
-	if err == nil {
-		err = v.offer(ctx, p, "app-every")
-	}
-	if err != nil {
-		v.log.Info("the other host hears of the interval at the next handshake", "err", err)
-	}
+	v.tellSettings(ctx)
 	return nil
 }

@@ -45,8 +45,11 @@ type Record struct {
 	// StartAt is when the initial copy begins; zero = it may.
 	StartAt time.Time `json:"start_at,omitzero"`
 	// OnSilent is what happens after an unclean boot with a silent peer:
-	// "start" or "hold".
+	// "start" or "hold"; handed on when roles change.
 	OnSilent string `json:"on_silent_peer"`
+	// Shutdown is how long the guest may take to shut down in a planned failover
+	// that does not say, 0 = the default; handed on when roles change.
+	Shutdown time.Duration `json:"shutdown_ns,omitempty"`
 	// Verified and Scrub are the session's progress of the full comparison.
 	Verified bool           `json:"verified"`
 	Scrub    session.Cursor `json:"scrub"`

@@ -70,6 +70,7 @@ func (v *VM) startShipping() {
 	if v.ship == nil || v.ship.sess != nil || v.facts.hands.off {
 		return
 	}
+	r = v.rec // whoever changes a setting from here on finds the session
 	ctx, cancel := context.WithCancel(context.Background())
 	pass, differs := r.bounds()
 	sess := session.New(session.Config{
@@ -263,6 +264,7 @@ func (v *VM) offering(request string) wire.Offer {
 	return wire.Offer{
 		VM: r.VM, Name: r.Name, Spec: r.Spec, Disks: r.wireDisks(), Interval: r.Interval,
 		Retention: r.Retention, Points: v.retention().Count(), AppEvery: r.AppEvery,
+		OnSilent: r.silentWord(), Shutdown: r.Shutdown,
 		Generation: r.Lineage.Generation, Existing: r.Existing, Request: request,
 	}
 }

@@ -36,7 +36,7 @@ func (v *VM) Status(ctx context.Context, peerName string) status.VM {
 	r := v.record()
 	now := v.deps.Now()
 	out := status.VM{
-		Name: r.Name, ID: r.VM, Peer: r.Peer, Interval: r.Interval, Rate: r.Rate, AppEvery: r.AppEvery, Generation: r.Lineage.Generation.String()[:8],
+		Name: r.Name, ID: r.VM, Peer: r.Peer, Interval: r.Interval, Rate: r.Rate, AppEvery: r.AppEvery, OnSilent: r.OnSilent, Shutdown: r.shutdown(), Generation: r.Lineage.Generation.String()[:8],
 		RPO: -1, Pending: -1, Running: v.guestRuns(),
 	}
 	f := health.Facts{Name: r.Name, Interval: r.Interval, Since: r.Created, Running: out.Running}

@@ -56,6 +56,7 @@ type VM struct {
 	mounts  []*mounted // guarded by mu
 	frozen  time.Time  // guarded by mu; since when the guest may be frozen by us, zero = it is not
 	thawing bool       // guarded by mu; somebody thaws in the background
+	untold  int        // guarded by mu; settings the other host has not heard of, 0 = none
 
 	figures figures
 	band    Limiter // nil = nothing bounds what is sent

@@ -171,6 +171,10 @@ func (r Offer) Validate() error {
 		return invalid("description of %d bytes, at most %d", len(r.Spec), MaxSpec)
 	case r.Interval < 0 || r.Interval > MaxInterval:
 		return invalid("interval %v", r.Interval)
+	case r.OnSilent != "" && r.OnSilent != "hold":
+		return invalid("on-silent-peer %.32q", r.OnSilent)
+	case r.Shutdown < 0 || r.Shutdown > MaxInterval:
+		return invalid("shutdown time %v", r.Shutdown)
 	case r.AppEvery < 0 || r.AppEvery > MaxInterval:
 		return invalid("interval of application-consistent points %v", r.AppEvery)
 	case r.Points < 0 || r.Points > MaxPoints:
@@ -292,6 +296,9 @@ func checkSizes(by map[DiskName]int64) error {
 func (r FailoverRequest) Validate() error {
 	if err := firstError(checkReleased(r.Also), checkSizes(r.Sizes)); err != nil {
 		return err
+	}
+	if r.Timeout < 0 || r.Timeout > MaxInterval {
+		return invalid("the guest may take %v to shut down", r.Timeout)
 	}
 	return firstError(r.VM.check(), checkText("step", r.Step, 32),
 		checkText("request id", r.Request, MaxName), checkText("reason", r.Reason, MaxText))

@@ -153,6 +153,11 @@ type Offer struct {
 	Retention string `json:",omitempty"`
 	// AppEvery is the interval of application-consistent points, 0 = none.
 	AppEvery time.Duration `json:",omitempty"`
+	// OnSilent and Shutdown are settings that a failover goes on with: "" (start)
+	// or "hold" after an unclean boot with a silent peer, and how long the guest may
+	// take to shut down in a planned failover, 0 = the default.
+	OnSilent string        `json:",omitempty"`
+	Shutdown time.Duration `json:",omitempty"`
 	// Existing: the replica host's administrator has put images ready; they are
 	// compared instead of copied.
 	Existing bool `json:",omitempty"`
@@ -319,6 +324,9 @@ type FailoverRequest struct {
 	Force   bool
 	// KeepPoints copies the replica's recovery points before they end.
 	KeepPoints bool `json:",omitempty"`
+	// Timeout is how long the guest may take to shut down (step
+	// "request-planned"), 0 = as the VM's settings say.
+	Timeout time.Duration `json:",omitempty"`
 	// Also are ranges that the survivor will replace besides what the answering
 	// host changed by itself (step "release"): they are kept with the patch.
 	Also map[DiskName][]Range `json:",omitempty"`
