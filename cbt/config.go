@@ -141,6 +141,10 @@ type Start struct {
 	// Highest is an epoch number that is at least as high as any ever frozen in
 	// Generation; not 0 only when an earlier tracker of it was lost.
 	Highest uint64
+	// Again replaces a tracker of the same generation: what a Create that failed
+	// has left behind, with nothing written since. The caller must know that; a
+	// tracker that served would lose what it has marked.
+	Again bool
 }
 
 // Source says where a restart took the dirty set from, best first.

@@ -43,7 +43,7 @@ func Create(cfg Config, start Start) (*Group, error) {
 	if old, _, err := readSuper(cfg.FS); err == nil {
 		oldSet = &old.set
 		sb.seq = old.seq // ErrCorrupt and ErrNoTracker: begin at zero
-		if old.generation == start.Generation {
+		if old.generation == start.Generation && !start.Again {
 			return nil, fmt.Errorf("create tracker: generation %x exists already: %w", start.Generation[:4], ErrPosition)
 		}
 	}

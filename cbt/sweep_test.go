@@ -143,3 +143,55 @@ func TestOneFailingFileCallNeverFailsAGuestWrite(t *testing.T) {
 		}
 	}
 }
+
+// What a Create that failed has left behind, at whatever call, is replaced when
+// the caller says that it knows; the new tracker misses nothing. Without that
+// word a tracker of the same generation stays as it is.
+func TestACreateThatFailedIsMadeAgain(t *testing.T) {
+	probe := blocktest.NewHost()
+	w := newWorld(storySizes())
+	if err := w.create(probe); err != nil {
+		t.Fatal(err)
+	}
+	ops, _ := probe.Power.Counts()
+	cbt.Kill(w.g)
+	left := 0
+	for n := range ops {
+		h, w := blocktest.NewHost(), newWorld(storySizes())
+		h.Power.SetHook(func(op fsxtest.Op) error {
+			if op.Index == n && !strings.HasPrefix(op.Path, "disk:") {
+				return syscall.EIO
+			}
+			return nil
+		})
+		err := w.create(h)
+		h.Power.SetHook(nil)
+		if err == nil { // a call whose failure costs nothing
+			cbt.Kill(w.g)
+			continue
+		}
+		if err := w.create(h); errors.Is(err, cbt.ErrPosition) {
+			left++
+		} else if err != nil {
+			t.Fatalf("op %d, without a word: %v", n, err)
+		} else {
+			cbt.Kill(w.g)
+		}
+		w.again = true
+		if err := w.create(h); err != nil {
+			t.Fatalf("op %d, again: %v", n, err)
+		}
+		w.again = false
+		if err := errors.Join(w.fill("vda", 0, granule, 7), w.guestErr); err != nil {
+			t.Fatal(err)
+		}
+		cbt.Kill(w.g)
+		if err := w.judge(h, false); err != nil {
+			t.Fatalf("op %d: %v", n, err)
+		}
+	}
+	if left == 0 {
+		t.Error("no failed call has left a tracker behind")
+	}
+	t.Logf("%d operations, %d left what looks like a tracker", ops, left)
+}

@@ -25,6 +25,8 @@ var ctx = context.Background()
 // world is a primary with its guest, and the replica: an independent record of
 // what the tracker must never lose.
 type world struct {
+	again bool // create replaces what a failed one left
+
 	sizes map[string]int64
 	names []string
 	dir   string // shared memory, "" = none
@@ -99,7 +101,7 @@ func (w *world) config(h *blocktest.Host) cbt.Config {
 
 func (w *world) create(h *blocktest.Host) error {
 	w.h = h
-	g, err := cbt.Create(w.config(h), cbt.Start{Generation: gen1, Base: w.pos, Parent: w.pos, Dirty: cbt.DirtyNone})
+	g, err := cbt.Create(w.config(h), cbt.Start{Generation: gen1, Base: w.pos, Parent: w.pos, Dirty: cbt.DirtyNone, Again: w.again})
 	w.g = g
 	return err
 }

@@ -38,6 +38,11 @@ func (h *host) tend() error {
 			return err
 		}
 	}
+	if h.store != nil {
+		if _, err := h.store.Step(context.Background()); errors.Is(err, points.ErrFailed) {
+			_ = h.closeStore() // it failed, maybe under a plan: only opening it again helps
+		}
+	}
 	if j, err := failover.Load(h.m.FS, planFile); err != nil {
 		return err
 	} else if j != nil {
@@ -58,11 +63,6 @@ func (h *host) raise() error {
 	l := h.rec.Lineage
 	switch {
 	case l.State == lineage.Replica:
-		if h.store != nil {
-			if _, err := h.store.Step(context.Background()); errors.Is(err, points.ErrFailed) {
-				_ = h.closeStore() // it failed: only opening it again helps
-			}
-		}
 		if err := h.completeStore(); err != nil {
 			return err
 		}

@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"kvmreplica/internal/fsx/fsxtest"
 	"kvmreplica/replicad/lineage"
 )
 
@@ -305,4 +306,36 @@ func TestSweepAMessageReplayedInEveryStateChangesNothing(t *testing.T) {
 		}
 		return nil
 	})
+}
+
+// Every sync of a name in the tracker's directory fails once. After the one that
+// makes a new tracker's superblock last, what looks like a tracker is there, and
+// the plan that made it has to get through all the same.
+func TestATrackerWhoseNameWasNotSyncedIsMadeAgain(t *testing.T) {
+	for host := range 2 {
+		for n := 0; ; n++ {
+			seen := 0
+			_, err := tell(1, quiet, func(w *World) {
+				w.hosts[host].m.Power.SetHook(func(op fsxtest.Op) error {
+					if op.Kind != fsxtest.SyncDir || op.Path != "plane/tracker" {
+						return nil
+					}
+					if seen++; seen == n+1 {
+						return syscall.EIO
+					}
+					return nil
+				})
+			})
+			if err != nil && !errors.Is(err, errEnable) {
+				t.Errorf("host %d, sync %d: %v", host, n, err)
+			}
+			if seen <= n {
+				t.Logf("host %d: %d syncs", host, n)
+				if n < 3 {
+					t.Error("too few to show anything")
+				}
+				break
+			}
+		}
+	}
 }

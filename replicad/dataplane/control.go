@@ -100,6 +100,8 @@ func (p *Plane) createTracker(ctx context.Context, r CreateRequest) error {
 	if len(r.Parents) > 0 {
 		start.Parent = cbtPos(r.Parents[0])
 	}
+	start.Again = p.halfMade == r.Generation // a failed sync may leave what looks whole
+	p.halfMade = r.Generation
 	g, err := cbt.Create(c, start)
 	if err != nil {
 		return err
@@ -111,6 +113,7 @@ func (p *Plane) createTracker(ctx context.Context, r CreateRequest) error {
 	if err != nil {
 		return errors.Join(err, g.Close(ctx))
 	}
+	p.halfMade = delta.Generation{}
 	p.group.Store(g)
 	p.lost.Store(nil)
 	p.report.Store(&cbt.OpenReport{})

@@ -47,7 +47,11 @@ type Plane struct {
 	server  *nbd.Server
 	parts   Parts
 
-	group  atomic.Pointer[cbt.Group]
+	group atomic.Pointer[cbt.Group]
+	// halfMade is the generation whose tracker could not be made; no export has
+	// been open since. Guarded by epochMu.
+	halfMade delta.Generation
+
 	lost   atomic.Pointer[string] // why an existing tracker cannot be read
 	report atomic.Pointer[cbt.OpenReport]
 	held   atomic.Pointer[frozen]
