@@ -2,7 +2,6 @@ package replicad
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"time"
 
@@ -196,21 +195,16 @@ func (d *Daemon) plannedElsewhere(ctx context.Context, v *vm.VM, a api.Action, r
 		return err
 	}
 	note(emit, "Asking the primary %s:", name)
-	reply, err := c.Failover(ctx, wire.FailoverRequest{
+	reply, err := (&asking{
+		c: c, served: v.Serves, name: name, vm: a.VM, pause: askAgain, patience: askPatience, note: func(text string) { note(emit, "%s", text) },
+	}).planned(ctx, d.hello(), wire.FailoverRequest{
 		VM: v.ID(), Step: "request-planned", Request: request, Start: !a.NoStart, Reverse: !a.NoReverse, Force: a.Force, KeepPoints: a.KeepPoints, Timeout: a.Timeout, Reason: a.Reason,
 	})
-	var w *wire.Error
-	if errors.As(err, &w) && w.Kind == wire.KindUnavailable {
-		return &wire.Error{Kind: w.Kind, Text: "the primary " + name + " cannot be asked: " + w.Text, Hint: "replicactl peer test " + name + "; when it is dead: replicactl failover unplanned " + a.VM}
+	for i := range reply.Steps { // also those of a refusal
+		emit(api.Event{Step: &reply.Steps[i]})
 	}
 	if err != nil {
 		return err
-	}
-	for i := range reply.Steps {
-		emit(api.Event{Step: &reply.Steps[i]})
-	}
-	if reply.State != "accepted" {
-		return &wire.Error{Kind: wire.KindRefused, Text: name + ": " + reply.Detail, Hint: "replicactl vm status " + a.VM}
 	}
 	return d.result(ctx, v, emit)
 }

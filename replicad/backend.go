@@ -78,7 +78,7 @@ func (d *Daemon) Peers(ctx context.Context) ([]status.Peer, error) {
 		p := status.Peer{Host: r.Host, Name: r.Name, Address: r.Address, MaySend: r.Allow.MaySend, MayAsk: r.Allow.MayRequestReverse, Bandwidth: r.Allow.Bandwidth, Root: r.Allow.StorageRoot}
 		hctx, cancel := context.WithTimeout(ctx, helloWithin)
 		if c, err := d.client(r.Host); err == nil {
-			_, err = c.Hello(hctx, wire.HelloRequest{Min: wire.ProtocolMin, Max: wire.ProtocolMax, Host: d.id.Host(), Name: d.name, Version: version.String(), Now: time.Now()})
+			_, err = c.Hello(hctx, d.hello())
 			p.Reachable = err == nil
 		}
 		cancel()
@@ -206,6 +206,7 @@ func (d *Daemon) Doctor(ctx context.Context) ([]wire.Check, error) {
 		}
 		add("The "+e.What, r, e.Hint, fmt.Sprintf("ends on %s, in %d days", e.Ends.Format(time.DateOnly), e.Days))
 	}
+	out = append(out, d.accessChecks()...)
 	for dir, err := range d.vms.Broken() {
 		add("State of "+dir, wire.Failed, "replicafsck check "+d.cfg.StateDir, err.Error())
 	}
@@ -224,7 +225,8 @@ func newRequest() string {
 // Act runs one action; every event goes to emit.
 func (d *Daemon) Act(ctx context.Context, a api.Action, emit func(api.Event)) error {
 	request := newRequest()
-	d.log.Info("action", "verb", string(a.Verb), "vm", a.VM, "peer", a.Peer, "request", request, "dry_run", a.DryRun, "force", a.Force, "reason", a.Reason)
+	who := api.CallerOf(ctx).String()
+	d.log.Info("action", "verb", string(a.Verb), "by", who, "vm", a.VM, "peer", a.Peer, "request", request, "dry_run", a.DryRun, "force", a.Force, "reason", a.Reason)
 	step := func(e failover.Event) {
 		s := e.Step
 		emit(api.Event{Step: &s, Undo: e.Undo})
@@ -239,11 +241,17 @@ func (d *Daemon) Act(ctx context.Context, a api.Action, emit func(api.Event)) er
 		err = d.reload(emit)
 	case api.VMEnable:
 		err = d.enable(ctx, a, request, step, emit)
+		if v, missing := d.vms.Lookup(a.VM); missing == nil && !a.DryRun { // there is none before
+			v.Asked(request, who, string(a.Verb), a.Reason)
+		}
 	case api.VMExport, api.VMImport:
 		err = d.media(ctx, a, emit)
 	default:
 		var v *vm.VM
 		if v, err = d.vms.Lookup(a.VM); err == nil {
+			if !a.DryRun && api.Needs(a) > api.Monitor {
+				v.Asked(request, who, string(a.Verb), a.Reason)
+			}
 			err = d.actOn(ctx, v, a, request, step, emit)
 		}
 	}

@@ -208,7 +208,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	local := api.NewServer(d, d.log)
+	local := api.NewServer(d, d.roleOf, d.log)
 	g, ctx := errgroup.WithContext(ctx)
 	if err := d.startPeers(ctx, g); err != nil {
 		return errors.Join(err, control.Close())
@@ -291,7 +291,7 @@ func (d *Daemon) listenControl() (net.Listener, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open the control socket: %w", err)
 	}
-	if err := os.Chmod(path, 0o600); err != nil {
+	if err := d.openSocket(); err != nil {
 		return nil, errors.Join(err, l.Close())
 	}
 	return l, nil

@@ -3,6 +3,7 @@ package replicad
 import (
 	"fmt"
 	"log/slog"
+	"slices"
 	"strings"
 	"time"
 
@@ -55,6 +56,11 @@ func (d *Daemon) Reload() ([]string, error) {
 		d.level.Set(now.LogLevel)
 	}
 	d.setBandwidth(time.Now())
+	if slices.Contains(taken, "access") {
+		if err := d.openSocket(); err != nil {
+			return taken, err
+		}
+	}
 	d.log.Info("the configuration was read again", "file", d.file, "taken over", strings.Join(taken, " "), "wait for a restart", strings.Join(left, " "))
 	if len(left) > 0 {
 		text := fmt.Sprintf("changed in %s, and only a restart takes it over: %s", d.file, strings.Join(left, ", "))

@@ -196,7 +196,7 @@ func newReload(a *app) *cobra.Command {
 	return &cobra.Command{
 		Use: "reload", Short: "Have the daemon read its configuration again", Args: cobra.NoArgs,
 		Long: `Have the daemon read its configuration again, as systemctl reload replicad does. What a running daemon can take over
-counts at once: bandwidth, network, log_level, receiving, storage_roots, advertise, on_silent_peer. Other keys that
+counts at once: bandwidth, network, log_level, receiving, storage_roots, advertise, on_silent_peer, access. Other keys that
 changed are named and take a restart. A bad file changes nothing.` + exitHelp,
 		RunE: func(cmd *cobra.Command, _ []string) error { return a.act(cmd.Context(), api.Action{Verb: api.Reload}) },
 	}

@@ -15,8 +15,6 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"kvmreplica/replicad/wire"
 )
 
@@ -30,15 +28,17 @@ const (
 
 // Server serves Backend. The zero value is not usable; see NewServer.
 type Server struct {
-	back Backend
-	log  *slog.Logger
-	http *http.Server
-	runs sync.WaitGroup // actions under way
+	back  Backend
+	roles func(Caller) Role
+	log   *slog.Logger
+	http  *http.Server
+	runs  sync.WaitGroup // actions under way
 }
 
-// NewServer returns a server for back.
-func NewServer(back Backend, log *slog.Logger) *Server {
-	s := &Server{back: back, log: log}
+// NewServer returns a server for back. roles says what a caller may do; it is
+// asked for every connection and request, and must be quick.
+func NewServer(back Backend, roles func(Caller) Role, log *slog.Logger) *Server {
+	s := &Server{back: back, roles: roles, log: log}
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /v1/host", reply(func(r *http.Request) (any, error) { return back.Host(r.Context()) }))
 	mux.HandleFunc("GET /v1/vms", reply(func(r *http.Request) (any, error) { return back.VMs(r.Context()) }))
@@ -52,8 +52,8 @@ func NewServer(back Backend, log *slog.Logger) *Server {
 	}))
 	mux.HandleFunc("GET /v1/peers", reply(func(r *http.Request) (any, error) { return back.Peers(r.Context()) }))
 	mux.HandleFunc("GET /v1/doctor", reply(func(r *http.Request) (any, error) { return back.Doctor(r.Context()) }))
-	mux.HandleFunc("GET /v1/stacks", reply(stacks))
-	mux.HandleFunc("DELETE /v1/peers/{name}", reply(func(r *http.Request) (any, error) {
+	mux.HandleFunc("GET /v1/stacks", replyTo(Operator, stacks))
+	mux.HandleFunc("DELETE /v1/peers/{name}", replyTo(Admin, func(r *http.Request) (any, error) {
 		return struct{}{}, back.RemovePeer(r.Context(), r.PathValue("name"))
 	}))
 	mux.HandleFunc("POST /v1/peers/invite", with(back.Invite))
@@ -62,13 +62,13 @@ func NewServer(back Backend, log *slog.Logger) *Server {
 		return struct{}{}, back.Allow(ctx, r)
 	}))
 	mux.HandleFunc("POST /v1/actions", s.act)
-	s.http = &http.Server{Handler: mux, ReadHeaderTimeout: headerTimeout, IdleTimeout: idleTimeout, ConnContext: credentials}
+	s.http = &http.Server{Handler: mux, ReadHeaderTimeout: headerTimeout, IdleTimeout: idleTimeout, ConnContext: asCaller}
 	return s
 }
 
 // Serve answers on l until Shutdown. It owns l.
 func (s *Server) Serve(l net.Listener) error {
-	if err := s.http.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+	if err := s.http.Serve(&gate{Listener: l, roles: s.roles, users: map[int]int{}}); !errors.Is(err, http.ErrServerClosed) {
 		return fmt.Errorf("serve the control socket: %w", err)
 	}
 	return nil
@@ -82,34 +82,12 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	return err
 }
 
-type uidKey struct{}
+// reply answers whoever may look.
+func reply(f func(*http.Request) (any, error)) http.HandlerFunc { return replyTo(Monitor, f) }
 
-// credentials remembers the caller's uid; the socket's mode is the first
-// barrier, this is the second.
-func credentials(ctx context.Context, c net.Conn) context.Context {
-	uid := -1
-	if u, ok := c.(*net.UnixConn); ok {
-		if raw, err := u.SyscallConn(); err == nil {
-			_ = raw.Control(func(fd uintptr) {
-				if cr, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); err == nil {
-					uid = int(cr.Uid)
-				}
-			})
-		}
-	}
-	return context.WithValue(ctx, uidKey{}, uid)
-}
-
-func authorised(r *http.Request) error {
-	if uid, _ := r.Context().Value(uidKey{}).(int); uid != 0 {
-		return &wire.Error{Kind: wire.KindRefused, Text: "only root may control the daemon", Hint: "run the command as root"}
-	}
-	return nil
-}
-
-func reply(f func(*http.Request) (any, error)) http.HandlerFunc {
+func replyTo(need Role, f func(*http.Request) (any, error)) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
-		if err := authorised(r); err != nil {
+		if err := allow(w, r, need); err != nil {
 			fail(w, err)
 			return
 		}
@@ -132,8 +110,9 @@ func stacks(*http.Request) (any, error) {
 	return Text{Text: b.String()}, nil
 }
 
+// with answers an administrator's request.
 func with[Q, A any](f func(context.Context, Q) (A, error)) http.HandlerFunc {
-	return reply(func(r *http.Request) (any, error) {
+	return replyTo(Admin, func(r *http.Request) (any, error) {
 		var q Q
 		if err := decode(r.Body, &q); err != nil {
 			return nil, err
@@ -155,9 +134,12 @@ func decode(body io.Reader, v any) error {
 // a closed terminal must not tear a plan apart.
 func (s *Server) act(w http.ResponseWriter, r *http.Request) {
 	var a Action
-	err := authorised(r)
+	err := allow(w, r, Monitor)
 	if err == nil {
 		err = decode(r.Body, &a)
+	}
+	if err == nil {
+		err = allow(w, r, Needs(a))
 	}
 	if err != nil {
 		fail(w, err)

@@ -18,7 +18,7 @@ var keys = map[string]Change{
 	"LibvirtSocket": {Key: "libvirt_socket"}, "LogLevel": {"log_level", true}, "LogFormat": {Key: "log_format"},
 	"OnSilentPeer": {"on_silent_peer", true}, "SilentPeerAfter": {Key: "silent_peer_after"}, "ShippingSlots": {Key: "shipping_slots"},
 	"AnyClient": {Key: "any_client"}, "StatisticsStart": {Key: "statistics.start"}, "StatisticsWindow": {Key: "statistics.window"},
-	"TLS": {Key: "tls"}, "Limits": {Key: "limits"}, "Domain": {Key: "domain"}, "Bandwidth": {"bandwidth", true}, "Tests": {Key: "test"},
+	"TLS": {Key: "tls"}, "Access": {"access", true}, "Limits": {Key: "limits"}, "Domain": {Key: "domain"}, "Bandwidth": {"bandwidth", true}, "Tests": {Key: "test"},
 	"Networks": {"network", true}, "Drills": {Key: "drill"},
 }
 

@@ -72,6 +72,7 @@ type Config struct {
 	StatisticsStart, StatisticsWindow time.Duration
 
 	TLS    TLS
+	Access Access
 	Limits Limits
 	Domain
 	// Bandwidth is the weekly schedule for what is sent to peers; the last
@@ -88,6 +89,16 @@ type TLS struct {
 	Key  string // private key, PEM
 	CA   string // authorities, PEM
 }
+
+// Access names who besides root may use the control socket: groups of this host,
+// by name or number.
+type Access struct {
+	Operators []string // may run failovers, tests and the day's work
+	Monitors  []string // may look
+}
+
+// Any says whether anybody but root may.
+func (a Access) Any() bool { return len(a.Operators)+len(a.Monitors) > 0 }
 
 // Limits bound what the daemon holds and uses.
 type Limits struct {

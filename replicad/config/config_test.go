@@ -52,6 +52,7 @@ func TestTheExampleShowsEveryKeyWithItsDefault(t *testing.T) {
 	}
 	want := Default()
 	want.TLS = TLS{Cert: "/etc/replicad/host.crt", Key: "/etc/replicad/host.key", CA: "/etc/replicad/ca.crt"}
+	want.Access = Access{Operators: []string{"kvm-operators"}, Monitors: []string{"kvm-monitors"}}
 	want.Bandwidth = []Window{{Days: dayNames("workdays"), From: 8 * time.Hour, To: 18 * time.Hour, Rate: 20e6}}
 	want.Kernels = map[string]Kernel{"example": {Kernel: "/boot/vmlinuz", Initrd: "/boot/initrd.img"}}
 	want.Networks = []NetworkMap{{From: "default", To: "default"}}

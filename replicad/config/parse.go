@@ -31,6 +31,7 @@ type file struct {
 	ShippingSlots   *int          `toml:"shipping_slots"`
 	AnyClient       *bool         `toml:"any_client"`
 	TLS             fileTLS       `toml:"tls"`
+	Access          fileAccess    `toml:"access"`
 	Statistics      fileStats     `toml:"statistics"`
 	Limits          fileLimits    `toml:"limits"`
 	Domain          fileDomain    `toml:"domain"`
@@ -38,6 +39,11 @@ type file struct {
 	Test            fileTests     `toml:"test"`
 	Network         []fileNetwork `toml:"network"`
 	Drill           []fileDrill   `toml:"drill"`
+}
+
+type fileAccess struct {
+	Operators *[]string `toml:"operators"`
+	Monitors  *[]string `toml:"monitors"`
 }
 
 type fileStats struct {
@@ -166,6 +172,8 @@ func (p *parser) top(c *Config, f file) {
 	take(&c.TLS.Cert, f.TLS.Cert)
 	take(&c.TLS.Key, f.TLS.Key)
 	take(&c.TLS.CA, f.TLS.CA)
+	take(&c.Access.Operators, f.Access.Operators)
+	take(&c.Access.Monitors, f.Access.Monitors)
 	if s := f.Statistics.Start; s != nil {
 		var ok bool
 		if c.StatisticsStart, ok = clock(*s, 0); !ok {

@@ -74,6 +74,7 @@ func (c Config) complaints(say func(key, format string, args ...any)) {
 			say(key, "%.64q is not an absolute path", file)
 		}
 	}
+	c.complainAccess(say)
 	c.Domain.complaints(say)
 	c.complainTests(say)
 	c.complainNumbers(say)
@@ -136,4 +137,28 @@ func isAddress(a string) bool {
 	}
 	n, err := strconv.Atoi(port)
 	return err == nil && n >= 1 && n <= 65535
+}
+
+// maxGroups bounds a list of [access].
+const maxGroups = 64
+
+func (c Config) complainAccess(say func(string, string, ...any)) {
+	seen := map[string]bool{}
+	for _, l := range []struct {
+		key    string
+		groups []string
+	}{{"access.operators", c.Access.Operators}, {"access.monitors", c.Access.Monitors}} {
+		if len(l.groups) > maxGroups {
+			say(l.key, "%d groups; at most %d", len(l.groups), maxGroups)
+		}
+		for _, g := range l.groups {
+			switch {
+			case g == "" || len(g) > 255 || strings.ContainsFunc(g, func(r rune) bool { return !unicode.IsPrint(r) || unicode.IsSpace(r) || r == ':' || r == ',' }):
+				say(l.key, "%.64q is not a group's name or number", g)
+			case seen[g]:
+				say(l.key, "%s is named twice", g)
+			}
+			seen[g] = true
+		}
+	}
 }

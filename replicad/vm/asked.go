@@ -8,12 +8,31 @@ import (
 	"kvmreplica/replicad/wire"
 )
 
+// AskedWithin is how long a request for a planned failover counts, by the clock
+// of the host that is asked.
+const AskedWithin = 30 * time.Second
+
+// errExpired is what a late request is refused with.
+func errExpired(name string) error {
+	return &wire.Error{
+		Kind: wire.KindConflict, Text: "the request for a planned failover of " + name + " has expired and is not begun; whether it ran before this daemon's start is not known here",
+		Hint: "replicactl vm status " + name + "; replicactl failover log " + name + "; then ask again",
+	}
+}
+
 // plannedAsked runs a planned failover because the replica's operator asked. A
-// repeated request waits for the end of the first and has its answer.
+// repeated request waits for the end of the first and has its answer; one that
+// arrives late is not begun: who asked has given up by then.
 func (v *VM) plannedAsked(ctx context.Context, q wire.FailoverRequest) (wire.FailoverReply, error) {
 	v.mu.Lock()
 	a := v.asked
 	again := a != nil && a.request == q.Request
+	if now := v.deps.Now(); !again && (!now.Before(q.Before) || q.Before.Sub(now) > 2*AskedWithin) {
+		name := v.rec.Name
+		v.mu.Unlock()
+		v.audit(q.Request, "host "+v.mgr.peerName(v.record().Peer), "planned failover asked for", "expired, not begun")
+		return wire.FailoverReply{}, errExpired(name)
+	}
 	if !again {
 		a = &answered{request: q.Request, done: make(chan struct{})}
 		v.asked = a
@@ -45,6 +64,7 @@ func (v *VM) runAsked(q wire.FailoverRequest) wire.FailoverReply {
 	refused := func(steps []wire.Step, why string) wire.FailoverReply {
 		return wire.FailoverReply{State: stateRefused, Detail: why, Steps: steps}
 	}
+	v.audit(q.Request, "host "+v.mgr.peerName(v.record().Peer), "planned failover asked for", q.Reason)
 	checks, err := v.PlanPlanned(ctx, !q.Reverse, q.KeepPoints)
 	if err != nil {
 		return refused(nil, err.Error())

@@ -88,6 +88,12 @@ func (m *Manager) appendAudit(e AuditEntry) error {
 	return m.fsys.SyncDir(".")
 }
 
+// Asked records who asked this host for what, and why: the plan and the roles
+// that follow stand under the same id, here and on the other host.
+func (v *VM) Asked(request, who, what, reason string) {
+	v.audit(request, who, what, reason)
+}
+
 // who stands behind a plan.
 func (v *VM) who(j failover.Journal, continued bool) string {
 	switch {

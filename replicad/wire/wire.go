@@ -327,6 +327,9 @@ type FailoverRequest struct {
 	// Timeout is how long the guest may take to shut down (step
 	// "request-planned"), 0 = as the VM's settings say.
 	Timeout time.Duration `json:",omitempty"`
+	// Before (step "request-planned") is when the request has expired, by the
+	// answering host's clock: one that was held up is not begun then.
+	Before time.Time `json:",omitzero"`
 	// Also are ranges that the survivor will replace besides what the answering
 	// host changed by itself (step "release"): they are kept with the patch.
 	Also map[DiskName][]Range `json:",omitempty"`
