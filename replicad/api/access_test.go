@@ -289,7 +289,7 @@ func TestEveryVerbHasARole(t *testing.T) {
 		Operator: `vm-pause vm-resume vm-sync vm-resync vm-limit vm-start vm-upgrade vm-stats-reset failover-planned failover-unplanned
 			failover-reverse failover-commit failover-cancel failover-resume failover-take-back peer-test point-pin point-app
 			failover-test failover-test-stop drill`,
-		Admin: `vm-enable vm-disable vm-resize vm-add-disk vm-remove-disk vm-export vm-import point-mount point-unmount point-export
+		Admin: `vm-enable vm-set vm-disable vm-resize vm-add-disk vm-remove-disk vm-export vm-import point-mount point-unmount point-export
 			point-unpin point-keep failover-patch-export failover-patch-delete failover-patch-mount peer-address reload`,
 	}
 	want := map[Verb]Role{}
