@@ -48,6 +48,7 @@ type message struct {
 	Disk     wire.DiskName     `json:"disk,omitempty"`
 	File     *block.Handed     `json:"file,omitempty"`
 	Upstream *nbd.HandedClient `json:"upstream,omitempty"`
+	Late     *lateness         `json:"late,omitempty"`
 	// conn
 	Conn *nbd.Handed `json:"conn,omitempty"`
 	// error

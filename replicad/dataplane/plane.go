@@ -164,6 +164,7 @@ func (p *Plane) Serve(ctx context.Context, guests, control net.Listener) error {
 	for _, i := range p.images {
 		if i.upstream != nil {
 			wg.Go(func() { p.distrust(ctx, i) })
+			wg.Go(func() { p.remark(ctx, i) })
 		}
 	}
 	p.log.Info("serving", "instance", p.instance, "tracker", p.group.Load() != nil)

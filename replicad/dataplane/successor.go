@@ -201,6 +201,7 @@ func (h *heir) image(m message, fd int) error {
 		if err != nil {
 			return fmt.Errorf("disk %s: %w", m.Disk, err)
 		}
+		u.late.adopt(m.Late)
 		img.dev, img.upstream = u, u
 	default:
 		return fmt.Errorf("disk %s is of kind %s, something else was handed over", m.Disk, img.cfg.Kind)

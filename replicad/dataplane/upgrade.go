@@ -281,7 +281,7 @@ func (i *image) handOver(ctx context.Context, l *link) (back func(), err error) 
 		if err != nil {
 			return nil, err
 		}
-		m.Upstream = &h
+		m.Upstream, m.Late = &h, i.upstream.late.handed()
 		err = c.Control(func(fd uintptr) { serr = l.send(m, int(fd)) })
 		if err = errors.Join(err, serr); err != nil {
 			back()

@@ -31,8 +31,10 @@ type upstream struct {
 	lost chan string
 	// unmarked: a loss was not followed by marking everything yet.
 	unmarked atomic.Bool
-	ctx      context.Context // ends with Close
-	stop     context.CancelFunc
+	// late is what lost connections may still do.
+	late *late
+	ctx  context.Context // ends with Close
+	stop context.CancelFunc
 
 	mu sync.Mutex  // held while dialling: everybody waits for the same
 	c  *nbd.Client // guarded by mu
@@ -49,7 +51,7 @@ func dialUpstream(ctx context.Context, uri string, opts nbd.ClientOptions) (*ups
 }
 
 func newUpstream(uri string, opts nbd.ClientOptions, c *nbd.Client) *upstream {
-	u := &upstream{uri: uri, opts: opts, size: c.Size(), lost: make(chan string, 1), c: c}
+	u := &upstream{uri: uri, opts: opts, size: c.Size(), lost: make(chan string, 1), late: newLate(), c: c}
 	u.ctx, u.stop = context.WithCancel(context.Background())
 	return u
 }
@@ -132,6 +134,7 @@ func (u *upstream) drop(c *nbd.Client) {
 	}
 	_ = c.Close()
 	u.c = nil
+	u.late.lost()
 	u.unmarked.Store(true)
 	select {
 	case u.lost <- "the connection to " + u.uri + " was lost; what it had not made durable may be gone":
@@ -147,12 +150,14 @@ func (u *upstream) ReadAt(p []byte, off int64) (n int, err error) {
 
 // WriteAt implements block.Device.
 func (u *upstream) WriteAt(p []byte, off int64) (n int, err error) {
+	defer u.late.begin(off, int64(len(p)))()
 	err = u.do(func(c *nbd.Client) (err error) { n, err = c.WriteAt(p, off); return err })
 	return n, err
 }
 
 // ZeroAt implements block.Device.
 func (u *upstream) ZeroAt(off, n int64, punch bool) error {
+	defer u.late.begin(off, n)()
 	return u.do(func(c *nbd.Client) error { return c.ZeroAt(off, n, punch) })
 }
 
