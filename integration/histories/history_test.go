@@ -21,7 +21,7 @@ type history struct {
 	r     *rand.Rand
 	began time.Time
 	done  map[string]int
-	cut   bool // the link is cut
+	cut   atomic.Bool // the link is cut
 	// copies says which hosts have a kept copy of an earlier state.
 	copies map[string]bool
 	pins   map[string]pin    // a pinned point of a host
@@ -237,6 +237,9 @@ const (
 // ctl is a person's command; it gets some seconds. What it says belongs to the
 // story.
 func (h *history) ctl(ctx context.Context, k *host, limit time.Duration, args ...string) (code int, out string) {
+	if h.cut.Load() {
+		limit = min(limit, patienceCut)
+	}
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	began := time.Now()

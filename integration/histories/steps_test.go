@@ -15,8 +15,12 @@ import (
 	"kvmreplica/replicad/wire"
 )
 
-// patience is how long a person waits for a command before he breaks it off.
-const patience = 15 * time.Second
+// patience is how long a person waits for a command before he breaks it off,
+// patienceCut while he knows that the link is cut.
+const (
+	patience    = 15 * time.Second
+	patienceCut = 4 * time.Second
+)
 
 // pin is a pinned recovery point and what a copy started from it must show.
 type pin struct {
@@ -130,7 +134,7 @@ func (h *history) step(ctx context.Context) error {
 	case 8:
 		return h.crash(ctx, k, h.r.IntN(2) == 0)
 	case 9:
-		return h.link(h.cut)
+		return h.link(h.cut.Load())
 	case 10, 11, 12:
 		return h.meanwhile(ctx, k, func() { h.planned(ctx, h.primary(ctx)) })
 	case 13, 14, 15, 16:
@@ -203,7 +207,7 @@ func (h *history) meanwhile(ctx context.Context, k *host, act func()) error {
 		case 2:
 			err = h.crash(ctx, k, true)
 		default:
-			err = h.link(h.cut)
+			err = h.link(h.cut.Load())
 		}
 	}
 	<-done
@@ -248,7 +252,7 @@ func (h *history) crash(ctx context.Context, k *host, again bool) error {
 func (h *history) reboot(ctx context.Context, k *host) error {
 	h.note("%s: boots", k.Name())
 	err := h.boot(ctx, k)
-	if err == nil && h.cut {
+	if err == nil && h.cut.Load() {
 		err = h.hosts["A"].Link(false)
 	}
 	h.talked = time.Now()
@@ -258,7 +262,8 @@ func (h *history) reboot(ctx context.Context, k *host) error {
 func (h *history) link(up bool) error {
 	h.count(map[bool]string{true: "link joined", false: "link cut"}[up])
 	h.note("link up %t", up)
-	h.cut, h.talked = !up, time.Now()
+	h.cut.Store(!up)
+	h.talked = time.Now()
 	if !h.hosts["A"].Up() {
 		return nil // it comes up with the cable as it is
 	}
