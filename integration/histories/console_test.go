@@ -17,7 +17,7 @@ type console struct {
 	rest []byte         // of a line that is not complete
 	scan map[int]record // nil outside of a boot
 	life uint32         // that runs, or ran last
-	fail int            // errors that its guests were answered
+	fail bool           // its guest was answered with an error
 }
 
 // boot is a guest that has looked at its disk.
@@ -111,7 +111,7 @@ func (c *console) line(b *book, line string) (*boot, error) {
 		}
 		l.high = n
 	case 'E':
-		c.fail++
+		c.fail = true
 	case 'P':
 		c.end(b)
 	}

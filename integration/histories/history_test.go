@@ -155,6 +155,13 @@ func (h *history) look() {
 		h.judge(b, tip)
 	}
 	for i, c := range h.consoles {
+		if c.fail {
+			c.fail = false
+			h.says("the guest on %s is answered with an I/O error", c.host)
+			if h.counts("I/O error"); !h.forced.Load() {
+				h.violates("the guest on %s was answered with an I/O error, and nobody forced anything", c.host)
+			}
+		}
 		if c.life == was[i] && !up[c.host] {
 			c.end(h.book)
 		}
@@ -264,8 +271,11 @@ func (h *history) ctl(ctx context.Context, k *host, limit time.Duration, args ..
 func (h *history) count(what string) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.done[what]++
+	h.counts(what)
 }
+
+// counts is count for whoever has mu.
+func (h *history) counts(what string) { h.done[what]++ }
 
 // wait waits until ok, or for a while.
 func wait(ctx context.Context, limit time.Duration, ok func() bool) bool {
