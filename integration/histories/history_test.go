@@ -229,6 +229,18 @@ func (h *history) holding(k *host) state {
 	return h.holds[k.Name()]
 }
 
+// knows is exactly what a host holds, if its guest has said so since it started.
+func (h *history) knows(k *host) (state, bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, c := range h.consoles {
+		if l := h.book.lives[c.life]; c.host == k.Name() && l != nil && !l.over && c.scan == nil {
+			return h.book.now(c.life), true
+		}
+	}
+	return state{}, false
+}
+
 func (h *history) hasNow(k *host, s state) {
 	h.mu.Lock()
 	defer h.mu.Unlock()

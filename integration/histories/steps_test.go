@@ -245,8 +245,8 @@ func (h *history) pin(ctx context.Context) {
 	defer func() { _, _ = p.Virsh(ctx, "resume", h.name) }()
 	wait(ctx, 200*time.Millisecond, func() bool { return false }) // what was being answered is said
 	h.look()
-	before := h.holding(p)
-	if !h.sync(ctx, p) {
+	before, known := h.knows(p)
+	if !known || !h.sync(ctx, p) {
 		return
 	}
 	if h.look(); h.holding(p) != before {
