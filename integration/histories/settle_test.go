@@ -132,6 +132,11 @@ func (h *history) operate(ctx context.Context, a, b status.VM) {
 			continue
 		}
 		if v.Plan.Interrupted && h.tried%3 == 0 { // it goes on by itself; a person helps
+			o := map[*host]status.VM{ka: b, kb: a}[k]
+			if h.tried > 9 && o.State == status.Diverged && o.Plan == nil && owns(o) {
+				h.reverse(ctx, k.other) // the side that can
+				return
+			}
 			verb := "resume"
 			if h.tried%2 == 0 && !v.Plan.Committed {
 				verb = "take-back"

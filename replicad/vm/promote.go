@@ -175,6 +175,8 @@ func (v *VM) canPromote(at delta.Pos) string {
 	switch {
 	case err != nil:
 		return err.Error()
+	case st.State == points.Suspect:
+		return fmt.Sprintf("%v; when what was changed counts for nothing, on this host: replicactl vm resync %s", points.ErrSuspect, r.Name)
 	case st.Committed.IsZero() || r.Incomplete:
 		return "the replica holds no complete copy"
 	case !at.IsZero() && st.Committed != at:
@@ -249,6 +251,16 @@ func (v *VM) completeAt(ctx context.Context, p *promoteVars) (string, error) {
 	}
 	if p.Overlay != nil {
 		return v.makeOverlay(p)
+	}
+	// What keeps the store from being sealed must not be met behind the point of
+	// no return.
+	switch st, err := v.storeStatus(); {
+	case err != nil:
+		return "", err
+	case st.State == points.Suspect:
+		return "", points.ErrSuspect
+	case st.State == points.Damaged:
+		return "", fmt.Errorf("%w: %w", points.ErrDamaged, errors.Join(st.Damage...))
 	}
 	return v.completeCopy(ctx)
 }

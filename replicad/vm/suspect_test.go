@@ -10,6 +10,7 @@ import (
 	"strings"
 	"testing"
 
+	"kvmreplica/replicad/lineage"
 	"kvmreplica/replicad/status"
 	"kvmreplica/replicad/wire"
 )
@@ -55,6 +56,54 @@ func TestTheRemedyOfASuspectReplicaBringsItBack(t *testing.T) {
 		}
 		return nil
 	})
+}
+
+// A suspect replica is not failed over to: the refusal comes before the role
+// changes, whatever way the failover goes, and names what ends the suspicion;
+// after that it works.
+func TestASuspectReplicaIsNotFailedOverTo(t *testing.T) {
+	for _, inPlace := range []bool{true, false} {
+		t.Run(fmt.Sprintf("in place %t", inPlace), func(t *testing.T) {
+			t.Parallel()
+			w := newPair(t)
+			w.protect()
+			w.rest()
+			path := w.b.vm().record().Disks[0].Path
+			w.a.silent.Store(true) // nothing more comes: there is nothing left to apply, which would fail early
+			w.until("everything to be applied", func() error {
+				if st, err := w.b.vm().storeStatus(); err != nil || st.Backlog > 0 {
+					return fmt.Errorf("%d epochs: %v", st.Backlog, err)
+				}
+				return nil
+			})
+			w.b.kill()
+			old, err := os.ReadFile(path)
+			must(t, err)
+			must(t, os.WriteFile(path+".new", old, 0o600))
+			must(t, os.Rename(path+".new", path))
+			w.b.start()
+			w.until("the replica to be suspect", func() error {
+				if st := w.b.vm().Status(t.Context(), "A"); st.State != status.Suspect {
+					return fmt.Errorf("%s", st.State)
+				}
+				return nil
+			})
+			w.forced.Store(true)
+			w.lossy.Store(true)
+			err = w.b.do(failoverTo("latest", UnplannedOptions{Force: true, InPlace: inPlace}))
+			if err == nil || !strings.Contains(err.Error(), "changed from outside") || !strings.Contains(err.Error(), "replicactl vm resync web") {
+				t.Errorf("the failover: %v", err)
+			}
+			if l := w.b.vm().record().Lineage; l.State != lineage.Replica || w.b.planOpen() {
+				t.Fatalf("B is %s, a plan is open: %t", l.State, w.b.planOpen())
+			}
+			must(t, w.b.do(resync))
+			must(t, w.b.do(failoverTo("latest", UnplannedOptions{Force: true, InPlace: inPlace})))
+			if l := w.b.vm().record().Lineage; !l.MayServe() {
+				t.Errorf("B is %s", l.State)
+			}
+		})
+	}
 }
 
 // A host is put back to before a hand-over, and the other follows a generation
