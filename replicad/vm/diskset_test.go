@@ -32,6 +32,13 @@ func (w *pair) attach() string {
 func (w *pair) protectFirst() (image string) {
 	w.t.Helper()
 	image = w.attach()
+	w.protectVda()
+	return image
+}
+
+// protectVda protects the first disk and starts the guest.
+func (w *pair) protectVda() {
+	w.t.Helper()
 	must(w.t, w.a.do(func(ctx context.Context, m *Manager, _ *VM) error {
 		_, err := m.Enable(ctx, EnableOptions{Name: "web", Peer: w.b.host, Interval: testInterval, Disks: []string{"vda"}, Request: "enable"}, nil)
 		return err
@@ -39,7 +46,6 @@ func (w *pair) protectFirst() (image string) {
 	w.until("a complete copy", func() error { return w.copied(w.a, w.b) })
 	must(w.t, w.a.do(func(ctx context.Context, _ *Manager, v *VM) error { return v.StartGuest(ctx, false) }))
 	w.write(w.a, 3)
-	return image
 }
 
 func setDisk(remove bool) action {

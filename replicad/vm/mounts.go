@@ -95,7 +95,7 @@ func (v *VM) mountPoint(o MountOptions, private bool) (*mounted, error) {
 		x.over, err = v.overlayPatch(view, o.patch)
 	}
 	if err == nil {
-		err = v.show(x, o)
+		err = v.show(s, x, o)
 	}
 	if err != nil {
 		return nil, errors.Join(err, x.over.close(), view.Close())
@@ -106,8 +106,9 @@ func (v *VM) mountPoint(o MountOptions, private bool) (*mounted, error) {
 	return x, nil
 }
 
-// show starts the server of a mount.
-func (v *VM) show(x *mounted, o MountOptions) error {
+// show starts the server of a mount. A disk of which the state has only a part,
+// because it was being added, is left out like one that it does not have.
+func (v *VM) show(s *points.Store, x *mounted, o MountOptions) error {
 	var id [4]byte
 	_, _ = rand.Read(id[:]) // never fails
 	opts := mount.Options{
@@ -118,8 +119,12 @@ func (v *VM) show(x *mounted, o MountOptions) error {
 			return fmt.Errorf("make the directory of scratch overlays: %w", err)
 		}
 	}
+	has, err := v.wholeAt(s, x.pos.Pos)
+	if err != nil {
+		return err
+	}
 	var disks []mount.Disk
-	for _, d := range x.view.Disks() {
+	for _, d := range has {
 		dev, err := x.view.Disk(d.Name)
 		if err != nil {
 			return err

@@ -41,18 +41,29 @@ type pair struct {
 	forced atomic.Bool
 	// waited is how long a caller meant to wait for an answer that hung.
 	waited atomic.Int64
+	// carried is what the bodies of epochs had, in bytes.
+	carried atomic.Int64
 
 	mu     sync.Mutex
 	faults map[string]fault // guarded by mu; one-shot, by SIDE/METHOD
 	calls  map[string]int   // guarded by mu; messages that arrived, by METHOD
 	broken []string         // guarded by mu; violations seen
 	rows   map[string]int   // guarded by mu; rows of the handshake table met
+	// committed is called when a host has committed an epoch and its answer is on
+	// its way; nil = nothing is.
+	committed func() // guarded by mu
 }
 
 func (w *pair) metRow(row string) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.rows[row]++
+}
+
+func (w *pair) onCommit(f func()) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.committed = f
 }
 
 func (w *pair) fault(key string) fault {

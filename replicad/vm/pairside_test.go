@@ -436,6 +436,18 @@ func carry[R any](l *link, ctx context.Context, method string, f func(ctx contex
 	return a.r, a.err
 }
 
+// counted adds what is read to n.
+type counted struct {
+	io.Reader
+	n *atomic.Int64
+}
+
+func (c *counted) Read(b []byte) (int, error) {
+	n, err := c.Reader.Read(b)
+	c.n.Add(int64(n))
+	return n, err
+}
+
 func none(err error) (struct{}, error) { return struct{}{}, err }
 
 func (l *link) Hello(ctx context.Context, q wire.HelloRequest) (wire.HelloReply, error) {
@@ -474,7 +486,16 @@ func (l *link) EpochProgress(ctx context.Context, k wire.EpochKey) (uint32, erro
 }
 
 func (l *link) PutEpoch(ctx context.Context, k wire.EpochKey, from uint32, body io.Reader) (p position, err error) {
-	return carry(l, ctx, "PutEpoch", func(ctx context.Context, m *Manager) (position, error) { return m.PutEpoch(ctx, k, from, body) })
+	return carry(l, ctx, "PutEpoch", func(ctx context.Context, m *Manager) (position, error) {
+		p, err := m.PutEpoch(ctx, k, from, &counted{body, &l.from.w.carried})
+		l.from.w.mu.Lock()
+		told := l.from.w.committed
+		l.from.w.mu.Unlock()
+		if told != nil && err == nil {
+			told()
+		}
+		return p, err
+	})
 }
 
 func (l *link) Beat(ctx context.Context, b wire.Beat) error {
