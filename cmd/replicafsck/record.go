@@ -12,6 +12,7 @@ import (
 
 	"kvmreplica/internal/fsx"
 	"kvmreplica/libvirt"
+	"kvmreplica/replicad/delta"
 	"kvmreplica/replicad/lineage"
 	"kvmreplica/replicad/wire"
 )
@@ -36,6 +37,27 @@ type vmDisk struct {
 	Kind     string                `json:"kind"`
 	Path     string                `json:"path"`
 	Original *libvirt.DiskOriginal `json:"original"`
+	Size     int64                 `json:"size"`
+	// State is empty for a disk that is protected and whole; Out says that the
+	// state the VM was failed over to did not have it.
+	State string `json:"state"`
+	Out   bool   `json:"out"`
+	// Joins are the commits of the store in which the disk was not whole.
+	Joins []struct {
+		From uint64 `json:"from"`
+		To   uint64 `json:"to"` // 0: the daemon has not seen the one with all of it
+	} `json:"joins"`
+}
+
+// partial reports that a state of the store, in which the disk has size bytes,
+// has only a part of it.
+func (d vmDisk) partial(ordinal uint64, size int64) bool {
+	for _, j := range d.Joins {
+		if j.From <= ordinal && (j.To == 0 && size != d.Size || ordinal < j.To) {
+			return true
+		}
+	}
+	return false
 }
 
 const (
@@ -108,6 +130,36 @@ func (c *command) storeOf(r vmRecord) string {
 		}
 	}
 	return filepath.Join(c.stateDir, "vms", string(r.VM), "store")
+}
+
+// remember takes what the record beside a store says of disks that were being
+// added. A store without one, such as a copy of recovery points, knows of none.
+func (c *command) remember(dir string) {
+	if filepath.Base(dir) != "store" {
+		return
+	}
+	vm, err := fsx.OS(filepath.Dir(dir))
+	var r vmRecord
+	if err == nil {
+		r, err = readRecord(vm)
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		fmt.Fprintf(c.out, "warning     whether a disk was still being added is not known: %v\n", err)
+	}
+	c.known = r.Disks
+}
+
+// whole leaves out of the disks of a state those that were still being added,
+// and says so.
+func (c *command) whole(disks []delta.Disk, ordinal uint64) []delta.Disk {
+	return slices.DeleteFunc(slices.Clone(disks), func(k delta.Disk) bool {
+		i := slices.IndexFunc(c.known, func(d vmDisk) bool { return string(d.Name) == k.Name })
+		if i < 0 || !c.known[i].partial(ordinal, k.Size) {
+			return false
+		}
+		fmt.Fprintf(c.out, "left out    %s was still being added: the replica has only a part of it\n", k.Name)
+		return true
+	})
 }
 
 // replicaDir turns the name of a VM into the directory of its store; a

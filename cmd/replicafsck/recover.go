@@ -27,6 +27,7 @@ func (c *command) recover(dir string) error {
 	if err != nil {
 		return err
 	}
+	c.remember(dir)
 	if err := c.endTrial(dir); err != nil {
 		return fmt.Errorf("recover: %w", err)
 	}
@@ -51,7 +52,13 @@ func (c *command) copyOnly(dir string) (err error) {
 	if err != nil {
 		return err
 	}
-	for _, d := range v.Disks() {
+	ordinal := s.Ordinal()
+	for _, p := range s.Points() {
+		if p.Pos == pos {
+			ordinal = p.Ordinal
+		}
+	}
+	for _, d := range c.whole(v.Disks(), ordinal) {
 		dev, err := v.Disk(d.Name)
 		if err == nil {
 			err = c.copyImage(dev, c.copyDir, d.Name)
@@ -95,7 +102,7 @@ func (c *command) promote(dir string) error {
 	}
 	again := s.Status().Seal != nil // somebody may use the images by now
 	seal, err := c.sealed(s)
-	disks, absent := s.Disks(), s.Status().Absent
+	disks, absent, ordinal := s.Disks(), s.Status().Absent, s.Ordinal() // as of the seal
 	if err := errors.Join(err, s.Close()); err != nil {
 		if errors.Is(err, points.ErrDamaged) {
 			err = fmt.Errorf("%w\nthe newest readable state can be had with: replicafsck recover %s --read-only-copy OUT", err, dir)
@@ -103,7 +110,7 @@ func (c *command) promote(dir string) error {
 		return err
 	}
 	fmt.Fprintf(c.out, "promoted    at %v to generation %v (forced); %d recovery points ended\n", seal.At, seal.Generation, seal.Points)
-	for _, k := range disks {
+	for _, k := range c.whole(disks, ordinal) {
 		path := d.ImagePath(k.Name)
 		if !again {
 			if err := trim(path, k.Size); err != nil {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"encoding/json"
 	"os"
 	"path/filepath"
 	"strings"
@@ -10,7 +11,9 @@ import (
 
 	"kvmreplica/internal/block"
 	"kvmreplica/replicad/delta"
+	"kvmreplica/replicad/lineage"
 	"kvmreplica/replicad/points"
+	"kvmreplica/replicad/vm"
 )
 
 const diskSize = 64*4096 + 512
@@ -145,28 +148,29 @@ func TestRecoverOutAtAnOlderPoint(t *testing.T) {
 	wantImage(t, dir+"/vda.raw", cuts[0])
 }
 
-// A disk that was removed from the VM is shown, comes back with the points that
-// have it, and is no trouble otherwise.
-func TestARemovedDiskIsShownAndRecoveredWithItsPoints(t *testing.T) {
-	dir, cuts, _ := replica(t)
+// grow commits epochs to a replica in which a second disk has the sizes given,
+// 0 = it is not listed, and makes points of them.
+func grow(t *testing.T, dir string, vda, vdb []byte, sizes ...int64) {
+	t.Helper()
 	now := time.Unix(1_700_001_000, 0)
 	cfg := points.Config{Now: func() time.Time { return now }, Set: func([]delta.Disk) error { return nil }}
 	must(t, (&points.Dir{Path: dir}).Configure(&cfg))
 	s, err := points.Open(cfg)
 	must(t, err)
 	must(t, s.ApplyAll(t.Context()))
-	vdb := bytes.Repeat([]byte("b"), 8192)
-	for e := uint64(4); e <= 5; e++ {
+	have := int64(0)
+	for i, size := range sizes {
 		now = now.Add(time.Minute)
 		spec := delta.Spec{
-			Header:  delta.Header{VM: delta.VM{1}, Generation: delta.Generation{2}, Epoch: e, Nonce: 1, Parent: s.Committed(), Disks: []delta.Disk{{Name: "vda", Size: diskSize}}},
-			Changed: [][]block.Range{nil}, Content: [][]byte{cuts[2]},
+			Header:  delta.Header{VM: delta.VM{1}, Generation: delta.Generation{2}, Epoch: uint64(4 + i), Nonce: 1, Parent: s.Committed(), Disks: []delta.Disk{{Name: "vda", Size: diskSize}}},
+			Changed: [][]block.Range{nil}, Content: [][]byte{vda},
 			Info: delta.ManifestInfo{Cut: now},
 		}
-		if e == 4 {
-			spec.Header.Disks = append(spec.Header.Disks, delta.Disk{Name: "vdb", Size: 8192})
-			spec.Changed, spec.Content = append(spec.Changed, []block.Range{{Off: 0, Len: 8192}}), append(spec.Content, vdb)
+		if size > 0 {
+			spec.Header.Disks = append(spec.Header.Disks, delta.Disk{Name: "vdb", Size: size})
+			spec.Changed, spec.Content = append(spec.Changed, []block.Range{{Off: have, Len: size - have}}), append(spec.Content, vdb[:size])
 		}
+		have = size
 		b, err := spec.Build()
 		must(t, err)
 		r, err := s.Begin(spec.Header)
@@ -182,6 +186,67 @@ func TestARemovedDiskIsShownAndRecoveredWithItsPoints(t *testing.T) {
 		}
 	}
 	must(t, s.Close())
+}
+
+// A disk of which the replica has only a part is not handed out as if it were
+// whole: it was still being added.
+func TestADiskThatWasStillBeingAddedIsLeftOutOfARecovery(t *testing.T) {
+	made, cuts, _ := replica(t)
+	vdb := bytes.Repeat([]byte("b"), 16384)
+	grow(t, made, cuts[2], vdb, 4096, 8192)
+	dir := filepath.Join(t.TempDir(), "store")
+	must(t, os.Rename(made, dir))
+	record := func(to uint64, size int64) {
+		r := vm.Record{
+			Version: 1, VM: testID, Name: "g", Lineage: lineage.New(testID, delta.Generation{}),
+			Disks: []vm.Disk{
+				{Name: "vda", Size: diskSize, Kind: "raw", Path: dir + "/vda.raw"},
+				{Name: "vdb", Size: size, Kind: "raw", Path: dir + "/vdb.raw", State: "joining", Joins: []vm.Span{{From: 4, To: to}}},
+			},
+		}
+		b, err := json.Marshal(r)
+		must(t, err)
+		must(t, os.WriteFile(filepath.Join(filepath.Dir(dir), "record.json"), b, 0o600))
+	}
+	for _, c := range []struct {
+		what, point string
+		to          uint64
+		size        int64
+		want        bool
+	}{
+		{"the newest state has a part", "5", 0, 16384, false},
+		{"the daemon did not see that it has all", "5", 0, 8192, true},
+		{"an older point has a part", "4", 0, 8192, false},
+		{"an older point, it was whole later", "4", 5, 8192, false},
+		{"whole", "5", 5, 8192, true},
+	} {
+		record(c.to, c.size)
+		out := filepath.Join(t.TempDir(), "copy")
+		code, text := fsck("recover", dir, "--read-only-copy", out, "--point", c.point)
+		_, err := os.Stat(out + "/vdb.raw")
+		if code != 0 || (err == nil) != c.want || strings.Contains(text, "left out    vdb") == c.want {
+			t.Errorf("%s: %d %s, %v", c.what, code, text, err)
+		}
+	}
+	must(t, os.WriteFile(filepath.Join(filepath.Dir(dir), "record.json"), []byte("{"), 0o600))
+	if code, text := fsck("recover", dir, "--read-only-copy", filepath.Join(t.TempDir(), "copy")); code != 0 || !strings.Contains(text, "warning     whether a disk") {
+		t.Errorf("a damaged record: %d %s", code, text)
+	}
+	record(0, 16384)
+	for range 2 {
+		code, text := fsck("recover", dir, "--in-place")
+		if code != 0 || !strings.Contains(text, "left out    vdb") || strings.Contains(text, "image       vdb") || !strings.Contains(text, "image       vda") {
+			t.Errorf("%d %s", code, text)
+		}
+	}
+}
+
+// A disk that was removed from the VM is shown, comes back with the points that
+// have it, and is no trouble otherwise.
+func TestARemovedDiskIsShownAndRecoveredWithItsPoints(t *testing.T) {
+	dir, cuts, _ := replica(t)
+	vdb := bytes.Repeat([]byte("b"), 8192)
+	grow(t, dir, cuts[2], vdb, 8192, 0)
 	if code, text := fsck("check", dir); code != 0 || !strings.Contains(text, "absent      vdb, in 1 recovery points\n") || strings.Contains(text, "disk        vdb") {
 		t.Errorf("%d %s", code, text)
 	}

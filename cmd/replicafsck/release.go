@@ -164,7 +164,9 @@ func (c *command) mayRelease(r vmRecord) error {
 		return errors.New("its record names no disks")
 	}
 	for _, d := range r.Disks {
-		if d.Original == nil {
+		// One that is being added may not stand on its export yet; one that is
+		// away, or of which a replica has not all, never did.
+		if d.Original == nil && d.State == "" && !d.Out {
 			return fmt.Errorf("nothing is kept of the original source of disk %s: protection was never completed; the definition is unchanged", d.Name)
 		}
 	}
@@ -274,6 +276,9 @@ func restoreDomain(ctx context.Context, h hypervisor, r vmRecord) error {
 	for _, k := range r.Disks {
 		if now, ok := d.Disk(string(k.Name)); !ok || now.Kind != libvirt.SourceNBD || !strings.HasSuffix(now.Socket, "/vm/"+string(r.VM)+"/nbd.sock") {
 			continue // released before, or changed by a person
+		}
+		if k.Original == nil {
+			return fmt.Errorf("disk %s stands on its export and nothing is kept of its original source; give it its own source by hand: virsh edit %s", k.Name, r.Name)
 		}
 		if doc, err = libvirt.SwapOut(doc, *k.Original); err != nil {
 			return err

@@ -161,7 +161,7 @@ func TestTheDaemonsRecordIsRead(t *testing.T) {
 	d := s.rec.Disks[0]
 	want := []vmRecord{{
 		Version: 1, VM: s.rec.VM, Name: "g", Lineage: s.rec.Lineage, Native: true, Autostart: true,
-		Disks: []vmDisk{{Name: d.Name, Kind: d.Kind, Path: d.Path, Original: d.Original}},
+		Disks: []vmDisk{{Name: d.Name, Kind: d.Kind, Path: d.Path, Original: d.Original, Size: d.Size}},
 	}}
 	if diff := cmp.Diff(want, all); diff != "" {
 		t.Error(diff)
@@ -185,6 +185,25 @@ func TestAReleaseMarksFirstAndRestoresTheExactDefinition(t *testing.T) {
 		}
 		if !s.host.autostart || s.gate("state") != "absent" || s.gate("run") != "absent" || !s.marked() {
 			t.Errorf("autostart %v, gates %q and %q, marked %v", s.host.autostart, s.gate("state"), s.gate("run"), s.marked())
+		}
+	}
+}
+
+// A disk that is being added, or that the state failed over to did not have, may
+// not stand on an export: that is no reason to leave the others on theirs.
+func TestADiskThatNeverStoodOnAnExportIsNoObstacle(t *testing.T) {
+	t.Parallel()
+	for name, d := range map[string]vm.Disk{
+		"being added": {Name: "vdb", Size: 1 << 20, Kind: "raw", Path: "/img/b.raw", State: "joining"},
+		"left":        {Name: "vdb", Size: 1 << 20, Kind: "raw", Path: "/img/b.raw", State: "left"},
+		"away":        {Name: "vdb", Size: 1 << 20, Kind: "raw", Path: "/img/b.raw", Out: true},
+	} {
+		s := newScene(t, func(r *vm.Record) { r.Disks = append(r.Disks, d) })
+		if err := s.release(); err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		if diff := cmp.Diff(testDoc, string(s.host.doc)); diff != "" {
+			t.Errorf("%s: %s", name, diff)
 		}
 	}
 }

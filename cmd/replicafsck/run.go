@@ -58,7 +58,8 @@ type command struct {
 
 	stateDir, runDir, socket string
 	libvirtState             string
-	vmDir                    string // of the VM named, empty for a bare directory
+	vmDir                    string   // of the VM named, empty for a bare directory
+	known                    []vmDisk // what the record beside the store says
 	all, force               bool
 	keepWrites               bool
 }

@@ -409,6 +409,22 @@ func (r *Record) wholeNames() (names []wire.DiskName) {
 	return names
 }
 
+// stands are the disks that a promotion in place will have: those of the newest
+// state, or of the one at which the store was promoted offline.
+func (v *VM) stands() (names []wire.DiskName) {
+	r := v.record()
+	s, err := v.store()
+	if err != nil || s.Status().State != points.Promoted {
+		return r.wholeNames()
+	}
+	for _, k := range s.Disks() {
+		if d, ok := r.disk(wire.DiskName(k.Name)); ok && !d.partial(s.Ordinal()) {
+			names = append(names, d.Name)
+		}
+	}
+	return names
+}
+
 // tendGone forgets disks that nothing needs any more. The copy of one that left
 // a replica is deleted with the last recovery point that has it; a host that
 // took the VM over, or that has a definition of its own, keeps its files.

@@ -7,9 +7,12 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
+	"kvmreplica/replicad/delta"
+	"kvmreplica/replicad/points"
 	"kvmreplica/replicad/testcopy"
 	"kvmreplica/replicad/wire"
 )
@@ -272,4 +275,74 @@ func (w *pair) without() {
 		}
 	}
 	w.write(w.b, 3)
+}
+
+// recoverOffline does what replicafsck recover --in-place does on B, whose daemon
+// does not run, and starts that.
+func (w *pair) recoverOffline(at delta.Pos) {
+	w.t.Helper()
+	r := w.b.vm().record()
+	w.b.kill()
+	dir := &points.Dir{Path: filepath.Join(w.b.dir, "state", "vms", string(testVM), "store"), Images: map[string]string{}}
+	for _, d := range r.Disks {
+		dir.Images[string(d.Name)] = d.Path
+	}
+	var cfg points.Config
+	must(w.t, dir.Configure(&cfg))
+	s, err := points.Open(cfg)
+	must(w.t, err)
+	must(w.t, s.ApplyAll(w.t.Context()))
+	if at.IsZero() {
+		at = s.Committed()
+	}
+	_, err = s.PromoteAt(w.t.Context(), at, delta.Generation{9})
+	must(w.t, errors.Join(err, s.Close()))
+	w.b.start()
+	w.until("B to own the VM", func() error {
+		if !w.b.vm().record().Lineage.MayServe() || w.b.planOpen() {
+			return errors.New("it does not")
+		}
+		return w.b.do(func(ctx context.Context, _ *Manager, v *VM) error {
+			if w.b.hyper.runs() {
+				return nil
+			}
+			return v.StartGuest(ctx, true)
+		})
+	})
+}
+
+// A replica that was recovered offline has the disks of the state it was
+// recovered to: not one that was added later, nor a part of one.
+func TestAReplicaRecoveredOfflineHasTheDisksOfItsState(t *testing.T) {
+	t.Parallel()
+	t.Run("while one joins", func(t *testing.T) {
+		t.Parallel()
+		w := half(t)
+		w.powerCutA()
+		w.recoverOffline(delta.Pos{})
+		w.without()
+	})
+	t.Run("to a point before", func(t *testing.T) {
+		t.Parallel()
+		w := newPair(t)
+		w.protectFirst()
+		w.shipped(w.b)
+		old, n := w.point()
+		must(t, w.a.do(setDisk(false)))
+		w.secondIs("member", "member")
+		w.holds(w.b, "old!")
+		w.powerCutA()
+		w.counter.Store(n)
+		w.recoverOffline(old)
+		w.without()
+	})
+	t.Run("to a point while it joined", func(t *testing.T) {
+		t.Parallel()
+		w := half(t)
+		part := w.pin()
+		w.whole()
+		w.powerCutA()
+		w.recoverOffline(part.Pos)
+		w.without()
+	})
 }

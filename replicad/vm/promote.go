@@ -281,7 +281,7 @@ func (v *VM) takeRole(event lineage.Event, p *promoteVars, request string) (stri
 	if slices.Contains(r.Refused, request) {
 		return "", fmt.Errorf("this promotion was declined: %w", failover.ErrNotTaken)
 	}
-	before, disks, stands := r.Lineage, r.Disks, r.wholeNames()
+	before, disks, stands := r.Lineage, r.Disks, v.stands()
 	if p.Overlay != nil { // its disks are those of that state, and as long
 		info, err := overlay.Read(fsx.Sub(v.fsys, overlayDir))
 		if err == nil {
