@@ -232,7 +232,7 @@ func (s *siege) fail(i int, f daemonFault) faultRound {
 		fault.End()
 		r.Failed = fault.Hits()
 		r.Said = s.says(f, answers.String(), from)
-		if r.Restarted = over(d); r.Restarted {
+		if r.Restarted = s.ended(f.host, d); r.Restarted {
 			s.must(s.StartDaemon(s.step(), f.host, s.env...))
 		}
 	})
@@ -270,6 +270,22 @@ func (s *siege) prod(ctx context.Context, i int, f daemonFault) string {
 	}
 	wg.Wait()
 	return said.String()
+}
+
+// ended waits until a daemon answers, or has ended: one whose runtime failed may
+// still be writing what it knows.
+func (s *siege) ended(host string, d *lab.Daemon) bool {
+	s.t.Helper()
+	s.eventually("the daemon on "+host+" answers or ends", func() bool {
+		if over(d) {
+			return true
+		}
+		ctx, cancel := context.WithTimeout(s.t.Context(), reachWithin)
+		defer cancel()
+		_, err := s.Status(ctx, host, s.d.Name)
+		return err == nil
+	})
+	return over(d)
 }
 
 // over reports that a daemon has ended.

@@ -169,7 +169,7 @@ func (s *siege) prepare() {
 // write starts the load; stop ends it and fails the test if a request failed.
 func (s *siege) write(seed uint64) (stop func()) {
 	l := &oracle.Load{
-		History: s.history, Disks: []oracle.Disk{s.disk}, Hot: 5,
+		History: s.history, Disks: []oracle.Disk{s.disk}, Hot: 5, Torn: true,
 		// A lost connection is what is being tested: the request may have been
 		// executed, in part or not at all. An answer with an error ends it.
 		Stop: func(err error) bool { return !dataplanetest.Lost(err) },

@@ -93,6 +93,14 @@ func TestReadChecker(t *testing.T) {
 	during := Window{s.h.Mark("read", 0), s.h.Mark("read", 0)}
 	wantNil(t, "old while a write runs", CheckRead(s.h, 0, 0, s.h.Fill(b), during))
 	wantNil(t, "new while a write runs", CheckRead(s.h, 0, 0, s.h.Fill(c), during))
+	both := s.h.Fill(c)
+	copy(both[:200], s.h.Fill(b))
+	wantViolation(t, "both while a write runs", CheckRead(s.h, 0, 0, both, during), "garbage")
+	wantNil(t, "both while a write into a file runs", CheckTornRead(s.h, 0, 0, both, during))
+	wantViolation(t, "old after a write into a file", CheckTornRead(s.h, 0, 0, s.h.Fill(a), late), "had been answered")
+	s.h.Done(c.Seq, nil)
+	after := Window{s.h.Mark("read", 0), s.h.Mark("read", 0)}
+	wantViolation(t, "both while no write runs", CheckTornRead(s.h, 0, 0, both, after), "garbage")
 }
 
 func TestSupersetChecker(t *testing.T) {

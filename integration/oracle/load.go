@@ -25,6 +25,8 @@ type Load struct {
 	// Hot is the share of operations, in percent, that goes to the first
 	// sixteenth of a disk; 0 = 30.
 	Hot int
+	// Torn: the disks lie in files; see CheckTornRead.
+	Torn bool
 	// Stop, when set, ends a worker at the first error for which it is true;
 	// other errors are noted and the worker goes on. nil ends at any error.
 	Stop func(error) bool
@@ -137,7 +139,11 @@ func (l *Load) Read(disk int, lba, n uint64) error {
 		return err
 	}
 	w.End = l.History.clock()
-	if err := CheckRead(l.History, disk, lba, b, w); err != nil {
+	check := CheckRead
+	if l.Torn {
+		check = CheckTornRead
+	}
+	if err := check(l.History, disk, lba, b, w); err != nil {
 		return fmt.Errorf("%w: %w", ErrRead, err)
 	}
 	return nil
