@@ -32,7 +32,7 @@ func startPlane(ctx context.Context, dir, program, image string, launcher ...str
 	}}
 	for _, d := range []string{p.cfg.StateDir, p.cfg.SharedDir, p.cfg.RunDir} {
 		if err := os.Mkdir(d, 0o700); err != nil {
-			return nil, err
+			return p, err
 		}
 	}
 	var err error

@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"kvmreplica/replicad/dataplane"
 )
 
 // server is a server process under test.
@@ -24,10 +26,12 @@ type server struct {
 	export       string // its name there
 	log          string // what it says
 	cmd          *exec.Cmd
-	clock        int32 // CPU clock of the process
+	plane        *plane // instead of cmd
+	clock        int32  // CPU clock of the process
 }
 
-// The servers, in the order of the table.
+// The servers, in the order of the table. The tracked ones are data planes as
+// replicad starts them: under a keeper, confined.
 const (
 	tracked   = "tracked"
 	untracked = "untracked"
@@ -84,10 +88,6 @@ func (r *rig) command(name, img, socket string) []string {
 		}
 	case nbdkit:
 		return []string{"nbdkit", "-f", "-U", socket, "file", img}
-	case baseline:
-		return []string{r.baseline, "nbd", img, "--socket", socket, "--state", filepath.Join(r.dir, name+".state")}
-	case tracked:
-		return []string{r.replicad, "nbd", img, "--socket", socket, "--state", filepath.Join(r.dir, name+".state")}
 	}
 	return []string{r.replicad, "nbd", img, "--socket", socket}
 }
@@ -106,6 +106,12 @@ func (r *rig) pinned(argv []string) []string {
 
 // start starts a server on an image. wrap is put in front of its command.
 func (r *rig) start(ctx context.Context, name, img string, wrap ...string) (*server, error) {
+	switch name {
+	case tracked:
+		return r.protect(ctx, name, r.replicad, img, wrap)
+	case baseline:
+		return r.protect(ctx, name, r.baseline, img, wrap)
+	}
 	s := &server{name: name, socket: filepath.Join(r.dir, name+".sock")}
 	argv := slices.Concat(wrap, r.command(name, img, s.socket))
 	argv = r.pinned(argv)
@@ -125,6 +131,25 @@ func (r *rig) start(ctx context.Context, name, img string, wrap ...string) (*ser
 	if err := s.awaitListening(ctx); err != nil {
 		text, _ := os.ReadFile(log.Name())
 		return nil, errors.Join(fmt.Errorf("%s: %w\n%s", strings.Join(argv, " "), err, text), s.stop())
+	}
+	return s, nil
+}
+
+// protect starts a data plane.
+func (r *rig) protect(ctx context.Context, name, program, img string, wrap []string) (*server, error) {
+	dir := filepath.Join(r.dir, name)
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return nil, err
+	}
+	p, err := startPlane(ctx, dir, program, img, r.pinned(wrap)...)
+	s := &server{name: name, socket: p.cfg.NBDSocket(), export: string(planeDisk), plane: p}
+	if err == nil {
+		var st dataplane.Status
+		st, err = p.Status(ctx)
+		s.clock = cpuClock(st.PID)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("%s: %w", name, err), s.stop())
 	}
 	return s, nil
 }
@@ -159,6 +184,9 @@ func (s *server) cpu() time.Duration {
 
 // stop ends the process and waits for it.
 func (s *server) stop() error {
+	if s.plane != nil {
+		return errors.Join(s.plane.end(context.Background()), os.RemoveAll(filepath.Dir(s.plane.cfg.RunDir)))
+	}
 	if s.cmd.Process == nil {
 		return nil
 	}
