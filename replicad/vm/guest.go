@@ -22,7 +22,7 @@ type guestFacts struct {
 
 	running  bool
 	ended    bool   // it was shut down; not remembered yet
-	growth   string // why an image that became longer is not taken up
+	growth   string // what the log was told of an image that became longer and is not taken up
 	state    libvirt.State
 	bypass   string // an export is missing from the block graph
 	overlay  string // a snapshot lies above the export

@@ -239,13 +239,20 @@ func (v *VM) setSizes(sizes map[wire.DiskName]int64) error {
 // followPlane takes up what a data plane found when it started: an image that
 // had become longer.
 func (v *VM) followPlane(ctx context.Context, c *dataplane.Client) error {
-	r := v.record()
-	if r.Overlay != nil {
+	if v.record().Overlay != nil {
 		return nil
 	}
 	st, err := c.Status(ctx)
-	if err != nil || !st.Tracker || st.Sealed {
+	if err != nil {
 		return err
+	}
+	return v.followStatus(st)
+}
+
+func (v *VM) followStatus(st dataplane.Status) error {
+	r := v.record()
+	if r.Overlay != nil || !st.Tracker || st.Sealed {
+		return nil
 	}
 	sizes := map[wire.DiskName]int64{}
 	for _, d := range st.Disks {
@@ -263,12 +270,12 @@ func (v *VM) tendSizes(ctx context.Context, isOff bool) {
 	if err != nil || v.busy() {
 		return
 	}
-	if err := v.followPlane(ctx, c); err != nil || !isOff {
-		return // it is asked again soon
-	}
 	st, err := c.Status(ctx)
-	if err != nil {
-		return
+	if err == nil {
+		err = v.followStatus(st)
+	}
+	if err != nil || !isOff {
+		return // it is asked again soon
 	}
 	for _, d := range st.Disks {
 		if d.Grown == 0 {
