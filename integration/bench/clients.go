@@ -74,7 +74,7 @@ func compareClients(ctx context.Context, o *options, r *rig, rep *report) (err e
 
 // measure is one round by a foreign client.
 func (w outsider) measure(ctx context.Context, r *rig, s *server) (sample, error) {
-	uri := "nbd+unix:///?socket=" + s.socket
+	uri := "nbd+unix:///" + s.export + "?socket=" + s.socket
 	var argv []string
 	switch w.client {
 	case "fio":
