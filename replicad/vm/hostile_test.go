@@ -207,6 +207,46 @@ func TestAHostileReplicaChangesNeitherDataNorRole(t *testing.T) {
 	w.check()
 }
 
+// A replica that lies, and says that it went on from the last position and runs,
+// makes its primary record a divergence. That costs the replication until a
+// person decides, and nothing else: the guest runs and its disk answers, after a
+// restart too, the reason and the next command are said, and that command brings
+// the copy up to date.
+func TestALyingReplicaCostsNothingButItsCopy(t *testing.T) {
+	t.Parallel()
+	w := newPair(t)
+	w.protect()
+	w.rest()
+	r := w.a.vm().record()
+	pos := w.a.vm().session().Status().Committed
+	other := r.Lineage.Generation
+	other[0] ^= 1
+	_, _ = w.a.manager().Handshake(w.as(w.b.host), wire.HandshakeRequest{
+		VM: testVM, Generation: other, Ancestors: []delta.Pos{pos}, Disks: r.wireDisks(), Running: true,
+	})
+	said := func() {
+		t.Helper()
+		w.until("A to say what it was told", func() error {
+			for _, c := range w.a.vm().Status(t.Context(), "b").Conditions {
+				if c.Code == "diverged" && strings.Contains(c.Text, "runs") && strings.Contains(c.Remedy, "replicactl failover reverse web") {
+					return nil
+				}
+			}
+			return fmt.Errorf("%+v", w.a.vm().Status(t.Context(), "b").Conditions)
+		})
+		if !w.a.hyper.runs() || w.a.vm().record().Lineage.State != lineage.Primary {
+			t.Error("the guest was stopped, or its host changed its role")
+		}
+		w.write(w.a, 3)
+	}
+	said()
+	w.a.restart()
+	said()
+	must(t, w.a.do(reverse))
+	w.rest()
+	w.check()
+}
+
 // refusedOr is the error of a step, or what its answer refuses.
 func refusedOr(r wire.FailoverReply, err error) error {
 	if err == nil && r.State == stateRefused {
