@@ -74,13 +74,31 @@ func (p *Plane) excludeCalls() (func(), error) {
 	return release, nil
 }
 
+// movedHeader is set where the process that answers has been succeeded: the
+// connection ends, and the client asks again.
+const movedHeader = "Replicad-Moved"
+
+func (p *Plane) moveOn(w http.ResponseWriter) {
+	w.Header().Set(movedHeader, "1")
+	w.Header().Set("Connection", "close")
+	reply(w, nil, errMoved(p.cfg))
+}
+
 // gated passes control calls on, but not while or after everything is handed
-// over. What only looks, and the upgrade itself, pass always.
+// over. What only looks, and the upgrade itself, pass while it is: nobody is told
+// of a process that has gone.
 func (p *Plane) gated(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch strings.TrimPrefix(r.URL.Path, "/v1/") {
-		case "status", "counters", "upgrade", "shutdown":
+		case "upgrade":
 			next.ServeHTTP(w, r)
+			return
+		case "status", "counters", "shutdown":
+			if p.left.Load() {
+				p.moveOn(w)
+			} else {
+				next.ServeHTTP(w, r)
+			}
 			return
 		}
 		leave, err := p.calls.enter(r.Context())
@@ -89,7 +107,7 @@ func (p *Plane) gated(next http.Handler) http.Handler {
 		}
 		defer leave()
 		if p.left.Load() {
-			reply(w, nil, errMoved(p.cfg))
+			p.moveOn(w)
 			return
 		}
 		if r.Method == http.MethodGet {

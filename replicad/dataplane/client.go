@@ -253,7 +253,23 @@ func (c *Client) do(ctx context.Context, method, path string, q url.Values, body
 	return nil
 }
 
+// send asks again while a process answers that has been succeeded.
 func (c *Client) send(ctx context.Context, method, path string, q url.Values, body []byte) (*http.Response, error) {
+	for {
+		resp, err := c.once(ctx, method, path, q, body)
+		if err != nil || resp.Header.Get(movedHeader) == "" {
+			return resp, err
+		}
+		select {
+		case <-ctx.Done():
+			return resp, nil // which says so
+		case <-time.After(pollEvery):
+			_ = resp.Body.Close() // it says nothing else
+		}
+	}
+}
+
+func (c *Client) once(ctx context.Context, method, path string, q url.Values, body []byte) (*http.Response, error) {
 	u := "http://dataplane/v1/" + path
 	if len(q) > 0 {
 		u += "?" + q.Encode()
