@@ -1,6 +1,7 @@
 package cbt_test
 
 import (
+	"errors"
 	"fmt"
 	"testing"
 
@@ -74,5 +75,34 @@ func TestTheDataPathDoesNotAllocate(t *testing.T) {
 		if n := testing.AllocsPerRun(200, fn); n != 0 {
 			t.Errorf("%s: %v allocations per request", name, n)
 		}
+	}
+}
+
+// What a freeze costs for a disk that is being added: all of it but the first
+// slice is marked, and is kept back.
+func BenchmarkKeepBackATebibyte(b *testing.B) {
+	const size = 1 << 40
+	cfg := cbt.Config{
+		FS: fsxtest.NewMem(), VMID: "vm", BootID: "boot", SharedDir: shmDir(b),
+		Disks: []cbt.DiskConfig{{Name: "vda", Device: nullDev{size}}},
+	}
+	g, err := cbt.Create(cfg, cbt.Start{Generation: gen1, Dirty: cbt.DirtyAll})
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { _ = g.Close(ctx) })
+	for b.Loop() {
+		b.StopTimer()
+		e, err := g.FreezeForced(ctx)
+		if err != nil {
+			b.Fatal(err)
+		}
+		b.StartTimer()
+		kept := e.Keep("vda", 64<<20)
+		b.StopTimer()
+		if err := errors.Join(kept, e.Abandon()); err != nil {
+			b.Fatal(err)
+		}
+		b.StartTimer()
 	}
 }

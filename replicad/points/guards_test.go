@@ -51,6 +51,17 @@ func TestB24AMissingSegmentRefusesTheOlderPointsOnly(t *testing.T) {
 		case i < gone && (!errors.As(pt.Damage, &damage) || damage.File != segs[gone]):
 			t.Errorf("point %d before the gap: %v, want %s to be missing", i, pt.Damage, segs[gone])
 		}
+		if i >= gone { // what is listed as damaged says so, whatever is asked of it
+			continue
+		}
+		_, err := s.View(pt.Pos)
+		_, sized := s.DisksAt(pt.Pos)
+		_, promoted := s.PromoteAt(t.Context(), pt.Pos, delta.Generation{9})
+		for what, err := range map[string]error{"a view": err, "its disks": sized, "a promotion": promoted} {
+			if !errors.As(err, &damage) || damage.File != segs[gone] {
+				t.Errorf("%s of point %d before the gap: %v, want %s to be missing", what, i, err, segs[gone])
+			}
+		}
 	}
 }
 

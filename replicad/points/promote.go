@@ -179,8 +179,8 @@ func (s *Store) point(pos delta.Pos) (int, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for i, g := range s.segs {
-		if g.damage == nil && g.start.pos == pos {
-			return i, s.readable(i)
+		if g.start.pos == pos {
+			return i, s.readable(i) // its own damage is one
 		}
 	}
 	return 0, ErrNoPoint

@@ -60,13 +60,20 @@ func (s *Store) viewable(pos delta.Pos) (mark, []int64, error) {
 	case s.sup.role != roleRolling && s.committed.pos.IsZero():
 		return mark{}, nil, ErrSeeding
 	}
+	none := ErrNoPoint
 	for i := range s.segs {
-		if g := s.segs[i]; g.damage == nil && !g.leaving && g.start.pos == pos {
-			if err := s.readable(i); err != nil {
-				return mark{}, nil, err
-			}
-			return g.start, g.sizes, nil
+		g := s.segs[i]
+		switch {
+		case g.leaving || g.start.pos != pos:
+			continue
+		case g.damage != nil:
+			none = g.damage // unless the images or the spool have it
+			continue
 		}
+		if err := s.readable(i); err != nil {
+			return mark{}, nil, err
+		}
+		return g.start, g.sizes, nil
 	}
 	switch {
 	case pos == s.committed.pos && len(s.epochs) > 0:
@@ -77,7 +84,7 @@ func (s *Store) viewable(pos delta.Pos) (mark, []int64, error) {
 	case pos == s.sup.applied.pos:
 		return mark{}, nil, fmt.Errorf("%w: the images are half way to a later state", ErrNoPoint)
 	}
-	return mark{}, nil, ErrNoPoint
+	return mark{}, nil, none
 }
 
 // DisksAt are the disks there were at pos, with the sizes they had; pos must be

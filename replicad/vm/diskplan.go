@@ -59,11 +59,16 @@ func (v *VM) maySetDisks(ctx context.Context) error {
 		return &wire.Error{Kind: wire.KindRefused, Text: fmt.Sprintf(format, a...), Hint: hint}
 	}
 	switch s := v.session(); {
+	case r.Lineage.Diverged != nil || r.Superseded != "":
+		return refuse("replicactl failover reverse "+r.Name+" on the host whose data is to be kept; see: replicactl vm status "+r.Name, "the other host may own this VM")
 	case !r.Lineage.MayServe():
 		return refuse("run the command on the host where the VM runs", "this host is %s for the VM", r.Lineage.State)
 	case v.outOfHands():
 		return refuse("replicactl vm status "+r.Name, "the VM was released from this host's hands")
-	case r.NoReverse || r.Acked.IsZero() && (s == nil || !s.Status().Protected):
+	case r.Overlay != nil:
+	case r.NoReverse:
+		return refuse("replicactl failover reverse "+r.Name, "nothing is replicated since the failover")
+	case r.Acked.IsZero() && (s == nil || !s.Status().Protected):
 		return refuse("replicactl vm watch "+r.Name, "the replica holds no complete copy yet")
 	}
 	return v.imagesOnly(ctx)
@@ -86,7 +91,7 @@ func (v *VM) planAdd(ctx context.Context, d libvirt.Domain, name wire.DiskName, 
 	if !r.Native {
 		return nil, &wire.Error{Kind: wire.KindRefused, Text: "the VM came here by a failover; its old host's definition has no place for the disk", Hint: "fail over back first, or disable and enable the protection"}
 	}
-	p := &EnablePlan{run: vars.Running}
+	p := &EnablePlan{run: vars.Running, adding: true}
 	p.checkDisk(ctx, d, k)
 	if !p.OK() || len(p.rec.Disks) != 1 {
 		return p.Checks, nil

@@ -57,6 +57,7 @@ type EnablePlan struct {
 	Steps  []string
 	rec    Record
 	run    bool
+	adding bool // one disk to a VM that is protected
 }
 
 // OK reports that no check failed.

@@ -34,12 +34,15 @@ func (p *EnablePlan) checkDisk(ctx context.Context, d libvirt.Domain, k libvirt.
 	if p.run {
 		if why := libvirt.Refuse(d, k.Target); len(why) > 0 {
 			for _, w := range why {
-				bad("shut the guest down and enable again, or change the disk", "%s", w)
+				bad("shut the guest down and repeat the command, or change the disk", "%s", w)
 			}
 			return
 		}
 	}
 	without := fmt.Sprintf("leave it out by naming the others: replicactl vm enable %s --disk …", d.Name)
+	if p.adding {
+		without = "leave it unprotected"
+	}
 	switch {
 	case k.Device != "disk" || k.ReadOnly || k.Kind == libvirt.SourceNone:
 		bad(without, "a %s that nothing writes to is not replicated", k.Device)
