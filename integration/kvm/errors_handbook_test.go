@@ -24,14 +24,14 @@ func TestEveryErrorIsInTheHandbook(t *testing.T) {
 	names := regexp.MustCompile(`\b(kept|free|variant|nosuch|nobody)(\b|\.raw)`)
 	hosts := regexp.MustCompile(`\bkvm-[ab]\b`)
 	addresses := regexp.MustCompile(`\b10\.77\.0\.[12]\b`)
-	for _, c := range slices.Concat(enableErrors(), operateErrors(), pointErrors()) {
+	for _, c := range slices.Concat(enableErrors(), operateErrors(), pointErrors(), setErrors()) {
 		row, ok := rows[c.id]
 		if !ok {
 			t.Errorf("docs/operations/errors.md has no row for %q", c.id)
 			continue
 		}
 		delete(rows, c.id)
-		want := append([]string{"`" + strings.Join(c.args[:2], " ") + "`", fmt.Sprintf("| %d |", c.code)}, c.words...)
+		want := append([]string{"`" + strings.Join(c.args[:min(2, len(c.args))], " ") + "`", fmt.Sprintf("| %d |", c.code)}, c.words...)
 		for _, w := range want {
 			w = addresses.ReplaceAllString(hosts.ReplaceAllString(names.ReplaceAllString(w, "NAME$2"), "PEER"), "ADDRESS")
 			if !strings.Contains(row, w) {

@@ -142,7 +142,7 @@ func enable(name string, more ...string) []string {
 // names the cause and the next command, and leaves nothing half done.
 func TestEachMistakeGivesItsOwnErrorAndLeavesNothingBehind(t *testing.T) {
 	w := upErrors(t)
-	for _, c := range slices.Concat(enableErrors(), operateErrors(), pointErrors()) {
+	for _, c := range slices.Concat(enableErrors(), operateErrors(), pointErrors(), setErrors()) {
 		t.Run(c.id, func(t *testing.T) { w.run(t, c) })
 	}
 	w.replicating("A", keptVM)

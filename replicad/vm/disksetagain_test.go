@@ -223,3 +223,57 @@ func TestADiskOnItsWayIsNoBypass(t *testing.T) {
 		t.Errorf("looked %d times", seen)
 	}
 }
+
+// A disk that left is forgotten before its image goes: a record that names a disk
+// without an image would refuse every epoch, should the disk come back.
+func TestADiskIsForgottenBeforeItsImageGoes(t *testing.T) {
+	t.Parallel()
+	w := newPair(t)
+	w.protectFirst()
+	w.shipped(w.b)
+	must(t, w.a.do(pausing))
+	must(t, w.a.do(setDisk(false)))
+	w.secondIs("joining", "joining")
+	var unlock func()
+	w.until("the token of B's plans", func() (err error) { // as long as it is ours nothing is tended
+		unlock, err = w.b.vm().lock()
+		return err
+	})
+	must(t, w.a.do(setDisk(true)))
+	must(t, w.a.do(resuming))
+	w.secondIs("unknown", "left")
+	w.shipped(w.b)
+	tries := make(chan struct{}, 1)
+	w.b.refuseWrites(func(name string) error {
+		if strings.HasSuffix(name, recordFile) {
+			select {
+			case tries <- struct{}{}:
+			default:
+			}
+			return errors.New("input/output error")
+		}
+		return nil
+	})
+	unlock()
+	w.until("a try to forget the disk", func() error {
+		w.b.vm().look(t.Context())
+		select {
+		case <-tries:
+			return nil
+		default:
+			return errors.New("none")
+		}
+	})
+	w.b.vm().look(t.Context())
+	if left := w.b.images(); len(left) != 2 || w.b.second() != "left" {
+		t.Errorf("the record could not be written, and B has %v; the disk is %s", left, w.b.second())
+	}
+	w.b.refuseWrites(nil)
+	w.forgotten()
+	w.until("the image to go", func() error {
+		if left := w.b.images(); len(left) != 1 {
+			return fmt.Errorf("%v", left)
+		}
+		return nil
+	})
+}
