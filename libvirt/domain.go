@@ -31,6 +31,8 @@ type Domain struct {
 	// AgentChannel says that the guest agent's channel exists; AgentConnected
 	// that somebody in the guest has opened it (live only).
 	AgentChannel, AgentConnected bool
+	// Tags are the domain's, see TagsURI; in order of appearance, each once.
+	Tags []string
 	// Notes are features that concern replication: "hostdev",
 	// "filesystem", "shmem", "qemu:commandline", "launchSecurity".
 	Notes []string
@@ -153,6 +155,9 @@ func ParseDomain(doc []byte) (Domain, error) {
 	}
 	if x.QEMUCommandline != nil || x.QEMUOverride != nil {
 		d.Notes = append(d.Notes, "qemu:commandline")
+	}
+	if x.Metadata != nil {
+		d.Tags = tagsOf(x.Metadata.XML)
 	}
 	if x.LaunchSecurity != nil {
 		d.Notes = append(d.Notes, "launchSecurity")

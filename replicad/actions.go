@@ -31,6 +31,12 @@ func note(emit func(api.Event), format string, a ...any) {
 }
 
 func (d *Daemon) enable(ctx context.Context, a api.Action, request string, step func(failover.Event), emit func(api.Event)) error {
+	if a.Peer == "" {
+		var err error
+		if a, err = d.byPolicy(ctx, a, emit); err != nil {
+			return err
+		}
+	}
 	rec, err := d.peers.Find(a.Peer)
 	if err != nil {
 		return err
@@ -44,7 +50,7 @@ func (d *Daemon) enable(ctx context.Context, a api.Action, request string, step 
 	}
 	o := vm.EnableOptions{
 		Name: a.VM, Peer: rec.Host, Interval: a.Interval, Disks: a.Disks, OnSilent: silent, StartAt: a.StartAt, Existing: a.Existing, Request: request,
-		Retention: a.Retention, AppEvery: a.AppEvery, Shutdown: a.Shutdown,
+		Retention: a.Retention, AppEvery: a.AppEvery, Shutdown: a.Shutdown, Rate: a.Rate,
 	}
 	if a.DryRun {
 		p, err := d.vms.PlanEnable(ctx, o)

@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"slices"
+	"strings"
 	"time"
 
 	"kvmreplica/internal/version"
@@ -29,6 +31,8 @@ func (d *Daemon) Host(ctx context.Context) (status.Host, error) {
 	} else {
 		h.Libvirt = fmt.Sprintf("libvirt %s, QEMU %s", i.Libvirt, i.QEMU)
 	}
+	h.NotProtected = d.unprotected.alarms(time.Now(), d.protects())
+	slices.SortFunc(h.NotProtected, func(a, b status.NotProtected) int { return strings.Compare(a.Name, b.Name) })
 	return h, nil
 }
 
@@ -242,6 +246,11 @@ func (d *Daemon) Act(ctx context.Context, a api.Action, emit func(api.Event)) er
 	case api.VMEnable:
 		err = d.enable(ctx, a, request, step, emit)
 		if v, missing := d.vms.Lookup(a.VM); missing == nil && !a.DryRun { // there is none before
+			v.Asked(request, who, string(a.Verb), a.Reason)
+		}
+	case api.PolicyApply:
+		err = d.applyPolicy(ctx, a, request, step, emit)
+		if v, missing := d.vms.Lookup(a.VM); missing == nil && !a.DryRun {
 			v.Asked(request, who, string(a.Verb), a.Reason)
 		}
 	case api.VMExport, api.VMImport:

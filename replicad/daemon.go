@@ -55,7 +55,9 @@ type Daemon struct {
 	file      string         // see ReloadFrom
 	level     *slog.LevelVar // see ReloadFrom
 	reloading sync.Mutex
-	live      atomic.Pointer[config.Config] // see conf; nil before the first reload
+
+	unprotected unprotected
+	live        atomic.Pointer[config.Config] // see conf; nil before the first reload
 
 	mu      sync.Mutex
 	clients map[wire.HostID]*peer.Client    // guarded by mu
@@ -226,6 +228,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	g.Go(func() error { return d.vms.Run(vms) })
 	g.Go(func() error { defer endVMs(); return d.tests.Run(ctx) })
 	g.Go(func() error { d.keepTime(ctx); return nil })
+	g.Go(func() error { d.watchPolicies(ctx); return nil })
 	d.log.Info("replicad runs", "host", string(d.id.Host()), "name", d.name, "listen", d.cfg.Listen, "receiving", d.cfg.Receiving)
 	notifyReady()
 	err = g.Wait()

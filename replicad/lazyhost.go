@@ -64,6 +64,10 @@ func with0(ctx context.Context, l *lazyHost, f func(*libvirt.Host) error) error 
 	return f(h)
 }
 
+func (l *lazyHost) List(ctx context.Context) ([]libvirt.Summary, error) {
+	return with1(ctx, l, func(h *libvirt.Host) ([]libvirt.Summary, error) { return h.List(ctx) })
+}
+
 func (l *lazyHost) LookupName(ctx context.Context, name string) (string, error) {
 	return with1(ctx, l, func(h *libvirt.Host) (string, error) { return h.LookupName(ctx, name) })
 }

@@ -209,6 +209,11 @@ func (a *app) planThenAsk(ctx context.Context, act api.Action, sure bool) error 
 			return err
 		}
 	}
+	return a.ask(sure)
+}
+
+// ask has a person agree to what was shown, unless sure.
+func (a *app) ask(sure bool) error {
 	if sure {
 		return nil
 	}

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 	"unicode/utf8"
 
 	"github.com/spf13/cobra"
@@ -98,6 +99,7 @@ func done(err *wire.Error) []api.Event { return []api.Event{{Done: true, Error: 
 func TestTheExitCodeSaysWhatKindOfFailureItWas(t *testing.T) {
 	const act = "POST /v1/actions"
 	sick := []status.VM{{Name: "v", Health: health.Critical, Reason: "broken"}}
+	bare := status.Host{NotProtected: []status.NotProtected{{Name: "w", Condition: health.NotProtected("w", "web", time.Now())}}}
 	for _, c := range []struct {
 		name   string
 		args   []string
@@ -113,7 +115,7 @@ func TestTheExitCodeSaysWhatKindOfFailureItWas(t *testing.T) {
 		{"no flag", []string{"vm", "list", "--nonsense"}, nil, exitUsage, []string{"--nonsense", "next: replicactl vm list --help"}},
 		{"no name", []string{"vm", "status"}, nil, exitUsage, []string{"arg(s)", "next: replicactl vm status --help"}},
 		{"two names", []string{"vm", "pause", "a", "b"}, nil, exitUsage, []string{"arg(s)"}},
-		{"no peer", []string{"vm", "enable", "v"}, nil, exitUsage, []string{"--to PEER is missing", "peer list"}},
+		{"no peer and no policy", []string{"vm", "enable", "v"}, map[string][]any{act: {done(&wire.Error{Kind: wire.KindInvalid, Text: "no policy of this host fits v, and --to PEER is missing", Hint: "peer list"})}}, exitUsage, []string{"--to PEER is missing", "peer list"}},
 		{"interval too long", []string{"vm", "enable", "v", "--to", "p", "--every", "25h"}, nil, exitUsage, []string{"1s to 24h"}},
 		{"interval of a fraction", []string{"vm", "enable", "v", "--to", "p", "--every", "1500ms"}, nil, exitUsage, []string{"1s to 24h"}},
 		{"interval below zero", []string{"vm", "enable", "v", "--to", "p", "--every", "-1s"}, nil, exitUsage, []string{"1s to 24h"}},
@@ -126,7 +128,9 @@ func TestTheExitCodeSaysWhatKindOfFailureItWas(t *testing.T) {
 		{"set to an empty policy", []string{"vm", "set", "v", "--on-silent-peer", ""}, nil, exitUsage, []string{"start or hold"}},
 		{"not sure", []string{"vm", "disable", "v"}, map[string][]any{act: {done(nil)}}, exitUsage, []string{"--yes"}},
 		{"invalid for the daemon", []string{"peer", "join", "h", "c"}, map[string][]any{"POST /v1/peers/join": {&wire.Error{Kind: wire.KindInvalid, Text: "no code"}}}, exitUsage, []string{"no code", "next: replicactl peer join --help"}},
-		{"unhealthy", []string{"health"}, map[string][]any{"GET /v1/vms": {sick}}, exitUnhealthy, []string{"1 of 1 VMs"}},
+		{"unhealthy", []string{"health"}, map[string][]any{"GET /v1/vms": {sick}, "GET /v1/host": {status.Host{}}}, exitUnhealthy, []string{"1 of 1 VMs"}},
+		{"a domain is not protected", []string{"health"}, map[string][]any{"GET /v1/vms": {[]status.VM{}}, "GET /v1/host": {bare}}, exitUnhealthy, []string{"1 of 1 VMs"}},
+		{"health of a VM says nothing of others", []string{"health", "v"}, map[string][]any{"GET /v1/vms/v": {status.VM{Name: "v", Health: health.Normal}}, "GET /v1/host": {bare}}, exitOK, nil},
 		{"attention", []string{"doctor"}, map[string][]any{"GET /v1/doctor": {[]wire.Check{{Name: "x", Result: wire.Failed, Remedy: "mend"}}}}, exitUnhealthy, []string{"1 of 1 checks"}},
 		{"refused", []string{"vm", "start", "v"}, map[string][]any{act: {done(&wire.Error{Kind: wire.KindRefused, Text: "no", Hint: "h"})}}, exitRefused, []string{"next: h"}},
 		{"conflict", []string{"peer", "remove", "p"}, map[string][]any{"DELETE /v1/peers/p": {&wire.Error{Kind: wire.KindConflict, Text: "shared", Hint: "h"}}}, exitRefused, []string{"shared"}},
@@ -191,6 +195,8 @@ func TestNothingThatComesFromElsewhereSteersTheTerminal(t *testing.T) {
 	vm.Stats.LastError = evil
 	f := &fakeDaemon{answers: map[string][]any{
 		"GET /v1/vms":       {[]status.VM{vm}},
+		"GET /v1/host":      {status.Host{}},
+		"GET /v1/policies":  {status.Policies{Policies: []status.Policy{{Name: evil, Match: []string{evil}}}, Domains: []status.Domain{{Name: evil, State: evil, Policy: evil, Peer: evil, Drift: []string{evil}}}}},
 		"GET /v1/vms/v":     {vm},
 		"GET /v1/peers":     {[]status.Peer{{Name: evil, Address: evil, Host: evil}}},
 		"GET /v1/doctor":    {[]wire.Check{{Name: evil, Result: wire.Failed, Detail: evil, Remedy: evil}}},
@@ -198,7 +204,7 @@ func TestNothingThatComesFromElsewhereSteersTheTerminal(t *testing.T) {
 		"DELETE /v1/peers/": {&wire.Error{Text: evil}},
 	}}
 	socket := serve(t, f)
-	for _, args := range [][]string{{"vm", "list"}, {"vm", "status", "v"}, {"peer", "list"}, {"doctor"}, {"health"}, {"vm", "pause", "v"}, {"vm", "watch", "v", "--until", "error"}} {
+	for _, args := range [][]string{{"vm", "list"}, {"vm", "list", "--all"}, {"policy", "list"}, {"vm", "status", "v"}, {"peer", "list"}, {"doctor"}, {"health"}, {"vm", "pause", "v"}, {"vm", "watch", "v", "--until", "error"}} {
 		_, out, errs := ctl(t, socket, args...)
 		if !strings.Contains(out+errs, "all is well") {
 			t.Errorf("%v: the text is missing: %q", args, out+errs)

@@ -168,7 +168,7 @@ func newRoot(a *app) *cobra.Command {
 	root.PersistentFlags().StringVar(&a.socket, "socket", api.DefaultSocket, "control socket of the daemon")
 	root.PersistentFlags().BoolVar(&a.json, "json", false, "print JSON (one object, or one per line while an action runs)")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usagef("%v", err) })
-	root.AddCommand(newVM(a), newPoint(a), newPeer(a), newFailover(a), newDrill(a), newHealth(a), newStats(a), newDoctor(a), newReload(a), newVersion(a))
+	root.AddCommand(newVM(a), newPolicy(a), newPoint(a), newPeer(a), newFailover(a), newDrill(a), newHealth(a), newStats(a), newDoctor(a), newReload(a), newVersion(a))
 	return root
 }
 

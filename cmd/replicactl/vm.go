@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"time"
@@ -8,6 +9,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"kvmreplica/replicad/api"
+	"kvmreplica/replicad/health"
 	"kvmreplica/replicad/status"
 )
 
@@ -46,21 +48,23 @@ func newVMEnable(a *app) *cobra.Command {
 		when string
 	)
 	c := &cobra.Command{
-		Use:   "enable NAME --to PEER",
+		Use:   "enable NAME [--to PEER]",
 		Short: "Protect a virtual machine, running or not, on another host",
 		Long: `Protect a virtual machine on another host. A running guest is not stopped: its disks are put behind
-replicad's exports one by one, and taken out again if anything fails. The plan is printed first.` + exitHelp,
+replicad's exports one by one, and taken out again if anything fails. The plan is printed first.
+Without --to the policy that fits the VM (replicactl policy list) says where to and how; what is typed counts instead.` + exitHelp,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			act.VM = args[0]
-			if act.Peer == "" {
-				return usagef("--to PEER is missing (see: replicactl peer list)")
-			}
 			err := set.check()
 			if err != nil {
 				return err
 			}
-			act.Interval, act.AppEvery, act.Shutdown, act.OnSilent = set.every, set.appEvery, set.shutdown, set.onSilent
+			if act.Peer == "" { // by the policy, but for what was typed
+				act.Set, act.Initial = set.given(cmd), cmd.Flags().Changed("initial")
+			} else {
+				act.Interval, act.AppEvery, act.Shutdown, act.OnSilent = set.every, set.appEvery, set.shutdown, set.onSilent
+			}
 			if act.Existing = when == "existing"; !act.Existing {
 				if act.StartAt, err = parseStart(when, time.Now()); err != nil {
 					return err
@@ -79,7 +83,7 @@ replicad's exports one by one, and taken out again if anything fails. The plan i
 		},
 	}
 	f := c.Flags()
-	f.StringVar(&act.Peer, "to", "", "paired host that keeps the copy")
+	f.StringVar(&act.Peer, "to", "", "paired host that keeps the copy (default: as the policy that fits says)")
 	set.add(c)
 	f.StringSliceVar(&act.Disks, "disk", nil, "protect only these disks (target names, e.g. vda)")
 	f.StringVar(&when, "initial", "now", `initial copy: now; "in 8h", "at 22:00" or "at 2026-01-31 22:00" (up to seven days ahead); existing: compare with images that lie ready on the replica host`)
@@ -126,19 +130,50 @@ func newVMStart(a *app) *cobra.Command {
 }
 
 func newVMList(a *app) *cobra.Command {
-	return &cobra.Command{
+	var all bool
+	c := &cobra.Command{
 		Use: "list", Short: "List VMs that replicate from or to this host", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			vms, err := a.client().VMs(cmd.Context())
 			if err != nil {
 				return err
 			}
-			if a.json {
+			switch {
+			case all:
+				return a.listAll(cmd.Context(), vms)
+			case a.json:
 				return a.print(vms)
 			}
 			return a.table(vms)
 		},
 	}
+	c.Flags().BoolVar(&all, "all", false, "also this host's domains that are not protected, with the policy that would apply")
+	return c
+}
+
+// listAll lists VMs, and the domains that are none.
+func (a *app) listAll(ctx context.Context, vms []status.VM) error {
+	p, err := a.client().Policies(ctx)
+	if err != nil {
+		return err
+	}
+	none := []status.Domain{}
+	for _, d := range p.Domains {
+		if d.Role == status.None {
+			none = append(none, d)
+		}
+	}
+	if a.json {
+		return a.print(map[string]any{"vms": vms, "not_protected": none})
+	}
+	if err := a.table(vms); err != nil {
+		return err
+	}
+	fmt.Fprintf(a.out, "\nNot protected: %d\n", len(none))
+	if len(none) == 0 {
+		return nil
+	}
+	return a.domains(none)
 }
 
 func newVMStatus(a *app) *cobra.Command {
@@ -186,17 +221,34 @@ func newHealth(a *app) *cobra.Command {
 				if vms, err = a.client().VMs(cmd.Context()); err != nil {
 					return err
 				}
+				h, err := a.client().Host(cmd.Context())
+				if err != nil {
+					return err
+				}
+				vms = append(vms, missing(h)...)
 			}
 			return a.health(vms)
 		},
 	}
 }
 
+// missing are the domains that should be protected and are not, as VMs of which
+// there is nothing else to say.
+func missing(h status.Host) (out []status.VM) {
+	for _, n := range h.NotProtected {
+		out = append(out, status.VM{
+			Name: n.Name, ID: n.ID, Role: status.None, State: status.Unprotected, Health: n.Condition.Severity, Reason: n.Condition.Text,
+			Conditions: []health.Condition{n.Condition}, RPO: -1, Pending: -1,
+		})
+	}
+	return out
+}
+
 func newReload(a *app) *cobra.Command {
 	return &cobra.Command{
 		Use: "reload", Short: "Have the daemon read its configuration again", Args: cobra.NoArgs,
 		Long: `Have the daemon read its configuration again, as systemctl reload replicad does. What a running daemon can take over
-counts at once: bandwidth, network, log_level, receiving, storage_roots, advertise, on_silent_peer, access. Other keys that
+counts at once: bandwidth, network, policy, log_level, receiving, storage_roots, advertise, on_silent_peer, access. Other keys that
 changed are named and take a restart. A bad file changes nothing.` + exitHelp,
 		RunE: func(cmd *cobra.Command, _ []string) error { return a.act(cmd.Context(), api.Action{Verb: api.Reload}) },
 	}

@@ -33,6 +33,11 @@ func operateErrors() []errorCase {
 		{id: "set-app-every", args: []string{"vm", "set", keptVM, "--app-every", "5s"}, code: 2, words: []string{"application-consistent points every 5s", "from 1m to 168h"}},
 		{id: "set-on-replica", host: "B", args: []string{"vm", "set", keptVM, "--every", "5s"}, code: 6, words: []string{"the settings of kept are its primary's, which is kvm-a", "on kvm-a: replicactl vm set kept"}},
 		{id: "set-state-disk-full", args: []string{"vm", "set", keptVM, "--every", "7s"}, code: 1, words: []string{"no space left on device", "df -h /var/lib/replicad"}, setup: full("A", stateDir)},
+		{id: "enable-no-policy", args: []string{"vm", "enable", freeVM, "--yes"}, code: 2, words: []string{"no policy of this host fits free, and --to PEER is missing", "replicactl vm enable free --to PEER (replicactl peer list), or: replicactl policy list"}},
+		{id: "enable-no-policy-domain-missing", args: []string{"vm", "enable", "nosuch", "--yes"}, code: 1, words: []string{`libvirt has no domain "nosuch"`, "virsh list --all"}},
+		{id: "policy-apply-no-policy", args: []string{"policy", "apply", freeVM}, code: 6, words: []string{"no policy of this host fits free", "replicactl policy list; or: replicactl vm enable free --to PEER"}},
+		{id: "policy-apply-domain-missing", args: []string{"policy", "apply", "nosuch"}, code: 1, words: []string{`libvirt has no domain "nosuch"`, "virsh list --all"}},
+		{id: "policy-libvirt-down", args: []string{"policy", "list"}, code: 1, words: []string{"list domains: libvirtd is not reachable", "systemctl status libvirtd virtqemud"}, setup: libvirtDown("A")},
 		{id: "pairing-code-wrong", host: "B", args: addr("AAAA-AAAA-AAAA-AAAA"), code: 6, words: []string{"pairing code is wrong", "replicactl peer invite"}, setup: func(w *errorWorld) func() {
 			w.ctl("A", "peer", "invite", "--valid", "1m")
 			return func() {}

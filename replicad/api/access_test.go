@@ -290,7 +290,7 @@ func TestEveryVerbHasARole(t *testing.T) {
 			failover-reverse failover-commit failover-cancel failover-resume failover-take-back peer-test point-pin point-app
 			failover-test failover-test-stop drill`,
 		Admin: `vm-enable vm-set vm-disable vm-resize vm-add-disk vm-remove-disk vm-export vm-import point-mount point-unmount point-export
-			point-unpin point-keep failover-patch-export failover-patch-delete failover-patch-mount peer-address reload`,
+			policy-apply point-unpin point-keep failover-patch-export failover-patch-delete failover-patch-mount peer-address reload`,
 	}
 	want := map[Verb]Role{}
 	for r, verbs := range roles {

@@ -23,26 +23,28 @@ type Verb string
 
 // The actions.
 const (
-	VMEnable   Verb = "vm-enable"
-	VMDisable  Verb = "vm-disable"
-	VMPause    Verb = "vm-pause"
-	VMResume   Verb = "vm-resume"
-	VMSync     Verb = "vm-sync"        // one cycle now
-	VMResync   Verb = "vm-resync"      // compare everything by digest, send what differs
-	VMLimit    Verb = "vm-limit"       // bound what is sent of a VM
-	VMSet      Verb = "vm-set"         // change what Set says
-	VMResize   Verb = "vm-resize"      // give a disk another size
-	VMAddDisk  Verb = "vm-add-disk"    // protect one disk more: Disks[0]
-	VMTakeDisk Verb = "vm-remove-disk" // and one less
-	VMStart    Verb = "vm-start"
-	VMUpgrade  Verb = "vm-upgrade" // the installed program takes the data plane over
-	Planned    Verb = "failover-planned"
-	Unplanned  Verb = "failover-unplanned"
-	Reverse    Verb = "failover-reverse"
-	Commit     Verb = "failover-commit"
-	Cancel     Verb = "failover-cancel"
-	PlanResume Verb = "failover-resume"
-	AuditLog   Verb = "failover-log"
+	VMEnable  Verb = "vm-enable"
+	VMDisable Verb = "vm-disable"
+	VMPause   Verb = "vm-pause"
+	VMResume  Verb = "vm-resume"
+	VMSync    Verb = "vm-sync"   // one cycle now
+	VMResync  Verb = "vm-resync" // compare everything by digest, send what differs
+	VMLimit   Verb = "vm-limit"  // bound what is sent of a VM
+	VMSet     Verb = "vm-set"    // change what Set says
+	// PolicyApply protects a domain as its policy says, or sets what differs from it.
+	PolicyApply Verb = "policy-apply"
+	VMResize    Verb = "vm-resize"      // give a disk another size
+	VMAddDisk   Verb = "vm-add-disk"    // protect one disk more: Disks[0]
+	VMTakeDisk  Verb = "vm-remove-disk" // and one less
+	VMStart     Verb = "vm-start"
+	VMUpgrade   Verb = "vm-upgrade" // the installed program takes the data plane over
+	Planned     Verb = "failover-planned"
+	Unplanned   Verb = "failover-unplanned"
+	Reverse     Verb = "failover-reverse"
+	Commit      Verb = "failover-commit"
+	Cancel      Verb = "failover-cancel"
+	PlanResume  Verb = "failover-resume"
+	AuditLog    Verb = "failover-log"
 	// What an old primary gave up in a return.
 	PatchList   Verb = "failover-patch-list"
 	PatchExport Verb = "failover-patch-export"
@@ -96,7 +98,9 @@ type Action struct {
 	Timeout    time.Duration `json:"timeout_ns,omitempty"` // guest shutdown deadline; 0 = the VM's
 	// Shutdown of enable: the VM's deadline from then on, 0 = the default.
 	Shutdown time.Duration `json:"shutdown_time_ns,omitempty"`
-	// Set says which settings vm-set changes.
+	// Of vm-set: which settings it changes. Of vm-enable without a peer, by the
+	// policy: those that count instead of its; Initial: StartAt and Existing do, too.
+	Initial  bool      `json:"initial,omitempty"`
 	Set      *Settings `json:"set,omitempty"`
 	OnSilent string    `json:"on_silent_peer,omitempty"`
 	Existing bool      `json:"existing,omitempty"` // enable: compare with images that lie ready on the replica host
@@ -226,6 +230,8 @@ type Backend interface {
 	Host(ctx context.Context) (status.Host, error)
 	VMs(ctx context.Context) ([]status.VM, error)
 	VM(ctx context.Context, name string) (status.VM, error)
+	// Policies are the policies of this host and all its domains.
+	Policies(ctx context.Context) (status.Policies, error)
 	// Points lists a VM's recovery points, wherever they are kept.
 	Points(ctx context.Context, name string) (wire.PointsReply, error)
 	// Statistics are a VM's measurements on this host.

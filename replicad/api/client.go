@@ -51,6 +51,11 @@ func (c *Client) VM(ctx context.Context, name string) (v status.VM, err error) {
 	return v, c.call(ctx, http.MethodGet, "/v1/vms/"+url.PathEscape(name), nil, &v)
 }
 
+// Policies returns the host's policies and all its domains.
+func (c *Client) Policies(ctx context.Context) (v status.Policies, err error) {
+	return v, c.call(ctx, http.MethodGet, "/v1/policies", nil, &v)
+}
+
 // Points lists a VM's recovery points, wherever they are kept.
 func (c *Client) Points(ctx context.Context, name string) (v wire.PointsReply, err error) {
 	return v, c.call(ctx, http.MethodGet, "/v1/vms/"+url.PathEscape(name)+"/points", nil, &v)

@@ -42,6 +42,7 @@ func NewServer(back Backend, roles func(Caller) Role, log *slog.Logger) *Server 
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /v1/host", reply(func(r *http.Request) (any, error) { return back.Host(r.Context()) }))
 	mux.HandleFunc("GET /v1/vms", reply(func(r *http.Request) (any, error) { return back.VMs(r.Context()) }))
+	mux.HandleFunc("GET /v1/policies", reply(func(r *http.Request) (any, error) { return back.Policies(r.Context()) }))
 	mux.HandleFunc("GET /v1/vms/{name}", reply(func(r *http.Request) (any, error) { return back.VM(r.Context(), r.PathValue("name")) }))
 	mux.HandleFunc("GET /v1/vms/{name}/points", reply(func(r *http.Request) (any, error) { return back.Points(r.Context(), r.PathValue("name")) }))
 	mux.HandleFunc("GET /v1/vms/{name}/statistics", reply(func(r *http.Request) (any, error) { return back.Statistics(r.Context(), r.PathValue("name")) }))

@@ -19,7 +19,7 @@ var keys = map[string]Change{
 	"OnSilentPeer": {"on_silent_peer", true}, "SilentPeerAfter": {Key: "silent_peer_after"}, "ShippingSlots": {Key: "shipping_slots"},
 	"AnyClient": {Key: "any_client"}, "StatisticsStart": {Key: "statistics.start"}, "StatisticsWindow": {Key: "statistics.window"},
 	"TLS": {Key: "tls"}, "Access": {"access", true}, "Limits": {Key: "limits"}, "Domain": {Key: "domain"}, "Bandwidth": {"bandwidth", true}, "Tests": {Key: "test"},
-	"Networks": {"network", true}, "Drills": {Key: "drill"},
+	"Networks": {"network", true}, "Drills": {Key: "drill"}, "Policies": {"policy", true},
 }
 
 // Changes lists what differs from c to next, in the order of the fields.

@@ -81,6 +81,8 @@ type Config struct {
 	Tests     Tests
 	Networks  []NetworkMap
 	Drills    []DrillPlan
+	// Policies say how domains are to be protected; the first that fits one counts.
+	Policies []Policy
 }
 
 // TLS names certificate files made elsewhere. All empty = the host makes its own.

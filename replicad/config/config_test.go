@@ -57,6 +57,13 @@ func TestTheExampleShowsEveryKeyWithItsDefault(t *testing.T) {
 	want.Kernels = map[string]Kernel{"example": {Kernel: "/boot/vmlinuz", Initrd: "/boot/initrd.img"}}
 	want.Networks = []NetworkMap{{From: "default", To: "default"}}
 	want.Drills = []DrillPlan{{VM: "web", Every: 168 * time.Hour, At: 3 * time.Hour, Point: "latest", Proof: "agent", Timeout: 10 * time.Minute}}
+	span := func(d time.Duration) *time.Duration { return &d }
+	rate := int64(20e6)
+	want.Policies = []Policy{{
+		Name: "web", Match: []string{"web-*"}, Tags: []string{"gold"}, Exclude: []string{"*-scratch"}, To: "kvm-b", Every: span(30 * time.Second),
+		AppEvery: span(time.Hour), Points: "all:1h,1h:1d", Bandwidth: &rate, Shutdown: span(5 * time.Minute), OnSilent: Start,
+		InitialAt: span(22 * time.Hour), Alarm: true, AlarmAfter: 15 * time.Minute,
+	}}
 	if d := cmp.Diff(want, got); d != "" {
 		t.Error(d)
 	}
@@ -112,6 +119,27 @@ func TestEveryComplaintComesAtOnceWithItsLine(t *testing.T) {
 		/* 29 */ `[[drill]]`,
 		/* 30 */ `at = "26:00"`,
 		/* 31 */ `every = "1s"`,
+		/* 32 */ `[[policy]]`,
+		/* 33 */ `name = "a"`,
+		/* 34 */ `match = ["[a"]`,
+		/* 35 */ `to = "kvm-b"`,
+		/* 36 */ `every = "1500ms"`,
+		/* 37 */ `bandwidth = "1KiB/s"`,
+		/* 38 */ `initial = "soon"`,
+		/* 39 */ `tag = ["x"]`,
+		/* 40 */ `[[policy]]`,
+		/* 41 */ `name = "a"`,
+		/* 42 */ `tags = [""]`,
+		/* 43 */ `exclude = [""]`,
+		/* 44 */ `app_every = "1s"`,
+		/* 45 */ `points = "many"`,
+		/* 46 */ `shutdown_time = "-1s"`,
+		/* 47 */ `on_silent_peer = "panic"`,
+		/* 48 */ `alarm_after = "1y"`,
+		/* 49 */ `bandwidth = "fast"`,
+		/* 50 */ `initial = "at 24:00"`,
+		/* 51 */ `[[policy]]`,
+		/* 52 */ `to = "kvm-b"`,
 	}, "\n")))
 	if err == nil {
 		t.Fatal("accepted")
@@ -123,6 +151,10 @@ func TestEveryComplaintComesAtOnceWithItsLine(t *testing.T) {
 		"line 11: limits.capture_memory: ", "line 12: limits.backlog: ", "line 13: limits.memory: unknown key",
 		"line 14: tls: ", "line 15: tls.cert: ", "line 17: bandwidth.1.days: ", "line 21: bandwidth.2.to: ", "line 22: bandwidth.2.rate: ",
 		"line 24: test.name: ", "line 28: network.1.ip: ", "drill.1.vm: is missing", "line 30: drill.1.at: ", "line 31: drill.1.every: ",
+		"line 34: policy.1.match: ", "line 36: policy.1.every: ", "line 37: policy.1.bandwidth: ", "line 38: policy.1.initial: ", "line 39: policy.tag: unknown key",
+		"line 41: policy.2.name: ", "policy.2.to: is missing", "line 42: policy.2.tags: ", "line 43: policy.2.exclude: ", "line 44: policy.2.app_every: ",
+		"line 45: policy.2.points: ", "line 46: policy.2.shutdown_time: ", "line 47: policy.2.on_silent_peer: ", "line 48: policy.2.alarm_after: ",
+		"line 49: policy.2.bandwidth: ", "line 50: policy.2.initial: ", "policy.3.name: is missing", "policy.3.match: the policy fits nothing",
 	} {
 		if !strings.Contains(got, want) {
 			t.Errorf("missing %q", want)

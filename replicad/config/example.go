@@ -14,7 +14,7 @@ func Example() string {
 	p := printer(b)
 	p("# KVM Replica daemon. What is commented out is the default; sizes and times")
 	p("# need a unit. Check a change with: replicad --check --config %s", DefaultPath)
-	p("# systemctl reload replicad takes over: bandwidth, network, log_level, receiving,")
+	p("# systemctl reload replicad takes over: bandwidth, network, policy, log_level, receiving,")
 	p("# storage_roots, advertise, on_silent_peer, access. Everything else takes a restart.")
 	p("")
 	p("# Let paired hosts that were allowed to (replicactl peer allow) keep replicas here.")
@@ -74,6 +74,7 @@ func Example() string {
 	exampleDomain(p, d.Domain)
 	exampleLimits(p, l)
 	exampleTests(p, d.Tests)
+	examplePolicies(p)
 	return b.String()
 }
 

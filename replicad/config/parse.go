@@ -39,6 +39,7 @@ type file struct {
 	Test            fileTests     `toml:"test"`
 	Network         []fileNetwork `toml:"network"`
 	Drill           []fileDrill   `toml:"drill"`
+	Policy          []filePolicy  `toml:"policy"`
 }
 
 type fileAccess struct {
@@ -114,6 +115,9 @@ func Parse(data []byte) (Config, error) {
 	p.tests(&c, f)
 	for i, w := range f.Bandwidth {
 		c.Bandwidth = append(c.Bandwidth, p.window(i, w))
+	}
+	for i, q := range f.Policy {
+		c.Policies = append(c.Policies, p.policy(i, q))
 	}
 	c.complaints(p.complain)
 	if len(p.errs) == 0 {

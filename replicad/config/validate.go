@@ -77,6 +77,7 @@ func (c Config) complaints(say func(key, format string, args ...any)) {
 	c.complainAccess(say)
 	c.Domain.complaints(say)
 	c.complainTests(say)
+	c.complainPolicies(say)
 	c.complainNumbers(say)
 }
 

@@ -249,4 +249,6 @@ type Host struct {
 	Listen    string      `json:"listen"`
 	Receiving bool        `json:"receiving"`
 	Libvirt   string      `json:"libvirt"`
+	// NotProtected are the domains that should be protected and are not.
+	NotProtected []NotProtected `json:"not_protected,omitempty"`
 }

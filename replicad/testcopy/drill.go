@@ -108,6 +108,9 @@ func (m *Manager) drill(ctx context.Context, s Subject, o DrillOptions, proof Pr
 	return err
 }
 
+// Known reports whether a domain is a test copy.
+func (m *Manager) Known(uuid string) bool { return m.get(uuid) != nil }
+
 func (m *Manager) get(id string) *copied {
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -2,6 +2,7 @@ package vm
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
@@ -48,12 +49,24 @@ func (s Settings) Check() error {
 	return nil
 }
 
-// Changes says which settings would differ from what is in force, as a person
-// reads it.
-func (v *VM) Changes(s Settings) []string {
+// PlanSet says what Set would change, or why it would refuse.
+func (v *VM) PlanSet(s Settings) ([]string, error) {
+	if err := errors.Join(s.Check(), v.mayChange("vm set")); err != nil {
+		return nil, err
+	}
 	r := v.record()
-	return s.changes(&r)
+	return s.changes(&r), nil
 }
+
+// Bytes is the size of the protected disks.
+func (v *VM) Bytes() int64 {
+	r := v.record()
+	return r.bytes()
+}
+
+// Rate bounds what this host sends of the VM, in bytes per second; 0 = only the
+// host's limits do.
+func (v *VM) Rate() int64 { return v.record().Rate }
 
 func (s Settings) changes(r *Record) (out []string) {
 	span := func(name, none string, was time.Duration, to *time.Duration) {

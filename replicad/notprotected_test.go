@@ -1,0 +1,95 @@
+package replicad
+
+import (
+	"testing"
+	"time"
+	_ "time/tzdata"
+
+	"kvmreplica/libvirt"
+	"kvmreplica/replicad/config"
+	"kvmreplica/replicad/health"
+)
+
+func TestADomainThatShouldBeProtectedIsAnAlarmAfterItsTimeAndUntilItIs(t *testing.T) {
+	t.Parallel()
+	c, err := config.Parse([]byte(`
+[[policy]]
+name = "web"
+match = ["web-*"]
+to = "b"
+alarm = true
+alarm_after = "10m"
+[[policy]]
+name = "rest"
+match = ["*"]
+to = "b"
+`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var u unprotected
+	at := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
+	nobody := func(string) bool { return false }
+	names := func(after time.Duration, protected func(string) bool) (s string) {
+		for _, n := range u.alarms(at.Add(after), protected) {
+			if n.Condition.Code != "not-protected" || n.Condition.Severity != health.Warning || n.Policy != "web" {
+				t.Errorf("%+v", n)
+			}
+			s += n.Name
+		}
+		return s
+	}
+	web1, db := libvirt.Domain{Name: "web-1", UUID: "1"}, libvirt.Domain{Name: "db", UUID: "2"}
+	u.looked(at, []libvirt.Domain{web1, db}, c)
+	if s := names(9*time.Minute, nobody); s != "" {
+		t.Errorf("too early: %s", s)
+	}
+	u.looked(at.Add(5*time.Minute), []libvirt.Domain{web1, db, {Name: "web-2", UUID: "3"}}, c)
+	if s := names(10*time.Minute, nobody); s != "web-1" {
+		t.Errorf("after ten minutes: %q", s)
+	}
+	// It goes the moment it is protected, before anybody looks again.
+	if s := names(10*time.Minute, func(id string) bool { return id == "1" }); s != "" {
+		t.Errorf("protected: %q", s)
+	}
+	// libvirt was away for hours: nobody looked, what is known stays, and nothing is new
+	// but what was on its way. A domain that comes then has all its time.
+	u.looked(at.Add(5*time.Hour), []libvirt.Domain{web1, {Name: "web-3", UUID: "4"}}, c)
+	if s := names(5*time.Hour+time.Minute, nobody); s != "web-1" {
+		t.Errorf("after an outage: %q", s)
+	}
+	// One that was gone, or was protected, begins anew.
+	u.looked(at.Add(6*time.Hour), nil, c)
+	u.looked(at.Add(7*time.Hour), []libvirt.Domain{web1}, c)
+	if s := names(7*time.Hour+9*time.Minute, nobody); s != "" {
+		t.Errorf("again: %q", s)
+	}
+	// The policy is taken out of the configuration.
+	u.looked(at.Add(8*time.Hour), []libvirt.Domain{web1}, config.Default())
+	if s := names(9*time.Hour, nobody); s != "" {
+		t.Errorf("without a policy: %q", s)
+	}
+}
+
+func TestTheNextTimeOfDayIsTodayOrTomorrow(t *testing.T) {
+	t.Parallel()
+	zone, err := time.LoadLocation("Europe/Berlin")
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := func(s string) time.Time {
+		x, err := time.ParseInLocation(time.DateTime, s, zone)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return x
+	}
+	for now, want := range map[string]string{
+		"2026-01-31 21:59:59": "2026-01-31 22:00:00", "2026-01-31 22:00:00": "2026-02-01 22:00:00",
+		"2026-03-28 23:00:00": "2026-03-29 22:00:00", "2026-10-25 00:30:00": "2026-10-25 22:00:00", // clocks change
+	} {
+		if got := nextAt(at(now), 22*time.Hour); !got.Equal(at(want)) {
+			t.Errorf("%s: %s, want %s", now, got, want)
+		}
+	}
+}
