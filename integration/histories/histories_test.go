@@ -52,8 +52,8 @@ const perWorld = 20
 // acknowledged is lost, every disk a guest finds is one that a guest wrote, and
 // when the faults stop a person who follows status and health gets one owner
 // and a complete copy. KVMREPLICA_HISTORIES=N plays N further ones ("make
-// histories"), counted over all runs that share the file KVMREPLICA_CAMPAIGN;
-// SEED=k plays one again.
+// histories"), from seed FIRST on or after the last one, counted over all runs
+// that share the file KVMREPLICA_CAMPAIGN; SEED=k plays one again.
 func TestRandomFailoverHistoriesOfTheRealDaemonsForkNothingUnseenAndLoseNothingAcknowledged(t *testing.T) {
 	labtest.Require(t)
 	file := os.Getenv("KVMREPLICA_CAMPAIGN")
@@ -72,7 +72,7 @@ func TestRandomFailoverHistoriesOfTheRealDaemonsForkNothingUnseenAndLoseNothingA
 			seeds <- again
 			return
 		}
-		first := uint64(1)
+		first := envInt("FIRST", 1)
 		for _, p := range c.Entries {
 			first = max(first, p.Seed+1)
 		}
