@@ -122,6 +122,12 @@ func shown(v status.VM) bool {
 	return v.State == status.Diverged || v.State == status.FailedOver || has(v, "start-held") != nil || has(v, "session-stopped") != nil || has(v, "diverged") != nil
 }
 
+// stale reports whether a host says that the other one took over from it.
+func stale(v status.VM) bool {
+	c := has(v, "session-stopped")
+	return c != nil && strings.Contains(c.Remedy, "on the new primary")
+}
+
 // operate is one decision of a person who looks at both hosts.
 func (h *history) operate(ctx context.Context, a, b status.VM) {
 	h.note("the operator sees\n  A: %s\n  B: %s", describe(a), describe(b))
@@ -134,7 +140,7 @@ func (h *history) operate(ctx context.Context, a, b status.VM) {
 		if v.Plan.Interrupted && h.tried%3 == 0 { // it goes on by itself; a person helps
 			o := map[*host]status.VM{ka: b, kb: a}[k]
 			if h.tried > 9 && o.State == status.Diverged && o.Plan == nil && owns(o) {
-				h.reverse(ctx, k.other) // the side that can
+				h.decide(ctx, k.other) // the side that can
 				return
 			}
 			verb := "resume"
@@ -156,11 +162,11 @@ func (h *history) operate(ctx context.Context, a, b status.VM) {
 		}
 		h.forks++
 		// The side that was failed over to last; with two of them, or none, either.
-		overA, overB := a.State == status.FailedOver || a.Failover != nil, b.State == status.FailedOver || b.Failover != nil
+		overA, overB := a.State == status.FailedOver || a.Failover != nil || stale(b), b.State == status.FailedOver || b.Failover != nil || stale(a)
 		if overB && !overA || overA == overB && h.r.IntN(2) == 0 {
 			keep = kb
 		}
-		h.reverse(ctx, keep)
+		h.decide(ctx, keep)
 		return
 	case owns(b):
 		keep, v = kb, b
@@ -181,14 +187,14 @@ func (h *history) mend(ctx context.Context, keep *host, v, r status.VM) {
 	case v.Failover != nil && v.Failover.Phase == status.Trial && v.State != status.Diverged:
 		h.ctl(ctx, keep, patience, "failover", "commit", h.name, "--yes")
 	case v.State == status.FailedOver || v.State == status.Diverged || has(v, "diverged") != nil:
-		h.reverse(ctx, keep)
+		h.decide(ctx, keep)
 	case r.State == status.Suspect:
 		h.ctl(ctx, keep.other, patience, "vm", "resync", h.name)
 	case stop != nil && strings.Contains(stop.Remedy, "failover unplanned") && r.Role == status.Replica:
 		h.destroy(ctx, keep)
 		h.byForce(ctx, keep.other)
 	case stop != nil && strings.Contains(stop.Remedy, "failover reverse"):
-		h.reverse(ctx, keep)
+		h.decide(ctx, keep)
 	case !v.Running && has(v, "start-held") != nil && h.tried%2 == 0 && !r.Running:
 		h.ctl(ctx, keep, patience, "vm", "start", h.name, "--force")
 	case !v.Running:

@@ -354,12 +354,15 @@ func (h *history) cancel(ctx context.Context, k *host) {
 	}
 }
 
-// reverse keeps a host's side and gives the other one's up.
-func (h *history) reverse(ctx context.Context, keep *host) (code int) {
-	v, err := keep.status(ctx, h.name)
-	if err != nil || v.State != status.FailedOver && v.State != status.Diverged {
-		return 0
+// reverse keeps a host's side where that is asked for.
+func (h *history) reverse(ctx context.Context, keep *host) {
+	if v, err := keep.status(ctx, h.name); err == nil && (v.State == status.FailedOver || v.State == status.Diverged) {
+		h.decide(ctx, keep)
 	}
+}
+
+// decide keeps a host's side and gives the other one's up.
+func (h *history) decide(ctx context.Context, keep *host) {
 	o := keep.other
 	if o.Up() && o.runs(h.name) {
 		h.destroy(ctx, o)
@@ -367,10 +370,9 @@ func (h *history) reverse(ctx context.Context, keep *host) (code int) {
 	h.forced.Store(true)
 	h.look()
 	was := h.loses(o)
-	if code, _ = h.ctl(ctx, keep, patience, "failover", "reverse", h.name, "--yes"); code == exitRefused {
+	if code, _ := h.ctl(ctx, keep, patience, "failover", "reverse", h.name, "--yes"); code == exitRefused {
 		h.hasNow(o, was)
 	}
-	return code
 }
 
 func (h *history) destroy(ctx context.Context, k *host) {
