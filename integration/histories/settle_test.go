@@ -151,6 +151,12 @@ func (h *history) operate(ctx context.Context, a, b status.VM) {
 		}
 		return
 	}
+	for k, v := range map[*host]status.VM{ka: a, kb: b} {
+		if v.Failover != nil && v.Failover.Phase == status.Trial && has(v, "data-plane-down") != nil {
+			h.cancel(ctx, k) // it cannot be committed
+			return
+		}
+	}
 	keep, v := ka, a
 	switch {
 	case owns(a) && owns(b):

@@ -77,10 +77,7 @@ func TestASuspectReplicaIsNotFailedOverTo(t *testing.T) {
 				return nil
 			})
 			w.b.kill()
-			old, err := os.ReadFile(path)
-			must(t, err)
-			must(t, os.WriteFile(path+".new", old, 0o600))
-			must(t, os.Rename(path+".new", path))
+			replaced(t, path)
 			w.b.start()
 			w.until("the replica to be suspect", func() error {
 				if st := w.b.vm().Status(t.Context(), "A"); st.State != status.Suspect {
@@ -90,7 +87,7 @@ func TestASuspectReplicaIsNotFailedOverTo(t *testing.T) {
 			})
 			w.forced.Store(true)
 			w.lossy.Store(true)
-			err = w.b.do(failoverTo("latest", UnplannedOptions{Force: true, InPlace: inPlace}))
+			err := w.b.do(failoverTo("latest", UnplannedOptions{Force: true, InPlace: inPlace}))
 			if err == nil || !strings.Contains(err.Error(), "changed from outside") || !strings.Contains(err.Error(), "replicactl vm resync web") {
 				t.Errorf("the failover: %v", err)
 			}
@@ -103,6 +100,46 @@ func TestASuspectReplicaIsNotFailedOverTo(t *testing.T) {
 				t.Errorf("B is %s", l.State)
 			}
 		})
+	}
+}
+
+// replaced puts an equal image in the place of one, as a backup would.
+func replaced(t *testing.T, path string) {
+	t.Helper()
+	old, err := os.ReadFile(path)
+	must(t, err)
+	must(t, os.WriteFile(path+".new", old, 0o600))
+	must(t, os.Rename(path+".new", path))
+}
+
+// A host is put back while its failover is on trial, so that the disks cannot be
+// opened any more. The commit is refused before anything is final; the trial can
+// still be cancelled, and the old primary serves again.
+func TestATrialWhoseDisksCannotBeOpenedIsNotCommittedButCancelled(t *testing.T) {
+	t.Parallel()
+	w := newPair(t)
+	w.protect()
+	w.rest()
+	w.powerCutA()
+	must(t, w.b.do(failoverTo("latest", UnplannedOptions{})))
+	path := w.b.vm().record().Disks[0].Path
+	w.b.kill()
+	w.b.hyper.halt()
+	w.b.stopPlane()
+	replaced(t, path)
+	w.b.reboot()
+	err := w.b.do(commit)
+	if err == nil || !strings.Contains(err.Error(), "changed from outside") || !strings.Contains(err.Error(), "failover cancel web") {
+		t.Errorf("the commit: %v", err)
+	}
+	if r := w.b.vm().record(); r.Overlay == nil || r.Overlay.Committed || w.b.planOpen() {
+		t.Fatalf("not on trial any more: %+v, a plan is open: %t", r.Overlay, w.b.planOpen())
+	}
+	must(t, w.b.do(cancel))
+	w.a.reboot()
+	must(t, w.b.do(resync))
+	if o := w.rest(); o != w.a {
+		t.Fatal("A does not own the VM")
 	}
 }
 

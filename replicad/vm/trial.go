@@ -65,7 +65,10 @@ func (v *VM) commitSteps(p *commitVars, request string) []failover.Step {
 		})
 	}
 	return append(steps,
-		failover.Step{Name: "role", Title: "Make the failover final", Commit: true, Do: func(context.Context) (string, error) {
+		failover.Step{Name: "role", Title: "Make the failover final", Commit: true, Do: func(ctx context.Context) (string, error) {
+			if err := v.opensTrial(ctx); err != nil {
+				return "", fmt.Errorf("%w: %w", err, failover.ErrNotTaken)
+			}
 			keep := func(r *Record) {
 				if r.Overlay != nil {
 					o := *r.Overlay
@@ -80,6 +83,19 @@ func (v *VM) commitSteps(p *commitVars, request string) []failover.Step {
 		}},
 		failover.Step{Name: "seal", Title: "End the recovery points", Do: v.sealUnderGuest},
 	)
+}
+
+// opensTrial refuses to end a trial whose disks cannot be opened, as when a host
+// was put back from a copy: it could neither be completed nor cancelled then.
+func (v *VM) opensTrial(ctx context.Context) error {
+	r := v.record()
+	if r.Overlay == nil || r.Overlay.Committed {
+		return nil
+	}
+	if err := v.startPlane(ctx); err != nil {
+		return &wire.Error{Kind: wire.KindRefused, Text: "the disks cannot be opened: " + err.Error(), Hint: "mend that, or give this host's side up: replicactl failover cancel " + r.Name}
+	}
+	return nil
 }
 
 // finish does the steps of a commit within another plan, which takes back what
