@@ -204,7 +204,7 @@ const traced = "GODEBUG=asyncpreemptoff=1"
 const (
 	reachWithin = 15 * time.Second
 	enoughHits  = 3
-	prodAgain   = 2 * time.Second
+	prodAgain   = 300 * time.Millisecond
 	manyFaults  = 1000
 )
 
