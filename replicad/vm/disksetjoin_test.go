@@ -194,7 +194,14 @@ func TestADeathWhileADiskJoinsLeavesNothingThatLies(t *testing.T) {
 				_, err := w.b.vm().store()
 				return err
 			})
-			if err := w.a.do(planned); !kindIs(err, wire.KindRefused) || !strings.Contains(err.Error(), "still being added") {
+			var err error
+			w.until("no other operation", func() error { // A is coming up
+				if err = w.a.do(planned); err != nil && strings.Contains(err.Error(), "another operation") {
+					return err
+				}
+				return nil
+			})
+			if !kindIs(err, wire.KindRefused) || !strings.Contains(err.Error(), "still being added") {
 				t.Errorf("a planned failover: %v", err)
 			}
 			if names, _ := w.mounted(w.b, "latest"); names != "vda" {
