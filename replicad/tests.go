@@ -107,6 +107,11 @@ func (d *Daemon) testFailover(ctx context.Context, v *vm.VM, a api.Action, reque
 		return d.typedThere(v, testCommand(a))
 	}
 	o := testOptions(a, request)
+	release, err := o.Take(v)
+	if err != nil {
+		return err
+	}
+	defer release()
 	p, err := d.tests.Prepare(ctx, v, o)
 	if err != nil {
 		return err

@@ -186,5 +186,24 @@ func (s *Store) States() []Point {
 	})
 }
 
+// Take chooses a state and opens it. Of two epochs that come one after the
+// other the first may pass on before it is opened, without ever having become a
+// recovery point: then the choice is made again. The caller closes the view.
+func (s *Store) Take(text string) (Point, *View, error) {
+	for try := 0; ; try++ {
+		p, err := s.Choose(text)
+		if err != nil {
+			return Point{}, nil, err
+		}
+		v, err := s.View(p.Pos)
+		if err == nil || !errors.Is(err, ErrNoPoint) || try == maxTakes {
+			return p, v, err
+		}
+	}
+}
+
+// maxTakes bounds the choices of one Take: each was overtaken.
+const maxTakes = 100
+
 // Choose finds the state that a person means: see the function Choose.
 func (s *Store) Choose(text string) (Point, error) { return Choose(s.States(), text) }

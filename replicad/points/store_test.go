@@ -396,3 +396,48 @@ func TestBacklogLimitDelaysTheCommit(t *testing.T) {
 	must(t, p.sound(s))
 	must(t, s.Close())
 }
+
+// The newest state may pass on between its choice and its opening, without ever
+// having become a recovery point: then the next newest one is taken. What was
+// taken stays exact.
+func TestTakingTheNewestStateIsNeverTooLate(t *testing.T) {
+	p, _, s := started(t, 77)
+	defer func() { must(t, s.Close()) }()
+	must(t, p.epochs(s, 1, time.Second, true))
+	done := make(chan error, 1)
+	go func() { done <- p.epochs(s, 100, time.Second, true) }() // points lie 15 s apart
+	var kept []*points.View
+	var sendErr error
+	n := 0
+	for going := true; going; n++ {
+		select {
+		case sendErr = <-done:
+			going = false
+		default:
+		}
+		pt, v, err := s.Take("latest")
+		if err != nil {
+			t.Errorf("take %d: %v", n, err)
+			if going {
+				sendErr = <-done
+			}
+			break
+		}
+		if v.Pos() != pt.Pos {
+			t.Errorf("chose %v, opened %v", pt.Pos, v.Pos())
+		}
+		if n%1000 == 0 && len(kept) < 8 {
+			kept = append(kept, v)
+		} else {
+			must(t, v.Close())
+		}
+	}
+	must(t, sendErr)
+	for _, v := range kept {
+		must(t, errors.Join(p.same(v), v.Close()))
+	}
+	t.Logf("%d takes", n)
+	if _, _, err := s.Take("no such thing"); !errors.Is(err, points.ErrChoice) {
+		t.Errorf("got %v", err)
+	}
+}

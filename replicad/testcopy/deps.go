@@ -40,6 +40,7 @@ type Subject interface {
 	HoldsReplica() bool
 	TestSource(at delta.Pos) (libvirt.Spec, libvirt.Policy, error)
 	ChoosePoint(text string) (points.Point, error)
+	TakePoint(text string) (points.Point, *points.View, error)
 	OpenView(pos delta.Pos) (*points.View, error)
 	HoldPoint(ctx context.Context, pos delta.Pos, owner string) error
 	ReleasePoint(pos delta.Pos, owner string) error

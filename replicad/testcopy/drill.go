@@ -66,6 +66,11 @@ func (m *Manager) drill(ctx context.Context, s Subject, o DrillOptions, proof Pr
 	began := m.deps.Now()
 	pctx, cancel := context.WithTimeout(ctx, o.Timeout)
 	defer cancel()
+	release, err := o.Take(s)
+	if err != nil {
+		return err
+	}
+	defer release()
 	p, err := m.Prepare(pctx, s, o.Options)
 	r.setPlan(p)
 	if err != nil {

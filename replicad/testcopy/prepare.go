@@ -12,6 +12,7 @@ import (
 	"kvmreplica/libvirt"
 	"kvmreplica/replicad/delta"
 	"kvmreplica/replicad/overlay"
+	"kvmreplica/replicad/points"
 	"kvmreplica/replicad/wire"
 )
 
@@ -26,6 +27,8 @@ type Options struct {
 	Quota    int64  // bytes; 0 = the configured one
 	Request  string
 	Purpose  string // "" = "test"
+
+	taken *points.Point
 }
 
 // Plan is what Start would do, and whether it can.
@@ -55,6 +58,32 @@ const (
 	minQuota      = 1 << 20
 )
 
+// point is the state that was taken, or the one that a person means now.
+func (o Options) point(s Subject) (points.Point, error) {
+	if o.taken != nil {
+		return *o.taken, nil
+	}
+	return s.ChoosePoint(o.Point)
+}
+
+// Take opens the state that a person means, so that Prepare and Start mean the
+// same one and it is there until the copy has pinned it. Start does it by itself
+// for options that did not. The caller calls release.
+func (o *Options) Take(s Subject) (release func(), err error) {
+	if o.taken != nil {
+		return func() {}, nil
+	}
+	if _, _, err := s.TestSource(delta.Pos{}); err != nil { // is there a replica at all
+		return nil, err
+	}
+	p, view, err := s.TakePoint(o.Point)
+	if err != nil {
+		return nil, err
+	}
+	o.taken = &p
+	return func() { _ = view.Close() }, nil // closing a view cannot fail
+}
+
 // Prepare checks everything that can be checked without changing anything.
 func (m *Manager) Prepare(ctx context.Context, s Subject, o Options) (Plan, error) {
 	ctx, cancel := context.WithTimeout(ctx, libvirtTimeout)
@@ -62,7 +91,7 @@ func (m *Manager) Prepare(ctx context.Context, s Subject, o Options) (Plan, erro
 	if _, _, err := s.TestSource(delta.Pos{}); err != nil { // is there a replica at all
 		return Plan{}, err
 	}
-	point, err := s.ChoosePoint(o.Point)
+	point, err := o.point(s)
 	if err != nil {
 		return Plan{}, err
 	}

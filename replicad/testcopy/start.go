@@ -16,6 +16,11 @@ import (
 // Start makes a test copy and lets its guest run. On any failure everything
 // that was made is taken away again.
 func (m *Manager) Start(ctx context.Context, s Subject, o Options, event func(failover.Event)) (Copy, error) {
+	release, err := o.Take(s)
+	if err != nil {
+		return Copy{}, err
+	}
+	defer release()
 	p, err := m.Prepare(ctx, s, o)
 	if err != nil {
 		return Copy{}, err

@@ -65,10 +65,6 @@ func (v *VM) MountPoint(o MountOptions) (status.Mount, error) {
 }
 
 func (v *VM) mountPoint(o MountOptions, private bool) (*mounted, error) {
-	p, err := v.ChoosePoint(o.Point)
-	if err != nil {
-		return nil, err
-	}
 	switch {
 	case o.Quota < 0 || o.Quota > 0 && !o.Writable:
 		return nil, &wire.Error{Kind: wire.KindInvalid, Text: "a quota is for a writable mount", Hint: "--rw --quota SIZE"}
@@ -86,9 +82,9 @@ func (v *VM) mountPoint(o MountOptions, private bool) (*mounted, error) {
 	if err != nil {
 		return nil, err
 	}
-	view, err := s.View(p.Pos)
+	p, view, err := v.TakePoint(o.Point)
 	if err != nil {
-		return nil, pointError(err, v.record().Name)
+		return nil, err
 	}
 	x := &mounted{pos: p, view: view, private: private}
 	if o.patch != nil {

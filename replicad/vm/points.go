@@ -182,6 +182,20 @@ func (v *VM) ChoosePoint(text string) (points.Point, error) {
 	return p, pointError(err, v.record().Name)
 }
 
+// TakePoint chooses as ChoosePoint does and opens the state, so that it cannot
+// pass on before it is kept. The caller closes the view.
+func (v *VM) TakePoint(text string) (points.Point, *points.View, error) {
+	if err := v.replicaOnly("point list"); err != nil {
+		return points.Point{}, nil, err
+	}
+	s, err := v.store()
+	if err != nil {
+		return points.Point{}, nil, err
+	}
+	p, view, err := s.Take(text)
+	return p, view, pointError(err, v.record().Name)
+}
+
 // pointError gives errors of choosing and keeping points their kinds.
 func pointError(err error, name string) error {
 	var ambiguous *points.AmbiguousError
@@ -240,10 +254,11 @@ const (
 // PinPoint keeps a point from being thinned or given up, or lets go of it; what
 // a test copy pinned it keeps until it ends.
 func (v *VM) PinPoint(ctx context.Context, text string, on bool) (points.Point, error) {
-	p, err := v.ChoosePoint(text)
+	p, view, err := v.TakePoint(text)
 	if err != nil {
 		return p, err
 	}
+	defer func() { _ = view.Close() }() // closing a view cannot fail
 	s, err := v.store()
 	if err != nil {
 		return p, err
