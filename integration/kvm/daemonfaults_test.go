@@ -49,7 +49,7 @@ func (f daemonFault) cause() string {
 }
 
 // daemonFaults is what runs every time; KVMREPLICA_FAULTS=full makes it every
-// call with every error it can give, the first, a later one, and all of them;
+// call (234 kinds) with every error it can give, the first, a later one, and all of them;
 // any other text those whose name matches it.
 func daemonFaults(t *testing.T) []daemonFault {
 	t.Helper()
