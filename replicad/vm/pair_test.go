@@ -195,7 +195,10 @@ func newSide(t testing.TB, w *pair, dir, name string) *side {
 }
 
 // protect enables the VM on A towards B, boots it and waits for a complete copy.
-func (w *pair) protect() {
+func (w *pair) protect() { w.protectWhile(func() {}) }
+
+// protectWhile calls poll while it waits for the first complete copy.
+func (w *pair) protectWhile(poll func()) {
 	w.t.Helper()
 	err := w.a.do(func(ctx context.Context, m *Manager, _ *VM) error {
 		_, err := m.Enable(ctx, EnableOptions{Name: "web", Peer: w.b.host, Interval: testInterval, Request: "enable"}, nil)
@@ -204,7 +207,7 @@ func (w *pair) protect() {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	w.until("a complete copy", func() error { return w.copied(w.a, w.b) })
+	w.until("a complete copy", func() error { poll(); return w.copied(w.a, w.b) })
 	if err := w.a.do(func(ctx context.Context, _ *Manager, v *VM) error { return v.StartGuest(ctx, false) }); err != nil {
 		w.t.Fatal(err)
 	}

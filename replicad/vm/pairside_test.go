@@ -58,6 +58,10 @@ type side struct {
 	patient bool              // it waits long for a silent peer; set before start
 	fence   string            // its fencing command; set before start
 	now     func() time.Time  // its clock; nil = ours; set before start
+
+	// forge changes what this side asks in a handshake (the reply is nil then),
+	// and what it is answered; nil = nothing.
+	forge atomic.Pointer[forgery]
 }
 
 // mortalFS fails for ever once its daemon died, and a given number of writes
@@ -470,7 +474,14 @@ func (l *link) Withdraw(ctx context.Context, q wire.Withdraw) error {
 }
 
 func (l *link) Handshake(ctx context.Context, q wire.HandshakeRequest) (wire.HandshakeReply, error) {
+	forge := l.from.forge.Load()
+	if forge != nil {
+		(*forge)(&q, nil)
+	}
 	r, err := carry(l, ctx, "Handshake", func(ctx context.Context, m *Manager) (wire.HandshakeReply, error) { return m.Handshake(ctx, q) })
+	if err == nil && forge != nil {
+		(*forge)(&q, &r)
+	}
 	if err == nil {
 		l.from.w.metRow(lineage.Decide(q, r).Row)
 	}
