@@ -150,14 +150,14 @@ func (u *upstream) ReadAt(p []byte, off int64) (n int, err error) {
 
 // WriteAt implements block.Device.
 func (u *upstream) WriteAt(p []byte, off int64) (n int, err error) {
-	defer u.late.begin(off, int64(len(p)))()
+	defer u.late.end(u.late.begin(off, int64(len(p))))
 	err = u.do(func(c *nbd.Client) (err error) { n, err = c.WriteAt(p, off); return err })
 	return n, err
 }
 
 // ZeroAt implements block.Device.
 func (u *upstream) ZeroAt(off, n int64, punch bool) error {
-	defer u.late.begin(off, n)()
+	defer u.late.end(u.late.begin(off, n))
 	return u.do(func(c *nbd.Client) error { return c.ZeroAt(off, n, punch) })
 }
 
