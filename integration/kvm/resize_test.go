@@ -68,3 +68,61 @@ func TestADiskGrowsUnderARunningGuest(t *testing.T) {
 		t.Errorf("the image on B has %d bytes", st.Size())
 	}
 }
+
+// A disk whose end nobody uses becomes shorter while its guest is off: refused
+// while it runs and without the word for it. The copy follows; the point from
+// before keeps its size, as a file and under a test copy's guest.
+func TestADiskShrinksWhileItsGuestIsOff(t *testing.T) {
+	w := up(t, estate.Options{})
+	d := w.guest("shrink", 91, 1, "loglevel=6")
+	const was, now = 300 << 20, 280<<20 + 1536
+	c := w.start(d)
+	w.powerOff("A", d, c)
+	w.must(os.Truncate(w.Lab.Host("A").Path(d.Disks[0].File), was)) // its file system ends at 256 MiB
+	w.virsh("A", "start", d.Name)
+	_, err := c.WaitSynced(w.step(), 20)
+	w.must(err)
+	w.protect(d, "1s")
+	w.ctl("B", "point", "pin", d.Name, "latest")
+
+	size := fmt.Sprint(now)
+	w.refused("A", 6, "vm", "resize", d.Name, "vda", size, "--shrink", "--yes")
+	w.ctl("A", "vm", "sync", d.Name)
+	last := w.powerOff("A", d, c)
+	w.refused("A", 6, "vm", "resize", d.Name, "vda", size, "--yes")
+	w.ctl("A", "vm", "resize", d.Name, "vda", size, "--shrink", "--yes")
+	w.resizedTo("B", d.Name, now)
+	w.ctl("A", "vm", "start", d.Name)
+	w.booted(c, last)
+	w.replicating("A", d.Name)
+
+	const out = "/var/lib/libvirt/exports"
+	w.must(os.MkdirAll(w.Lab.Host("B").Path(out), 0o755))
+	for point, want := range map[string]int64{"oldest": was, "latest": now} {
+		w.ctl("B", "point", "export", d.Name, "--point", point, "--to", out)
+		file := w.Lab.Host("B").Path(out + "/" + d.Name + "-vda.raw")
+		st, err := os.Stat(file)
+		w.must(err)
+		if st.Size() != want {
+			t.Errorf("the %s state has %d bytes, want %d", point, st.Size(), want)
+		}
+		w.must(os.Remove(file))
+	}
+	one, c1 := w.copyOf(d.Name, "--point", "oldest")
+	w.booted(c1, 10)
+	info := w.virsh("B", "domblkinfo", one.Name, "vda")
+	if !strings.Contains(info, fmt.Sprint(was)) {
+		t.Errorf("the copy's disk:\n%s", info)
+	}
+	w.ctl("B", "failover", "test-stop", d.Name, "--all")
+
+	w.ctl("A", "failover", "planned", d.Name, "--yes")
+	w.replicating("B", d.Name)
+	w.noErrors("A", d, false)
+	w.noErrors("B", d, true)
+	st, err := os.Stat(w.Lab.Host("B").Path(w.status("B", d.Name).Disks[0].Path))
+	w.must(err)
+	if st.Size() != now {
+		t.Errorf("the image on B has %d bytes", st.Size())
+	}
+}
