@@ -87,7 +87,7 @@ func (w *world) serve(argv ...string) {
 
 // A VM whose disks are other NBD servers, on a socket and on TCP, and a block
 // device replicates, fails over and comes back; a server that cannot read is
-// an alarm, and its recovery is noticed.
+// an alarm, and its recovery is noticed; a disk that grew there is taken up.
 func TestDisksOnNBDServersAndBlockDevicesAreProtected(t *testing.T) {
 	w := up(t, estate.Options{Config: anyClient})
 	u := w.upstreams(50)
@@ -118,6 +118,16 @@ func TestDisksOnNBDServersAndBlockDevicesAreProtected(t *testing.T) {
 	w.poke("A", d, "vda", 2<<20, 64<<10, 0x51)
 	w.condition("A", d.Name, "source-error", "EIO", "storage")
 	w.must(os.Remove(w.Lab.Host("A").Path(nbdFail)))
+	w.replicating("A", d.Name)
+	same()
+
+	// grown on its server while the guest is off: taken up by the next data plane
+	const grown = 6<<20 + 512
+	w.must(os.Truncate(u.files[0], grown))
+	w.killPlane("A", d)
+	w.resizedTo("A", d.Name, grown)
+	w.resizedTo("B", d.Name, grown)
+	w.poke("A", d, "vda", 5<<20, 64<<10, 0x52)
 	w.replicating("A", d.Name)
 	same()
 
