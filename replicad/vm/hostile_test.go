@@ -242,7 +242,14 @@ func TestALyingReplicaCostsNothingButItsCopy(t *testing.T) {
 	said()
 	w.a.restart()
 	said()
-	must(t, w.a.do(reverse))
+	var err error
+	w.until("no other operation to run", func() error { // A is coming up
+		if err = w.a.do(reverse); busy(err) {
+			return err
+		}
+		return nil
+	})
+	must(t, err)
 	w.rest()
 	w.check()
 }

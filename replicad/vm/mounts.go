@@ -78,13 +78,13 @@ func (v *VM) mountPoint(o MountOptions, private bool) (*mounted, error) {
 	}
 	v.machine.Lock() // the store stays as it is until the mount is noted
 	defer v.machine.Unlock()
-	s, err := v.store()
-	if err != nil {
-		return nil, err
-	}
 	p, view, err := v.TakePoint(o.Point)
 	if err != nil {
 		return nil, err
+	}
+	s, err := v.store()
+	if err != nil {
+		return nil, errors.Join(err, view.Close())
 	}
 	x := &mounted{pos: p, view: view, private: private}
 	if o.patch != nil {

@@ -94,7 +94,7 @@ func TestAPlannedFailoverGivesTheGuestTheTimeThatWasSet(t *testing.T) {
 			if err != nil {
 				return err
 			}
-			r, err := p.Failover(ctx, wire.FailoverRequest{VM: testVM, Step: stepRequest, Request: fmt.Sprint("ask-", within), Start: true, Reverse: true, Timeout: within})
+			r, err := p.Failover(ctx, wire.FailoverRequest{VM: testVM, Step: stepRequest, Request: fmt.Sprint("ask-", within), Start: true, Reverse: true, Timeout: within, Before: time.Now().Add(AskedWithin)})
 			if err == nil && r.State != stateAccepted {
 				err = fmt.Errorf("%s: %s", r.State, r.Detail)
 			}
