@@ -266,17 +266,24 @@ func (m *Machine) onInterval(now time.Time, d time.Duration) []Action {
 }
 
 // onPause lets nothing new begin. What is under way is interrupted; a frozen
-// epoch is given back, because holding it costs the guest.
+// epoch is given back, because holding it costs the guest. One that the replica
+// has is acknowledged first: given back, all of it would be sent again.
 func (m *Machine) onPause() []Action {
 	m.paused, m.trigger = true, false
-	if m.busy {
+	switch {
+	case m.busy && m.shipped != nil:
+		return nil
+	case m.busy:
 		return []Action{DoCancel{}}
+	case m.shipped != nil:
+		return m.do(Shipping, DoAck{m.shipped.Pos})
 	}
 	return m.park()
 }
 
 // park is the way into the pause.
 func (m *Machine) park() []Action {
+	m.shipped = nil // could not be acknowledged, or there is none
 	if m.held != nil {
 		return m.do(PausedPhase, DoAbandon{m.held.Epoch})
 	}
