@@ -73,7 +73,7 @@ func (v *VM) decideBoot(ctx context.Context, begun time.Time) (done bool, err er
 		v.hold("the other host is silent and the policy is on-silent-peer=hold")
 		return false, nil
 	}
-	unlock, err := v.lock()
+	unlock, err := v.lockOwn("start the guest after the boot")
 	if err != nil {
 		return false, nil // a plan decides now
 	}

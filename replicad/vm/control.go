@@ -105,8 +105,8 @@ func (v *VM) distrusted() error {
 }
 
 // trustAgain ends a replica's distrust in its own images or store.
-func (v *VM) trustAgain() error {
-	unlock, err := v.lock()
+func (v *VM) trustAgain(ctx context.Context) error {
+	unlock, err := v.lockAsked(ctx, "resync")
 	if err != nil {
 		return err
 	}

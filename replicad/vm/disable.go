@@ -27,7 +27,7 @@ type disableVars struct {
 // Disable ends the protection of a VM: a running guest goes back onto its own
 // images without a stop, and the definition is as it was.
 func (m *Manager) Disable(ctx context.Context, v *VM, o DisableOptions, event func(failover.Event)) error {
-	unlock, err := v.lock()
+	unlock, err := v.lockAsked(ctx, "disable")
 	if err != nil {
 		return err
 	}

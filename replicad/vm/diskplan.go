@@ -136,7 +136,7 @@ func (v *VM) planTake(name wire.DiskName, vars *diskVars) error {
 // SetDisk adds a disk to a protected VM or takes one out. The guest may run; the
 // other disks' replication goes on, and recovery points keep what they have.
 func (v *VM) SetDisk(ctx context.Context, o DiskOptions, event func(failover.Event)) error {
-	unlock, err := v.lock()
+	unlock, err := v.lockAsked(ctx, "change the set of disks")
 	if err != nil {
 		return err
 	}

@@ -433,7 +433,7 @@ func (v *VM) tendGone(ctx context.Context) {
 	if r.Overlay != nil || !slices.ContainsFunc(r.Disks, v.needless) {
 		return
 	}
-	unlock, err := v.lock()
+	unlock, err := v.lockOwn("forget a disk that left")
 	if err != nil {
 		return // a plan decides now
 	}

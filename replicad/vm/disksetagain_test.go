@@ -236,7 +236,7 @@ func TestADiskIsForgottenBeforeItsImageGoes(t *testing.T) {
 	w.secondIs("joining", "joining")
 	var unlock func()
 	w.until("the token of B's plans", func() (err error) { // as long as it is ours nothing is tended
-		unlock, err = w.b.vm().lock()
+		unlock, err = w.b.vm().lock("test")
 		return err
 	})
 	must(t, w.a.do(setDisk(true)))

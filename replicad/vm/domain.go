@@ -110,7 +110,7 @@ func (r *Record) setOriginals(originals []libvirt.DiskOriginal) {
 // redefineLater is redefine for whoever does not hold the plan token. Whoever
 // does places the domain himself.
 func (v *VM) redefineLater() {
-	if unlock, err := v.lock(); err == nil {
+	if unlock, err := v.lockOwn("follow the set of disks"); err == nil {
 		defer unlock()
 		v.redefine()
 	}

@@ -248,7 +248,7 @@ func (m *Manager) Enable(ctx context.Context, o EnableOptions, event func(failov
 	if err != nil {
 		return nil, err
 	}
-	unlock, err := v.lock()
+	unlock, err := v.lock("enable")
 	if err != nil {
 		return nil, err
 	}

@@ -196,7 +196,7 @@ func (v *VM) serveGuest(ctx context.Context) error {
 
 // StartGuest is the person's start: the peer is asked first.
 func (v *VM) StartGuest(ctx context.Context, force bool) error {
-	unlock, err := v.lock()
+	unlock, err := v.lockAsked(ctx, "start the guest")
 	if err != nil {
 		return err
 	}

@@ -75,7 +75,7 @@ func Open(fsys fsx.FS, deps Deps) (*Manager, error) {
 			continue
 		}
 		v := m.newVM(r)
-		v.loaded = true
+		v.loaded, v.starting = true, true
 		if v.stuck, err = failover.Load(sub, planFile); err != nil {
 			m.broken[n] = err
 			continue
@@ -280,6 +280,7 @@ func (v *VM) tend(ctx context.Context) {
 // begin settles an interrupted plan, then starts the role; what fails is tried
 // again until it works. It reports false when ctx or the relationship ended.
 func (v *VM) begin(ctx context.Context) bool {
+	defer v.tried()
 	for pause := newPause(); !v.forgotten(); {
 		err := v.settle(ctx)
 		if err != nil && v.returning() {
@@ -307,6 +308,7 @@ func (v *VM) begin(ctx context.Context) bool {
 			v.setTrouble(err.Error())
 			v.log.Error("bring the VM into its role", "err", err)
 		}
+		v.tried()
 		if !pause.wait(ctx) {
 			return false
 		}

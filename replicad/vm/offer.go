@@ -106,7 +106,7 @@ func (m *Manager) accept(ctx context.Context, p wire.Peer, g Grant, o wire.Offer
 	if err != nil {
 		return wire.OfferReply{}, err
 	}
-	unlock, err := v.lock()
+	unlock, err := v.lock("take the VM up")
 	if err != nil {
 		return wire.OfferReply{}, err
 	}

@@ -60,7 +60,7 @@ const defaultShutdown = 5 * time.Minute
 // on the primary. On a failure before the role change everything is taken
 // back; behind it the plan stays in the journal and continues by itself.
 func (v *VM) Planned(ctx context.Context, o PlannedOptions, event func(failover.Event)) error {
-	unlock, err := v.lock()
+	unlock, err := v.lockAsked(ctx, "planned failover")
 	if err != nil {
 		return err
 	}

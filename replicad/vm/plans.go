@@ -95,7 +95,7 @@ func (v *VM) noteStuck(last *failover.Journal) error {
 // back one that has not. While somebody else has the VM it is busy, not done:
 // until it is done the role must not be brought up.
 func (v *VM) settle(ctx context.Context) error {
-	unlock, err := v.lock()
+	unlock, err := v.lockOwn("settle an interrupted plan")
 	if err != nil {
 		return err
 	}
@@ -150,23 +150,9 @@ func (v *VM) mend(ctx context.Context) {
 	}
 }
 
-// conflict: another operation of the VM is under way, here or on the host that
-// answered.
-func conflict(err error) bool {
-	var w *wire.Error
-	return errors.As(err, &w) && w.Kind == wire.KindConflict
-}
-
-// busy: another operation of the VM is under way here. Other conflicts, such
-// as an image that another program has locked, are troubles.
-func busy(err error) bool {
-	var b *busyError
-	return errors.As(err, &b)
-}
-
 // resume brings the role up that a settled plan left.
 func (v *VM) resume(ctx context.Context) error {
-	unlock, err := v.lock()
+	unlock, err := v.lockOwn("bring the VM into its role")
 	if err != nil {
 		return err
 	}
@@ -216,7 +202,7 @@ func (v *VM) Settle(ctx context.Context, back, force bool) error {
 // lockFor takes the plan token; to take a plan back it ends what the plan does
 // and waits until it has stopped.
 func (v *VM) lockFor(ctx context.Context, back bool) (stopped bool, unlock func(), err error) {
-	if unlock, err = v.lock(); err == nil || !back {
+	if unlock, err = v.lockAsked(ctx, "settle an interrupted plan"); err == nil || !back {
 		return false, unlock, err
 	}
 	v.mu.Lock()
@@ -230,7 +216,7 @@ func (v *VM) lockFor(ctx context.Context, back bool) (stopped bool, unlock func(
 	defer end()
 	select {
 	case v.plan <- struct{}{}:
-		return true, func() { <-v.plan }, nil
+		return true, v.free, nil
 	case <-ctx.Done():
 		return false, nil, err
 	}

@@ -51,7 +51,7 @@ func (v *VM) promoteAsked(ctx context.Context, q wire.FailoverRequest) (wire.Fai
 	if done, ok := v.promoted(q.Request); ok {
 		return done, nil
 	}
-	unlock, err := v.lock()
+	unlock, err := v.lockAsked(ctx, "promotion")
 	if err != nil {
 		return wire.FailoverReply{}, err
 	}
@@ -118,8 +118,8 @@ func (v *VM) promoted(request string) (wire.FailoverReply, bool) {
 
 // declineAsked declines a promotion for good because the primary wants its role
 // back, unless it has happened or may be happening.
-func (v *VM) declineAsked(q wire.FailoverRequest) (wire.FailoverReply, error) {
-	unlock, err := v.lock()
+func (v *VM) declineAsked(ctx context.Context, q wire.FailoverRequest) (wire.FailoverReply, error) {
+	unlock, err := v.lockAsked(ctx, "decline a promotion")
 	if err != nil {
 		return wire.FailoverReply{}, err
 	}
@@ -381,7 +381,7 @@ type UnplannedOptions struct {
 
 // Unplanned starts the replica from its last committed cut.
 func (v *VM) Unplanned(ctx context.Context, o UnplannedOptions, event func(failover.Event)) error {
-	unlock, err := v.lock()
+	unlock, err := v.lockAsked(ctx, "unplanned failover")
 	if err != nil {
 		return err
 	}

@@ -115,7 +115,7 @@ func (v *VM) reclaim(ctx context.Context) error {
 		v.setReleased(false, "")
 		return nil
 	}
-	unlock, err := v.lock()
+	unlock, err := v.lockOwn("take the VM back")
 	if err != nil {
 		return err
 	}

@@ -45,7 +45,7 @@ func (r *Resized) note(format string, a ...any) { r.Notes = append(r.Notes, fmt.
 // Resize gives a protected disk another size: image, tracking and guest here,
 // the copy with the next epoch. Growing needs no stop.
 func (v *VM) Resize(ctx context.Context, o ResizeOptions) (Resized, error) {
-	unlock, err := v.lock()
+	unlock, err := v.lockAsked(ctx, "resize a disk")
 	if err != nil {
 		return Resized{}, err
 	}
@@ -281,7 +281,7 @@ func (v *VM) tendSizes(ctx context.Context, isOff bool) {
 		if d.Grown == 0 {
 			continue
 		}
-		out, err := v.Resize(ctx, ResizeOptions{Disk: d.Name, Request: "grown"})
+		out, err := v.takeUp(ctx, d.Name)
 		if err != nil {
 			v.mu.Lock()
 			news := v.facts.growth != err.Error()
@@ -294,6 +294,15 @@ func (v *VM) tendSizes(ctx context.Context, isOff bool) {
 		}
 		v.log.Warn("an image has become longer; what is new is sent", "disk", string(d.Name), "was", out.Was, "size", out.Size)
 	}
+}
+
+func (v *VM) takeUp(ctx context.Context, disk wire.DiskName) (Resized, error) {
+	unlock, err := v.lockOwn("take up an image that has become longer")
+	if err != nil {
+		return Resized{}, err
+	}
+	defer unlock()
+	return v.resize(ctx, ResizeOptions{Disk: disk, Request: "grown"})
 }
 
 // showSize lets a running guest see a disk's new size.

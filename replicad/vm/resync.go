@@ -117,7 +117,7 @@ func (o ResyncOptions) foreground() bool { return !o.Background && !o.Stop }
 // damaged, it gives up what cannot be trusted; then the primary compares.
 func (v *VM) Resync(ctx context.Context, o ResyncOptions) error {
 	if v.session() == nil && o.foreground() {
-		return v.trustAgain()
+		return v.trustAgain(ctx)
 	}
 	if err := v.mayResync(o); err != nil {
 		return err

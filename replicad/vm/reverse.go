@@ -21,7 +21,7 @@ import (
 // what it wrote by itself. It must be called on the new primary. A failover that
 // is on trial is committed first, as o says.
 func (v *VM) Reverse(ctx context.Context, o CommitOptions, event func(failover.Event)) error {
-	unlock, err := v.lock()
+	unlock, err := v.lockAsked(ctx, "reverse")
 	if err != nil {
 		return err
 	}
@@ -170,7 +170,7 @@ func (v *VM) replacing(ctx context.Context) map[wire.DiskName][]wire.Range {
 // release gives up this host's own writes: the peer was promoted and a person
 // decided for its data.
 func (v *VM) release(ctx context.Context, q wire.FailoverRequest) (wire.FailoverReply, error) {
-	unlock, err := v.lock()
+	unlock, err := v.lockAsked(ctx, "release")
 	if err != nil {
 		return wire.FailoverReply{}, err
 	}
@@ -340,7 +340,7 @@ func (v *VM) keepLosing(ctx context.Context, q wire.FailoverRequest, base delta.
 
 // planRelease says what a release would give up, and changes nothing.
 func (v *VM) planRelease(ctx context.Context) (wire.FailoverReply, error) {
-	unlock, err := v.lock()
+	unlock, err := v.lockAsked(ctx, "look at what a release gives up")
 	if err != nil {
 		return wire.FailoverReply{}, err
 	}

@@ -57,7 +57,7 @@ func (m *Manager) Withdraw(ctx context.Context, w wire.Withdraw) error {
 	if err != nil {
 		return err
 	}
-	unlock, err := v.lock()
+	unlock, err := v.lockAsked(ctx, "end the relationship")
 	if err != nil {
 		return err
 	}
@@ -310,7 +310,7 @@ func (m *Manager) Failover(ctx context.Context, q wire.FailoverRequest) (wire.Fa
 	case stepPromote:
 		return v.promoteAsked(ctx, q)
 	case stepQuery:
-		return v.declineAsked(q)
+		return v.declineAsked(ctx, q)
 	case stepReleasePlan:
 		return v.planRelease(ctx)
 	case stepRelease:

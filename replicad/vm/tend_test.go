@@ -332,7 +332,7 @@ func TestNoRoleIsBroughtUpBeforeAnInterruptedPlanIsSettled(t *testing.T) {
 	w := newPair(t)
 	w.protect()
 	v := w.a.vm()
-	unlock, err := v.lock()
+	unlock, err := v.lock("test")
 	must(t, err)
 	err = v.settle(t.Context())
 	unlock()

@@ -24,7 +24,7 @@ type CommitOptions struct {
 // Commit makes an unplanned failover final: the recovery points end, the images
 // are brought to what the guest wrote while it goes on.
 func (v *VM) Commit(ctx context.Context, o CommitOptions, event func(failover.Event)) error {
-	unlock, err := v.lock()
+	unlock, err := v.lockAsked(ctx, "commit")
 	if err != nil {
 		return err
 	}
@@ -142,7 +142,7 @@ type cancelVars struct {
 // Cancel gives an unplanned failover up: the guest is stopped, what it wrote is
 // dropped, this host is the replica again with all its recovery points.
 func (v *VM) Cancel(ctx context.Context, request string, event func(failover.Event)) error {
-	unlock, err := v.lock()
+	unlock, err := v.lockAsked(ctx, "cancel")
 	if err != nil {
 		return err
 	}
@@ -302,7 +302,7 @@ func (v *VM) tendTrial(ctx context.Context) {
 	case o.Committed:
 		ctx, cancel := context.WithTimeout(ctx, libvirtTimeout)
 		defer cancel()
-		unlock, lerr := v.lock()
+		unlock, lerr := v.lockOwn("complete a committed failover")
 		if lerr != nil {
 			return
 		}

@@ -22,7 +22,7 @@ const (
 // already is left alone, unless forced. A dry run asks the installed program
 // whether it could.
 func (v *VM) Upgrade(ctx context.Context, dryRun, force bool) (u status.Upgrade, err error) {
-	unlock, err := v.lock()
+	unlock, err := v.lockAsked(ctx, "upgrade the data plane")
 	if err != nil {
 		return u, err
 	}

@@ -52,6 +52,9 @@ type VM struct {
 	trouble  string            // guarded by mu; why the role is not up
 	applying error             // guarded by mu; why the last try to apply failed
 	gone     bool              // guarded by mu; the relationship ended
+	holds    string            // guarded by mu; what the plan token was taken for
+	owns     bool              // guarded by mu; the daemon took it by itself
+	starting bool              // guarded by mu; the role has not been tried since the start
 
 	mounts  []*mounted // guarded by mu
 	frozen  time.Time  // guarded by mu; since when the guest may be frozen by us, zero = it is not
@@ -127,31 +130,6 @@ func (v *VM) request() string {
 	}
 	return v.running.Request
 }
-
-// lock takes the plan token, or refuses because another operation runs.
-func (v *VM) lock() (unlock func(), err error) {
-	select {
-	case v.plan <- struct{}{}:
-		return func() { <-v.plan }, nil
-	default:
-		v.mu.Lock()
-		defer v.mu.Unlock()
-		what := "another operation"
-		if v.running != nil {
-			what = "the plan " + string(v.running.Kind)
-		}
-		return nil, &busyError{&wire.Error{Kind: wire.KindConflict, Text: what + " of this VM is under way", Hint: "replicactl vm status " + v.rec.Name}}
-	}
-}
-
-// busyError tells an operation of this VM that is under way from every other
-// conflict, such as an image that another program has locked.
-type busyError struct{ cause *wire.Error }
-
-func (e *busyError) Error() string { return e.cause.Error() }
-
-// Unwrap gives the kind and the hint.
-func (e *busyError) Unwrap() error { return e.cause }
 
 func (v *VM) qemuOwner() (uid, gid *int) {
 	if v.deps.QEMUOwner == nil {
