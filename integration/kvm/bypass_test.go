@@ -1,11 +1,13 @@
 package kvm_test
 
 import (
+	"encoding/json"
 	"strings"
 	"testing"
 	"time"
 
 	"kvmreplica/integration/estate"
+	"kvmreplica/integration/lab/guest"
 	"kvmreplica/replicad/status"
 )
 
@@ -58,6 +60,69 @@ func TestABackupsSnapshotIsBehindAndABypassIsPrevented(t *testing.T) {
 	}
 	w.must(err)
 	w.replicating("A", d.Name)
+	w.ctl("A", "failover", "planned", d.Name, "--yes")
+	last, err := c.WaitWord(w.step(), "LAST")
+	w.must(err)
+	w.booted(b, last.Uint("n"))
+}
+
+// device is what QEMU calls the first virtio disk.
+const device = "/machine/peripheral/virtio-disk0/virtio-backend"
+
+// qmp runs one QEMU command of a guest on A.
+func (w *world) qmp(d guest.Domain, command string, args map[string]any) json.RawMessage {
+	w.t.Helper()
+	b, err := json.Marshal(map[string]any{"execute": command, "arguments": args})
+	w.must(err)
+	var r struct {
+		Return json.RawMessage
+		Error  *struct{ Desc string }
+	}
+	out := w.virsh("A", "qemu-monitor-command", d.Name, string(b))
+	w.must(json.Unmarshal([]byte(out), &r))
+	if r.Error != nil {
+		w.t.Fatalf("%s: %s", command, r.Error.Desc)
+	}
+	return r.Return
+}
+
+// drive puts the guest's disk on a node.
+func (w *world) drive(d guest.Domain, node string) {
+	w.t.Helper()
+	w.qmp(d, "qom-set", map[string]any{"path": device, "property": "drive", "value": node})
+}
+
+// Somebody takes the guest's disk off its export by hand, past the image's lock:
+// that is critical as long as it lasts, no failover is begun, and when the
+// export is back a comparison finds all that was written past it.
+func TestWritesPastTheExportAreCriticalAndFoundByTheComparison(t *testing.T) {
+	w := up(t, estate.Options{})
+	d := w.guest("past", 12, 1, "")
+	c := w.start(d)
+	w.protect(d, "1s")
+	var export string
+	w.must(json.Unmarshal(w.qmp(d, "qom-get", map[string]any{"path": device, "property": "drive"}), &export))
+	w.qmp(d, "blockdev-add", map[string]any{"driver": "raw", "node-name": "past", "file": map[string]any{
+		"driver": "file", "filename": d.Disks[0].File, "locking": "off",
+	}})
+	w.drive(d, "past")
+	begun := time.Now()
+	v := w.condition("A", d.Name, "bypass", "vda", "shut the guest down")
+	t.Logf("seen after %v: %s because %s", time.Since(begun).Round(100*time.Millisecond), v.Health, v.Reason)
+	if v.Health != "critical" {
+		t.Errorf("health is %s", v.Health)
+	}
+	if out := w.refused("A", 6, "failover", "planned", d.Name, "--yes"); !strings.Contains(out, "past the tracker") {
+		t.Errorf("the refusal does not name the cause:\n%s", out)
+	}
+	n := c.Synced()
+	_, err := c.WaitSynced(w.step(), n+60)
+	w.must(err)
+	w.drive(d, export)
+	w.qmp(d, "blockdev-del", map[string]any{"node-name": "past"})
+	w.replicating("A", d.Name)
+	b, err := w.Console("B", d, true)
+	w.must(err)
 	w.ctl("A", "failover", "planned", d.Name, "--yes")
 	last, err := c.WaitWord(w.step(), "LAST")
 	w.must(err)

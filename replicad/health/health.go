@@ -63,7 +63,7 @@ type Facts struct {
 	Corrupt      string // what arrives is not what was sent
 	ApplyError   string // replica: what was received cannot be written into the image
 	LinkSince    time.Time
-	Bypass       string // an export is missing from the guest's block graph
+	Bypass       string // which disks' export is, or was, missing from the guest's block graph; a sentence
 	Overlay      string // a snapshot lies above our export
 	DataPlane    string // the data plane does not answer
 	Outdated     string // it runs another program than is installed
@@ -84,6 +84,9 @@ type Facts struct {
 	Held         string // the VM is held back from starting
 	Released     string // its domain stands on its own images, unprotected
 }
+
+// BypassRemedy brings a guest's disks back on their exports.
+const BypassRemedy = "shut the guest down and start it again; what it wrote is then found by comparison"
 
 // Evaluate returns the conditions, worst first, and the worst severity.
 func Evaluate(f Facts, now time.Time) ([]Condition, Severity) {
@@ -179,7 +182,7 @@ func evaluatePrimary(f Facts, now time.Time, add adder) {
 		add("unprotected", Warning, "wait; replicactl vm watch "+f.Name, "it is not confirmed yet that the replica holds a complete copy")
 	}
 	if f.Bypass != "" {
-		add("bypass", Critical, "replicactl vm resync "+f.Name, "the guest writes past the tracker: %s", f.Bypass)
+		add("bypass", Critical, BypassRemedy, "%s", f.Bypass)
 	}
 	if f.TrackingLost != "" {
 		add("tracking-lost", Critical, "check the state directory's disk", "changes cannot be recorded: %s", f.TrackingLost)

@@ -62,6 +62,7 @@ type Machine struct {
 
 	paused, final bool
 	trigger       bool
+	again         bool // a handshake was asked for while something was under way
 
 	// parent is the replica's committed position.
 	parent    delta.Pos
@@ -225,6 +226,7 @@ func (m *Machine) sleep(p Phase, until time.Time) []Action {
 
 func (m *Machine) onRetry(now time.Time) []Action {
 	if m.busy || m.paused {
+		m.again = !m.paused // the end of a pause asks for itself
 		return nil
 	}
 	m.failures, m.stop = 0, nil
@@ -232,6 +234,7 @@ func (m *Machine) onRetry(now time.Time) []Action {
 }
 
 func (m *Machine) connect() []Action {
+	m.again = false
 	return m.do(Connecting, DoHandshake{})
 }
 
@@ -299,6 +302,8 @@ func (m *Machine) next(now time.Time) []Action {
 		return m.do(Shipping, DoAck{m.shipped.Pos})
 	case m.paused:
 		return m.park()
+	case m.again:
+		return m.connect()
 	case m.held != nil && (m.drop || m.verify != "" || seed != "" || m.mark != nil):
 		return m.do(m.phase, DoAbandon{m.held.Epoch})
 	case m.mark != nil:

@@ -39,6 +39,8 @@ func (m *Machine) onFrozen(now time.Time, e EvFrozen) []Action {
 	switch {
 	case m.paused:
 		return m.park()
+	case m.again:
+		return m.connect()
 	case m.final:
 		m.lastCut = m.cutAt
 		m.final = false

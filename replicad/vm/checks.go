@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kvmreplica/libvirt"
+	"kvmreplica/replicad/health"
 	"kvmreplica/replicad/lineage"
 	"kvmreplica/replicad/status"
 	"kvmreplica/replicad/wire"
@@ -203,8 +204,8 @@ func (v *VM) checkPath(c *checklist) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	switch {
-	case v.facts.bypass != "":
-		c.add("Write path", wire.Failed, "replicactl vm resync "+v.rec.Name, "the guest writes past the tracker: %s", v.facts.bypass)
+	case v.bypass() != "":
+		c.add("Write path", wire.Failed, health.BypassRemedy, "%s", v.bypass())
 	case v.facts.overlay != "":
 		c.add("Write path", wire.Failed, "finish the backup (blockcommit)", "a snapshot lies above the export: %s", v.facts.overlay)
 	default:

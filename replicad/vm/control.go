@@ -7,7 +7,6 @@ import (
 	"time"
 
 	"kvmreplica/replicad/points"
-	"kvmreplica/replicad/session"
 	"kvmreplica/replicad/wire"
 )
 
@@ -42,16 +41,6 @@ func (v *VM) Resume() error {
 	return nil
 }
 
-// proceed ends a pause; below a snapshot that waits until it is merged, see seen.
-func (v *VM) proceed(s *session.Session) {
-	v.mu.Lock()
-	below := v.facts.overlay != ""
-	v.mu.Unlock()
-	if !below {
-		s.Resume()
-	}
-}
-
 // startDue begins the initial copy when its time has come.
 func (v *VM) startDue() {
 	r := v.record()
@@ -64,9 +53,7 @@ func (v *VM) startDue() {
 		return
 	}
 	v.log.Info("the time of the initial copy has come")
-	if !r.Paused {
-		v.proceed(s)
-	}
+	v.proceed(s)
 }
 
 // SyncNow runs one cycle and returns when its cut is committed.

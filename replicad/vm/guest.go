@@ -309,7 +309,8 @@ func (v *VM) look(ctx context.Context) {
 	v.tendSizes(ctx, isOff)
 	switch {
 	case isOff:
-		v.seen("", "")
+		v.standsBelow("")
+		v.passes(ctx, "")
 		v.tendEnd(ctx)
 	case st == libvirt.StatePaused && reason == libvirt.ReasonIOError:
 		v.resumeLater()
@@ -348,25 +349,6 @@ func (v *VM) want(running bool) {
 	}
 	if err := v.update(func(r *Record) error { r.WantRunning = running; return nil }); err != nil {
 		v.log.Error("remember whether the guest runs", "err", err)
-	}
-}
-
-func (v *VM) seen(bypass, overlay string) {
-	v.mu.Lock()
-	news := bypass != v.facts.bypass
-	begins, ends := overlay != "" && v.facts.overlay == "", overlay == "" && v.facts.overlay != ""
-	v.facts.bypass, v.facts.overlay = bypass, overlay
-	paused := v.rec.Paused || v.deps.Now().Before(v.rec.StartAt)
-	v.mu.Unlock()
-	// Below a snapshot the export stands still while the guest goes on: its
-	// empty cuts must not pass for fresh ones.
-	if s := v.session(); s != nil && begins {
-		s.Pause()
-	} else if s != nil && ends && !paused {
-		s.Resume()
-	}
-	if news && bypass != "" {
-		v.log.Error("the guest writes past the tracker", "what", bypass)
 	}
 }
 
@@ -412,39 +394,6 @@ func (v *VM) busy() bool {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	return v.running != nil
-}
-
-// lookAtGraph compares the real block graph with what it should be.
-func (v *VM) lookAtGraph(ctx context.Context) {
-	asked := v.exports()
-	g, err := v.deps.Hyper.Graph(ctx, string(v.id), asked)
-	if err != nil || v.setChanges() {
-		return
-	}
-	var bypass, overlay []string
-	for name := range v.exports() {
-		d, ok := g[name]
-		switch {
-		case asked[name].Export == "": // added since
-		case !ok || d.Position == libvirt.PositionAbsent:
-			bypass = append(bypass, name)
-		case d.Position == libvirt.PositionBelowOverlay:
-			overlay = append(overlay, fmt.Sprintf("%s (%s)", name, strings.Join(d.Overlays, ", ")))
-		}
-	}
-	was := v.bypassed()
-	v.seen(strings.Join(bypass, ", "), strings.Join(overlay, ", "))
-	if was != "" && len(bypass) == 0 {
-		if err := v.distrust(ctx, "the guest wrote past the tracker: "+was); err != nil {
-			v.log.Error("distrust the tracker", "err", err)
-		}
-	}
-}
-
-func (v *VM) bypassed() string {
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	return v.facts.bypass
 }
 
 // distrust marks everything: what was written past us is found by digest.

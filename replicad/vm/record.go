@@ -42,6 +42,9 @@ type Record struct {
 	// Ended: the relationship is over; only this record is left to remove.
 	Ended  bool `json:"ended,omitempty"`
 	Paused bool `json:"paused"`
+	// Bypass are the disks whose export was found missing from the guest's block
+	// graph, until everything was marked for comparison; see passes.
+	Bypass string `json:"bypass,omitempty"`
 	// StartAt is when the initial copy begins; zero = it may.
 	StartAt time.Time `json:"start_at,omitzero"`
 	// OnSilent is what happens after an unclean boot with a silent peer:

@@ -446,6 +446,9 @@ func (v *VM) ownChanges(ctx context.Context, reply *wire.FailoverReply) (base de
 	if s.TrackingLost != "" {
 		return s.Base, false, "tracking was lost: " + s.TrackingLost
 	}
+	if disks := v.record().Bypass; disks != "" {
+		return s.Base, false, "the guest wrote past the tracker: " + disks
+	}
 	reply.Dirty = map[wire.DiskName][]wire.Range{}
 	for _, d := range v.serving() {
 		rs, err := allRanges(ctx, c, d.Name)

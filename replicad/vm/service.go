@@ -384,6 +384,9 @@ func (v *VM) peerView(ctx context.Context) (wire.PeerVM, error) {
 	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
+	if v.bypass() != "" {
+		out.Pending = -1 // what is not tracked is not counted
+	}
 	if v.stuck != nil {
 		out.Interrupted = string(v.stuck.Kind)
 	}

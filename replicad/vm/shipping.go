@@ -80,7 +80,7 @@ func (v *VM) startShipping() {
 		Limit: v.limit(), Slots: slots,
 		Verified: r.Verified && !r.Pass.open(), Scrub: r.Scrub, Pass: pass, Mismatched: differs,
 		LastCut: r.LastCut, Holes: true,
-		Paused:   r.Paused || v.facts.overlay != "" || v.deps.Now().Before(r.StartAt), // see seen, startDue
+		Paused:   v.waits(),
 		OnChange: v.sessionChanged, OnJoined: v.joined,
 		Log: v.log,
 	})

@@ -401,3 +401,10 @@ func TestAGuestThatEndsWithItsHostIsStartedWithIt(t *testing.T) {
 		t.Fatal("a guest that was shut down would be started by the next boot")
 	}
 }
+
+// bypassed is what the status would say of writes past the tracker.
+func (v *VM) bypassed() string {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.bypass()
+}

@@ -78,12 +78,12 @@ func (v *VM) viewCommon(out *status.VM, f *health.Facts) {
 		out.Plan = &status.Plan{Kind: string(j.Kind), Request: j.Request, Step: j.Begun, Committed: j.Committed, Started: j.Started, Interrupted: true, Failure: j.Failure}
 		f.Interrupted = fmt.Sprintf("the plan %q stopped at step %q: %s", j.Kind, j.Begun, j.Failure)
 	}
-	f.Bypass, f.Overlay = v.facts.bypass, v.facts.overlay
+	f.Bypass, f.Overlay = v.bypass(), v.facts.overlay
 	if v.facts.hands.off {
 		f.Released, out.State = v.facts.hands.why, status.Unprotected
 	}
-	if v.facts.overlay != "" && (out.State == status.Replicating || out.State == status.Paused) && !v.rec.Paused {
-		f.Paused = false // by the snapshot, not by a person
+	if (f.Overlay != "" || f.Bypass != "") && (out.State == status.Replicating || out.State == status.Paused) && !v.rec.Paused {
+		f.Paused = false // not by a person
 		out.State = status.Behind
 	}
 	if !v.rec.StartAt.IsZero() && out.State == status.Paused && !v.rec.Paused {

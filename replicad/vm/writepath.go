@@ -1,0 +1,114 @@
+package vm
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"strings"
+
+	"kvmreplica/libvirt"
+	"kvmreplica/replicad/session"
+)
+
+// lookAtGraph compares the real block graph with what it should be.
+func (v *VM) lookAtGraph(ctx context.Context) {
+	asked := v.exports()
+	g, err := v.deps.Hyper.Graph(ctx, string(v.id), asked)
+	if err != nil || v.setChanges() {
+		return
+	}
+	var bypass, overlay []string
+	for name := range v.exports() {
+		d, ok := g[name]
+		switch {
+		case asked[name].Export == "": // added since
+		case !ok || d.Position == libvirt.PositionAbsent:
+			bypass = append(bypass, name)
+		case d.Position == libvirt.PositionBelowOverlay:
+			overlay = append(overlay, fmt.Sprintf("%s (%s)", name, strings.Join(d.Overlays, ", ")))
+		}
+	}
+	v.standsBelow(strings.Join(overlay, ", "))
+	v.passes(ctx, strings.Join(bypass, ", "))
+}
+
+// standsBelow takes in which disks have a snapshot above their export. There
+// the export stands still while the guest goes on: its empty cuts must not pass
+// for fresh ones.
+func (v *VM) standsBelow(overlay string) {
+	v.mu.Lock()
+	begins, ends := overlay != "" && v.facts.overlay == "", overlay == "" && v.facts.overlay != ""
+	v.facts.overlay = overlay
+	v.mu.Unlock()
+	if s := v.session(); s != nil && begins {
+		s.Pause()
+	} else if s != nil && ends {
+		v.proceed(s)
+	}
+}
+
+// passes takes in which disks' writes pass the tracker. As long as it lasts
+// nothing is shipped: a cut would lack those writes, and a recovery point of it
+// would be a state that the VM never was in. The record has it until everything
+// is marked, so that neither an error nor the end of this process makes such
+// writes be forgotten.
+func (v *VM) passes(ctx context.Context, disks string) {
+	was := v.record().Bypass
+	v.mu.Lock()
+	news := disks != v.facts.bypass
+	v.facts.bypass = disks
+	v.mu.Unlock()
+	if disks == was {
+		return
+	}
+	s := v.session()
+	if disks != "" {
+		if s != nil && news {
+			s.Pause()
+			v.log.Error("the guest writes past the tracker", "what", disks)
+		}
+		if err := v.update(func(r *Record) error { r.Bypass = disks; return nil }); err != nil && news {
+			v.log.Error("keep that the guest writes past the tracker; it is tried again", "err", err)
+		}
+		return
+	}
+	err := v.distrust(ctx, "the guest wrote past the tracker: "+was)
+	if err == nil {
+		err = v.update(func(r *Record) error { r.Bypass = ""; return nil })
+	}
+	switch {
+	case err == nil && s != nil:
+		v.proceed(s)
+	case err != nil && news:
+		v.log.Error("have everything compared after the guest wrote past the tracker; it is tried again", "err", err)
+	}
+}
+
+// bypass says what passes the tracker, or did and is not marked yet; the caller
+// holds the lock.
+func (v *VM) bypass() string {
+	switch disks := cmp.Or(v.facts.bypass, v.rec.Bypass); {
+	case disks == "":
+		return ""
+	case v.facts.bypass == "":
+		return "the guest wrote past the tracker: " + disks + "; not everything is marked for comparison yet"
+	default:
+		return "the guest writes past the tracker: " + disks
+	}
+}
+
+// waits reports why nothing is to be shipped now: a person's word, a time that
+// has not come, or a guest whose writes do not arrive; the caller holds the lock.
+func (v *VM) waits() bool {
+	return v.rec.Paused || v.deps.Now().Before(v.rec.StartAt) || v.facts.overlay != "" || v.facts.bypass != "" || v.rec.Bypass != ""
+}
+
+// proceed ends a pause that nothing asks for any more.
+func (v *VM) proceed(s *session.Session) {
+	v.mu.Lock()
+	waits := v.waits()
+	v.mu.Unlock()
+	if !waits {
+		s.Resume()
+	}
+}
