@@ -182,7 +182,7 @@ func TestErrorsInJSONCarryKindCauseAndNextCommand(t *testing.T) {
 	if strings.ContainsRune(errs, 0x1b) {
 		t.Error("an escape went out raw")
 	}
-	for k := wire.KindInternal; k <= wire.KindVersion; k++ {
+	for k := wire.KindInternal; k <= wire.KindSuspect; k++ {
 		if n := kindName(k); n == "" || k != wire.KindInternal && n == kindName(wire.KindInternal) {
 			t.Errorf("kind %d is called %q", k, n)
 		}

@@ -107,7 +107,7 @@ type failure struct {
 
 // kindName is a kind of error for scripts; the names are stable.
 func kindName(k wire.Kind) string {
-	names := []string{"internal", "not-found", "conflict", "refused", "diverged", "unavailable", "corrupt", "no-space", "invalid", "position", "version"}
+	names := []string{"internal", "not-found", "conflict", "refused", "diverged", "unavailable", "corrupt", "no-space", "invalid", "position", "version", "suspect"}
 	if k < 0 || int(k) >= len(names) {
 		return names[0]
 	}

@@ -53,8 +53,10 @@ func (h *host) half() (wire.HandshakeReply, error) {
 			r.Base, r.Tracked = h.rec.ReleasedBase, h.rec.ReleasedTracked
 		}
 		return r, nil
-	case points.Suspect, points.Damaged, points.Rolling:
-		return r, &wire.Error{Kind: wire.KindCorrupt, Text: fmt.Sprintf("the replica is %s: %v", st.State, st.Damage)}
+	case points.Rolling:
+		return r, unavailable("a failover to an older recovery point is under way on this host")
+	case points.Suspect, points.Damaged:
+		return r, &wire.Error{Kind: wire.KindSuspect, Text: fmt.Sprintf("the replica is %s: %v", st.State, st.Damage)}
 	}
 	r.Committed, r.Generation = st.Committed, st.Committed.Generation
 	r.Ancestors = ancestorsOf(l, st.Committed)
@@ -273,7 +275,7 @@ func mapped(err error) error {
 	case errors.Is(err, points.ErrFork):
 		return &wire.Error{Kind: wire.KindDiverged, Text: err.Error()}
 	case errors.Is(err, points.ErrSuspect), errors.Is(err, points.ErrDamaged):
-		return &wire.Error{Kind: wire.KindCorrupt, Text: err.Error()}
+		return &wire.Error{Kind: wire.KindSuspect, Text: err.Error()}
 	case errors.Is(err, points.ErrSeeding), errors.Is(err, points.ErrNotSeeding), errors.Is(err, points.ErrState), errors.Is(err, points.ErrPromoted), errors.Is(err, points.ErrDisks):
 		return &wire.Error{Kind: wire.KindRefused, Text: err.Error()}
 	case errors.Is(err, points.ErrFailed), errors.Is(err, points.ErrBusy):

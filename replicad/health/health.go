@@ -61,6 +61,7 @@ type Facts struct {
 	SourceError  string // the disks here cannot be read or tracked
 	Refused      string // the peer answers, and says no
 	Corrupt      string // what arrives is not what was sent
+	PeerSuspect  string // primary: why the replica does not trust what it holds
 	ApplyError   string // replica: what was received cannot be written into the image
 	LinkSince    time.Time
 	Bypass       string // which disks' export is, or was, missing from the guest's block graph; a sentence
@@ -202,6 +203,9 @@ func evaluatePrimary(f Facts, now time.Time, add adder) {
 	}
 	if f.Refused != "" {
 		add("peer-refuses", Critical, "replicactl peer test PEER; replicactl peer allow … on the replica host", "the replica host refuses the VM: %s", f.Refused)
+	}
+	if f.PeerSuspect != "" {
+		add("replica-suspect", Critical, "find out why, then on the replica host: replicactl vm resync "+f.Name, "the replica takes nothing: %s", f.PeerSuspect)
 	}
 	if f.Corrupt != "" {
 		add("corrupt", Critical, "check both hosts' memory and network", "what arrives is not what was sent: %s", f.Corrupt)

@@ -52,6 +52,15 @@ func TestEveryFactBecomesItsConditionWithARemedy(t *testing.T) {
 	}
 }
 
+func TestThePrimaryNamesWhatItsReplicaDistrusts(t *testing.T) {
+	t.Parallel()
+	cs, s := health.Evaluate(health.Facts{Name: "g", Primary: true, PeerSuspect: "an image was changed"}, time.Now())
+	want := health.Condition{Code: "replica-suspect", Severity: health.Critical, Text: "the replica takes nothing: an image was changed", Remedy: "find out why, then on the replica host: replicactl vm resync g"}
+	if s != health.Critical || len(cs) != 1 || cs[0] != want {
+		t.Errorf("%v: %+v", s, cs)
+	}
+}
+
 func TestLatenessFollowsTheIntervalNotTheClockOfOthers(t *testing.T) {
 	t.Parallel()
 	now := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)

@@ -334,7 +334,7 @@ func finish(ctx context.Context, t *http.Transport, req *http.Request, a any) er
 // remoteError reads the other side's error; its text may be hostile.
 func remoteError(body io.Reader, code int) error {
 	var e wire.Error
-	if err := decodeStrict(body, &e); err != nil || e.Kind < wire.KindInternal || e.Kind > wire.KindVersion {
+	if err := decodeStrict(body, &e); err != nil || e.Kind < wire.KindInternal || e.Kind > wire.KindSuspect {
 		return &wire.Error{Kind: wire.KindCorrupt, Text: fmt.Sprintf("the other host answered %d without a reason", code)}
 	}
 	e.Text, e.Hint = wire.CleanText(e.Text, wire.MaxText), wire.CleanText(e.Hint, wire.MaxText)

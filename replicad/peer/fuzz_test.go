@@ -105,7 +105,7 @@ func FuzzRemoteError(f *testing.F) {
 	f.Fuzz(func(t *testing.T, data []byte) {
 		defer boundtest.Input(t)()
 		err := remoteError(bytes.NewReader(data), 500)
-		if k := kindOf(err); k < wire.KindInternal || k > wire.KindVersion {
+		if k := kindOf(err); k < wire.KindInternal || k > wire.KindSuspect {
 			t.Fatalf("kind %d", k)
 		}
 		if !wire.ValidText(err.Error(), 2*wire.MaxText+8) {

@@ -201,7 +201,7 @@ func httpStatus(k wire.Kind) int {
 		return http.StatusForbidden
 	case wire.KindUnavailable:
 		return http.StatusServiceUnavailable
-	case wire.KindCorrupt:
+	case wire.KindCorrupt, wire.KindSuspect:
 		return http.StatusUnprocessableEntity
 	case wire.KindNoSpace:
 		return http.StatusInsufficientStorage

@@ -101,7 +101,7 @@ func TestErrorsCrossWithKindHintAndPosition(t *testing.T) {
 	_, r, c := pairOf(t)
 	ctx := soon(t)
 	have := delta.Pos{Generation: delta.Generation{3}, Epoch: 4}
-	for k := wire.KindInternal; k <= wire.KindVersion; k++ {
+	for k := wire.KindInternal; k <= wire.KindSuspect; k++ {
 		r.svc.fail = &wire.Error{Kind: k, Text: "because", Hint: "do this", Have: &have}
 		_, err := c.Status(ctx, vmA)
 		var e *wire.Error

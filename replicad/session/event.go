@@ -133,6 +133,7 @@ const (
 	ClassEpochLost Class = "epoch-lost" // the frozen epoch is gone or overrun
 	ClassMismatch  Class = "mismatch"   // the replica stands elsewhere: shake hands
 	ClassCorrupt   Class = "corrupt"    // a digest was wrong: resend, then re-freeze
+	ClassSuspect   Class = "suspect"    // the replica takes nothing until a person there has decided
 	ClassNoSpace   Class = "no-space"   // the replica is full
 	ClassRefused   Class = "refused"    // the peer does not want this
 	ClassCancelled Class = "cancelled"  // DoCancel took effect

@@ -368,7 +368,7 @@ func (m *Machine) seedPiece(disk wire.DiskName) DoSeed {
 // settled ends a row of failures: something durable was achieved.
 func (m *Machine) settled() {
 	m.failures, m.since = 0, time.Time{}
-	for _, c := range []string{CondLink, CondSource, CondNoSpace, CondRefused, CondCorrupt} {
+	for _, c := range []string{CondLink, CondSource, CondNoSpace, CondRefused, CondCorrupt, CondSuspect} {
 		delete(m.cond, c)
 	}
 }

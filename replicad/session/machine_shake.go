@@ -178,6 +178,8 @@ func (m *Machine) onFailed(now time.Time, e EvFailed) []Action {
 		pause = m.jitter(fullRetry)
 	case ClassCorrupt:
 		m.onCorrupt(e)
+	case ClassSuspect:
+		m.condition(CondSuspect, "on the replica host: replicactl vm resync", "%s", e.Text)
 	case ClassEpochLost:
 		m.onEpochLost()
 	case ClassMismatch:

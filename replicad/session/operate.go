@@ -97,6 +97,10 @@ func (s *Session) failed(ctx context.Context, ev Event, err error) EvFailed {
 	f, _ := ev.(EvFailed)
 	f.Text = err.Error()
 	f.Class = classify(err)
+	var we *wire.Error
+	if f.Class == ClassSuspect && errors.As(err, &we) {
+		f.Text = we.Text // what to do is the condition's remedy
+	}
 	if ctx.Err() != nil && context.Cause(ctx) == context.Canceled {
 		f.Class = ClassCancelled
 	}
@@ -126,6 +130,8 @@ func classify(err error) Class {
 		return ClassMismatch
 	case kind == wire.KindCorrupt:
 		return ClassCorrupt
+	case kind == wire.KindSuspect:
+		return ClassSuspect
 	case kind == wire.KindNoSpace:
 		return ClassNoSpace
 	case kind == wire.KindRefused || kind == wire.KindDiverged || kind == wire.KindNotFound ||

@@ -128,6 +128,7 @@ const (
 	CondNoSpace      = "no-space"      // the replica is full
 	CondRefused      = "refused"       // the peer refuses
 	CondCorrupt      = "corrupt"       // digests of what arrives are wrong
+	CondSuspect      = "suspect"       // the replica does not trust what it holds; the text is its own
 	CondOverload     = "overload"      // epochs are abandoned for want of capture memory
 	CondStop         = "stop"          // the handshake table stops; see Status.Stop
 	CondAlarm        = "alarm"         // it goes on, but a person should know

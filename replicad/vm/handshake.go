@@ -60,8 +60,10 @@ func (v *VM) half() (wire.HandshakeReply, error) {
 		}
 		h.Base, h.Tracked = v.released()
 		return h, nil
-	case points.Suspect, points.Damaged, points.Rolling:
-		return h, &wire.Error{Kind: wire.KindCorrupt, Text: fmt.Sprintf("the replica is %s", st.State), Hint: "on the replica host: replicactl vm status " + r.Name}
+	case points.Suspect, points.Damaged:
+		return h, &wire.Error{Kind: wire.KindSuspect, Text: whySuspect(st), Hint: "on the replica host: replicactl vm resync " + r.Name}
+	case points.Rolling:
+		return h, &wire.Error{Kind: wire.KindUnavailable, Text: "a failover to an older recovery point is under way on this host", Hint: "replicactl vm status " + r.Name}
 	}
 	h.Sizes = map[wire.DiskName]int64{}
 	for _, d := range st.Disks {
@@ -75,6 +77,14 @@ func (v *VM) half() (wire.HandshakeReply, error) {
 		h.Partial = &wire.EpochKey{VM: r.VM, Generation: p.Generation, Epoch: p.Epoch, Nonce: p.Nonce}
 	}
 	return h, nil
+}
+
+// whySuspect says why a store that is suspect or damaged takes nothing.
+func whySuspect(st storeState) string {
+	if st.State == points.Damaged {
+		return wire.CleanText(errors.Join(st.Damage...).Error(), wire.MaxText)
+	}
+	return points.ErrSuspect.Error()
 }
 
 // ancestorsOf are the parents of the generation a replica stands in; its

@@ -347,7 +347,7 @@ func storeError(err error) error {
 	case errors.Is(err, points.ErrFork):
 		return &wire.Error{Kind: wire.KindDiverged, Text: err.Error()}
 	case errors.Is(err, points.ErrSuspect), errors.Is(err, points.ErrDamaged):
-		return &wire.Error{Kind: wire.KindCorrupt, Text: err.Error(), Hint: "on the replica host: replicactl vm status"}
+		return &wire.Error{Kind: wire.KindSuspect, Text: err.Error(), Hint: "on the replica host: replicactl vm resync NAME"}
 	case errors.Is(err, points.ErrSeeding), errors.Is(err, points.ErrNotSeeding), errors.Is(err, points.ErrState), errors.Is(err, points.ErrPromoted), errors.Is(err, points.ErrDisks):
 		return &wire.Error{Kind: wire.KindRefused, Text: err.Error()}
 	case errors.Is(err, points.ErrFailed):

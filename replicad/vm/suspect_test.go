@@ -7,9 +7,11 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 
+	"kvmreplica/replicad/health"
 	"kvmreplica/replicad/lineage"
 	"kvmreplica/replicad/status"
 	"kvmreplica/replicad/wire"
@@ -46,9 +48,19 @@ func TestTheRemedyOfASuspectReplicaBringsItBack(t *testing.T) {
 		}
 		return fmt.Errorf("%s: %+v", st.State, st.Conditions)
 	})
+	w.until("the primary to say what the replica says", func() error {
+		cs := w.a.vm().Status(t.Context(), "B").Conditions
+		if c := condition(cs, "replica-suspect"); c == nil || !strings.Contains(c.Text, "a replica image was changed from outside") || !strings.HasSuffix(c.Remedy, "on the replica host: replicactl vm resync web") || condition(cs, "corrupt") != nil {
+			return fmt.Errorf("%+v", cs)
+		}
+		return nil
+	})
 	must(t, w.b.do(resync))
 	if o := w.rest(); o != w.a {
 		t.Fatal("A does not own the VM")
+	}
+	if c := condition(w.a.vm().Status(t.Context(), "B").Conditions, "replica-suspect"); c != nil {
+		t.Fatalf("still: %+v", c)
 	}
 	w.until("the images to be equal", func() error {
 		if !bytes.Equal(w.a.image(), w.b.image()) {
@@ -56,6 +68,13 @@ func TestTheRemedyOfASuspectReplicaBringsItBack(t *testing.T) {
 		}
 		return nil
 	})
+}
+
+func condition(cs []health.Condition, code string) *health.Condition {
+	if i := slices.IndexFunc(cs, func(c health.Condition) bool { return c.Code == code }); i >= 0 {
+		return &cs[i]
+	}
+	return nil
 }
 
 // A suspect replica is not failed over to: the refusal comes before the role

@@ -2,7 +2,6 @@ package vm
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"strconv"
 	"strings"
@@ -115,9 +114,7 @@ func (v *VM) viewReplica(out *status.VM, f *health.Facts) {
 		out.State = status.Seeding
 	case points.Suspect, points.Damaged:
 		out.State = status.Suspect
-		if f.StoreSuspect = points.ErrSuspect.Error(); st.State == points.Damaged {
-			f.StoreSuspect = errors.Join(st.Damage...).Error()
-		}
+		f.StoreSuspect = whySuspect(st)
 	case points.Promoted:
 		out.State = status.FailedOver
 	}
@@ -287,6 +284,8 @@ func viewConditions(s session.Status, f *health.Facts) {
 			f.Refused, told = s.LastError, true
 		case session.CondCorrupt:
 			f.Corrupt, told = s.LastError, true
+		case session.CondSuspect:
+			f.PeerSuspect, told = c.Text, true
 		}
 	}
 	if s.Failures > 0 && !told {

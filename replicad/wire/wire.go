@@ -385,6 +385,7 @@ const (
 	KindInvalid     Kind = 8 // the request itself is wrong
 	KindPosMismatch Kind = 9
 	KindVersion     Kind = 10
+	KindSuspect     Kind = 11 // the replica does not trust what it holds
 )
 
 // Error is an error a peer or the daemon reports: a kind to branch on, a text
