@@ -133,6 +133,9 @@ func (d *Daemon) load() error {
 	if d.qemu, err = openQEMUUser(state, d.cfg.QEMUUser, d.log); err != nil {
 		return err
 	}
+	if err := d.unprotected.open(state); err != nil {
+		d.log.Warn("since when domains are not protected counts anew", "err", err)
+	}
 	d.hyper = &lazyHost{
 		opt:   libvirt.Options{Socket: d.cfg.LibvirtSocket},
 		learn: func(i libvirt.HostInfo) { d.qemu.learn(i.QEMUOwner(d.cfg.DomainType)) },

@@ -5,6 +5,7 @@ import (
 	"time"
 	_ "time/tzdata"
 
+	"kvmreplica/internal/fsx"
 	"kvmreplica/libvirt"
 	"kvmreplica/replicad/config"
 	"kvmreplica/replicad/health"
@@ -68,6 +69,65 @@ to = "b"
 	u.looked(at.Add(8*time.Hour), []libvirt.Domain{web1}, config.Default())
 	if s := names(9*time.Hour, nobody); s != "" {
 		t.Errorf("without a policy: %q", s)
+	}
+}
+
+// An alarm that a restart puts off for another alarm_after is none on a host
+// whose daemon is restarted often.
+func TestARestartDoesNotPutTheAlarmOff(t *testing.T) {
+	t.Parallel()
+	c, err := config.Parse([]byte("[[policy]]\nname = \"web\"\nmatch = [\"*\"]\nto = \"b\"\nalarm = true\nalarm_after = \"10m\"\n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	state, err := fsx.OS(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
+	a, b := libvirt.Domain{Name: "a", UUID: "1"}, libvirt.Domain{Name: "b", UUID: "2"}
+	begin := func() *unprotected {
+		t.Helper()
+		var u unprotected
+		if err := u.open(state); err != nil {
+			t.Fatal(err)
+		}
+		return &u
+	}
+	look := func(u *unprotected, after time.Duration, all ...libvirt.Domain) (s string) {
+		t.Helper()
+		u.looked(at.Add(after), all, c)
+		if err := u.keep(); err != nil {
+			t.Fatal(err)
+		}
+		for _, n := range u.alarms(at.Add(after), func(string) bool { return false }) {
+			s += n.Name
+		}
+		return s
+	}
+	look(begin(), 0, a, b)
+	if s := look(begin(), 9*time.Minute, a); s != "" {
+		t.Errorf("too early: %q", s)
+	}
+	// b was protected, or away, meanwhile: its time begins anew, a's does not.
+	if s := look(begin(), 10*time.Minute, a, b); s != "a" {
+		t.Errorf("after a restart: %q", s)
+	}
+	if s := look(begin(), -time.Hour, a, b); s != "" { // a clock that was set back
+		t.Errorf("before its time: %q", s)
+	}
+	if err := fsx.WriteAtomic(state, notProtectedFile, []byte("{")); err != nil {
+		t.Fatal(err)
+	}
+	var u unprotected
+	if err := u.open(state); err == nil {
+		t.Error("a damaged file is read")
+	}
+	if s := look(&u, time.Hour, a); s != "" {
+		t.Errorf("out of a damaged file: %q", s)
+	}
+	if s := look(begin(), time.Hour+10*time.Minute, a); s != "a" {
+		t.Errorf("it is not replaced: %q", s)
 	}
 }
 
