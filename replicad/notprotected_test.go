@@ -1,6 +1,7 @@
 package replicad
 
 import (
+	"strings"
 	"testing"
 	"time"
 	_ "time/tzdata"
@@ -9,6 +10,7 @@ import (
 	"kvmreplica/libvirt"
 	"kvmreplica/replicad/config"
 	"kvmreplica/replicad/health"
+	"kvmreplica/replicad/wire"
 )
 
 func TestADomainThatShouldBeProtectedIsAnAlarmAfterItsTimeAndUntilItIs(t *testing.T) {
@@ -128,6 +130,29 @@ func TestARestartDoesNotPutTheAlarmOff(t *testing.T) {
 	}
 	if s := look(begin(), time.Hour+10*time.Minute, a); s != "a" {
 		t.Errorf("it is not replaced: %q", s)
+	}
+}
+
+func TestWhatAReplicaKeepsIsComparedWithThePolicy(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		want, kept string
+		err        error
+		says       string
+	}{
+		{"24", "24", nil, ""},
+		{"1h:1d", "24", nil, ""}, // the same in other words
+		{"all:1h,1h:1d", "24", nil, "points 24 -> all:1h,1h:1d (on kvm-b: replicactl point keep web all:1h,1h:1d)"},
+		{"24", "", nil, `points are not compared: kvm-b keeps ""`},
+		{"24", "all of them", nil, `points are not compared: kvm-b keeps "all of them"`},
+		{"24", "", &wire.Error{Kind: wire.KindUnavailable, Text: "kvm-b is away", Hint: "there"}, "points are not compared: kvm-b is away"},
+	} {
+		if s := pointsDrift("web", "kvm-b", c.want, c.kept, c.err); s != c.says {
+			t.Errorf("%q, kept %q: %q", c.want, c.kept, s)
+		}
+	}
+	if s := otherHost("web", "kvm-b", "kvm-c"); !strings.HasPrefix(s, "to kvm-b -> kvm-c (replicactl vm disable web;") {
+		t.Error(s)
 	}
 }
 

@@ -9,10 +9,13 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"kvmreplica/libvirt"
 	"kvmreplica/replicad/api"
 	"kvmreplica/replicad/config"
 	"kvmreplica/replicad/failover"
+	"kvmreplica/replicad/points"
 	"kvmreplica/replicad/status"
 	"kvmreplica/replicad/vm"
 	"kvmreplica/replicad/wire"
@@ -20,6 +23,13 @@ import (
 
 // defaultEvery is the interval of a policy that does not say.
 const defaultEvery = 30 * time.Second
+
+// What replicas keep is asked of their hosts, of so many at once and so long in
+// all.
+const (
+	comparePointsWithin = 5 * time.Second
+	comparePointsAtOnce = 16
+)
 
 // domains reads the persistent definitions of this host's domains but test
 // copies, which are nobody's to protect, and those that skip names.
@@ -61,10 +71,15 @@ func (d *Daemon) Policies(ctx context.Context) (status.Policies, error) {
 	if err != nil {
 		return out, d.explain(err, "")
 	}
-	for _, k := range all {
-		out.Domains = append(out.Domains, d.viewDomain(k))
+	ctx, cancel := context.WithTimeout(ctx, comparePointsWithin)
+	defer cancel()
+	out.Domains = make([]status.Domain, len(all))
+	var asked errgroup.Group
+	asked.SetLimit(comparePointsAtOnce) // each may ask another host
+	for i, k := range all {
+		asked.Go(func() error { out.Domains[i] = d.viewDomain(ctx, k); return nil })
 	}
-	return out, nil
+	return out, asked.Wait()
 }
 
 func viewPolicy(p config.Policy) status.Policy {
@@ -84,7 +99,7 @@ func clockText(d time.Duration) string {
 
 // viewDomain says what is protected of a domain, and where that differs from
 // the policy that fits it.
-func (d *Daemon) viewDomain(k libvirt.Domain) status.Domain {
+func (d *Daemon) viewDomain(ctx context.Context, k libvirt.Domain) status.Domain {
 	out := status.Domain{Name: k.Name, ID: wire.VMID(k.UUID), State: string(k.State), Bytes: -1, Tags: k.Tags, Role: status.None}
 	p, fits := d.conf().PolicyFor(k.Name, k.Tags)
 	if fits {
@@ -102,13 +117,13 @@ func (d *Daemon) viewDomain(k libvirt.Domain) status.Domain {
 	if !fits || !v.Serves() {
 		return out // the settings of a replica are its primary's
 	}
-	out.Drift, out.Fixed = drift(v, p, out.Peer)
+	out.Drift, out.Fixed = d.drift(ctx, v, p, out.Peer)
 	return out
 }
 
 // drift is what a policy says and the VM has not: what can be set, and what
-// cannot.
-func drift(v *vm.VM, p config.Policy, peer string) (set, fixed []string) {
+// cannot, with the way to it.
+func (d *Daemon) drift(ctx context.Context, v *vm.VM, p config.Policy, peer string) (set, fixed []string) {
 	set, err := v.PlanSet(settingsOf(p))
 	if err != nil {
 		fixed = append(fixed, err.Error())
@@ -117,9 +132,49 @@ func drift(v *vm.VM, p config.Policy, peer string) (set, fixed []string) {
 		set = append(set, fmt.Sprintf("bandwidth %s -> %s", rateText(v.Rate()), rateText(*p.Bandwidth)))
 	}
 	if p.To != peer && p.To != string(v.Peer()) {
-		fixed = append(fixed, fmt.Sprintf("replicates with %s, the policy says %s", peer, p.To))
+		return set, append(fixed, otherHost(v.Name(), peer, p.To))
+	}
+	if p.Points == "" {
+		return set, fixed
+	}
+	kept, err := v.ListPoints(ctx)
+	if why := pointsDrift(v.Name(), peer, p.Points, kept.Retention, err); why != "" {
+		fixed = append(fixed, why)
 	}
 	return set, fixed
+}
+
+func (d *Daemon) driftSoon(ctx context.Context, v *vm.VM, p config.Policy, peer string) (set, fixed []string) {
+	ctx, cancel := context.WithTimeout(ctx, comparePointsWithin)
+	defer cancel()
+	return d.drift(ctx, v, p, peer)
+}
+
+func otherHost(name, peer, to string) string {
+	return fmt.Sprintf("to %s -> %s (replicactl vm disable %s; replicactl policy apply %s: everything is copied anew)", peer, to, name, name)
+}
+
+// pointsDrift says where what a replica keeps differs from what a policy asks
+// for. The replica's host decides; nothing is set from here.
+func pointsDrift(name, peer, want, kept string, err error) string {
+	if err != nil {
+		var we *wire.Error
+		if errors.As(err, &we) {
+			return "points are not compared: " + we.Text // the hint is for who lists them
+		}
+		return "points are not compared: " + err.Error()
+	}
+	w, werr := points.ParsePolicy(want)
+	k, kerr := points.ParsePolicy(kept)
+	switch {
+	case werr != nil:
+		return werr.Error()
+	case kerr != nil || kept == "":
+		return fmt.Sprintf("points are not compared: %s keeps %q", peer, kept)
+	case w.String() == k.String():
+		return ""
+	}
+	return fmt.Sprintf("points %s -> %s (on %s: replicactl point keep %s %s)", k, w, peer, name, w)
 }
 
 func rateText(n int64) string {
@@ -259,9 +314,12 @@ func (d *Daemon) applyPolicy(ctx context.Context, a api.Action, request string, 
 		note(emit, "%s is protected, from %s to this host: its settings are set there.", k.Name, peer)
 		return nil
 	}
-	set, fixed := drift(v, p, peer)
+	set, fixed := d.driftSoon(ctx, v, p, peer)
 	for _, f := range fixed {
 		note(emit, "%s differs and cannot be set: %s.", k.Name, f)
+	}
+	if len(set) == 0 && len(fixed) > 0 {
+		return nil
 	}
 	if len(set) == 0 {
 		note(emit, "%s is as policy %s says.", k.Name, p.Name)

@@ -121,10 +121,11 @@ other; one that fails does not stop the others. No protection is ever ended, not
 			if err != nil {
 				return err
 			}
-			todo, err := a.toApply(p, args)
+			todo, fixed, err := a.toApply(p, args)
 			if err != nil {
 				return err
 			}
+			a.tellFixed(todo, fixed)
 			return a.applyAll(cmd.Context(), todo, dry, yes)
 		},
 	}
@@ -133,19 +134,23 @@ other; one that fails does not stop the others. No protection is ever ended, not
 	return c
 }
 
-// toApply are the domains that something is to be done with; named ones must be
-// there and have a policy.
-func (a *app) toApply(p status.Policies, names []string) (todo []status.Domain, err error) {
-	due := func(d status.Domain) bool {
-		return d.Policy != "" && (d.Role == status.None || len(d.Drift) > 0)
+// toApply are the domains that something is to be done with, and those that
+// differ only in what cannot be set; named ones must be there and have a policy.
+func (a *app) toApply(p status.Policies, names []string) (todo, fixed []status.Domain, err error) {
+	take := func(d status.Domain) {
+		switch {
+		case d.Policy == "":
+		case d.Role == status.None || len(d.Drift) > 0:
+			todo = append(todo, d)
+		case len(d.Fixed) > 0:
+			fixed = append(fixed, d)
+		}
 	}
 	if len(names) == 0 {
 		for _, d := range p.Domains {
-			if due(d) {
-				todo = append(todo, d)
-			}
+			take(d)
 		}
-		return todo, nil
+		return todo, fixed, nil
 	}
 	seen := map[wire.VMID]bool{}
 	for _, name := range names {
@@ -156,26 +161,40 @@ func (a *app) toApply(p status.Policies, names []string) (todo []status.Domain, 
 			}
 			found = true
 			if d.Policy == "" {
-				return nil, &wire.Error{Kind: wire.KindRefused, Text: "no policy of this host fits " + name, Hint: "replicactl policy list; or: replicactl vm enable " + name + " --to PEER"}
+				return nil, nil, &wire.Error{Kind: wire.KindRefused, Text: "no policy of this host fits " + name, Hint: "replicactl policy list; or: replicactl vm enable " + name + " --to PEER"}
 			}
-			if due(d) && !seen[d.ID] {
+			if !seen[d.ID] {
 				seen[d.ID] = true
-				todo = append(todo, d)
+				take(d)
 			}
 		}
 		if !found {
-			return nil, &wire.Error{Kind: wire.KindNotFound, Text: fmt.Sprintf("libvirt has no domain %q", name), Hint: "virsh list --all"}
+			return nil, nil, &wire.Error{Kind: wire.KindNotFound, Text: fmt.Sprintf("libvirt has no domain %q", name), Hint: "virsh list --all"}
 		}
 	}
-	return todo, nil
+	return todo, fixed, nil
+}
+
+// tellFixed says what differs and cannot be set from here, or that nothing does.
+func (a *app) tellFixed(todo, fixed []status.Domain) {
+	if a.json {
+		return // policy list --json has it
+	}
+	for _, d := range fixed {
+		fmt.Fprintf(a.out, "%s (policy %s) differs and cannot be set: %s\n", clean(d.Name), clean(d.Policy), clean(strings.Join(d.Fixed, "; ")))
+	}
+	switch {
+	case len(todo) > 0:
+	case len(fixed) > 0:
+		fmt.Fprintln(a.out, "There is nothing to set.")
+	default:
+		fmt.Fprintln(a.out, "Everything that a policy fits is as it says.")
+	}
 }
 
 // applyAll shows the plan of all, asks once, and does them in turn.
 func (a *app) applyAll(ctx context.Context, todo []status.Domain, dry, yes bool) error {
 	if len(todo) == 0 {
-		if !a.json {
-			fmt.Fprintln(a.out, "Everything that a policy fits is as it says.")
-		}
 		return nil
 	}
 	failed := map[wire.VMID]bool{}

@@ -89,6 +89,22 @@ func TestPolicyApplyDoesEachAndSaysWhatFailed(t *testing.T) {
 	}
 }
 
+// What only differs in what cannot be set is said, with the way to it: a policy
+// that names another host is not "as it says".
+func TestPolicyApplySaysWhatItCannotSet(t *testing.T) {
+	p := policies()
+	p.Domains = p.Domains[3:4]
+	p.Domains[0].Fixed = []string{"to kvm-b -> kvm-c (replicactl vm disable web-3)"}
+	for _, args := range [][]string{nil, {"web-3"}, {"--dry-run"}} {
+		f := &fakeDaemon{answers: map[string][]any{"GET /v1/policies": {p}}}
+		code, out, errs := ctl(t, serve(t, f), append([]string{"policy", "apply"}, args...)...)
+		if code != exitOK || len(f.actions) > 0 || strings.Contains(out, "is as it says") ||
+			!strings.Contains(out, "web-3 (policy web) differs and cannot be set: to kvm-b -> kvm-c (replicactl vm disable web-3)") {
+			t.Errorf("%v: exit %d, %+v: %s%s", args, code, f.actions, out, errs)
+		}
+	}
+}
+
 func TestEnableWithoutAPeerSendsOnlyWhatWasTyped(t *testing.T) {
 	ten := 10 * time.Second
 	f := &fakeDaemon{answers: map[string][]any{"POST /v1/actions": {done(nil)}}}

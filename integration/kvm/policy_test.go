@@ -18,6 +18,7 @@ exclude = ["*-scratch"]
 to = "kvm-b"
 every = "1s"
 app_every = "0s"
+points = "2"
 bandwidth = "100MiB/s"
 shutdown_time = "7m"
 on_silent_peer = "hold"
@@ -132,6 +133,13 @@ func TestPoliciesListApplyMendAndAlarm(t *testing.T) {
 	}
 	if out := w.ctl("A", "policy", "apply", "--yes"); !strings.Contains(out, "is as it says") {
 		t.Errorf("applied again: %s", out)
+	}
+	w.ctl("B", "point", "keep", "web-off", "3")
+	if d := w.domain("web-off"); len(d.Drift) != 0 || len(d.Fixed) != 1 || d.Fixed[0] != "points 3 -> 2 (on kvm-b: replicactl point keep web-off 2)" {
+		t.Errorf("other points are kept: %+v", d)
+	}
+	if out := w.ctl("A", "policy", "apply", "--yes"); strings.Contains(out, "is as it says") || !strings.Contains(out, "web-off (policy web) differs and cannot be set") {
+		t.Errorf("applied to what cannot be set: %s", out)
 	}
 	if d := w.domain("web-scratch"); d.Role != status.None {
 		t.Errorf("the excluded one: %+v", d)

@@ -40,8 +40,8 @@ type Domain struct {
 	// host then.
 	Role Role   `json:"role"`
 	Peer string `json:"peer,omitempty"`
-	// Drift is what policy apply would set, Fixed what differs from the policy and
-	// cannot be set.
+	// Drift is what policy apply would set, Fixed what differs from the policy, or
+	// cannot be compared, and cannot be set: with the way to it.
 	Drift []string `json:"drift,omitempty"`
 	Fixed []string `json:"fixed,omitempty"`
 }
