@@ -37,13 +37,20 @@ func Ensure(ctx context.Context, cfg Config) (*Client, error) {
 	if err != nil {
 		return nil, fmt.Errorf("find the keeper of %s: %w", cfg.Name, err)
 	}
-	if pid == 0 {
+	c := NewClient(cfg.ControlSocket())
+	if pid != 0 {
+		// It may have been killed just now and hold its lock a little longer.
+		if err = await(ctx, cfg, c); err == nil {
+			return c, nil
+		}
+	}
+	if pid == 0 || errors.Is(err, errEnded) {
 		if err := launch(ctx, cfg); err != nil {
 			return nil, fmt.Errorf("start the keeper of %s: %w", cfg.Name, err)
 		}
+		err = await(ctx, cfg, c)
 	}
-	c := NewClient(cfg.ControlSocket())
-	if err := await(ctx, cfg, c); err != nil {
+	if err != nil {
 		c.Close()
 		return nil, err
 	}
@@ -156,7 +163,10 @@ func openLog(path string) (*os.File, error) {
 	return os.OpenFile(path, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 }
 
-var errNotReady = errors.New("the keeper is not ready")
+var (
+	errNotReady = errors.New("the keeper is not ready")
+	errEnded    = errors.New("the keeper has ended without a word")
+)
 
 // keeperReady reports that a living keeper holds the sockets. A data plane
 // alone may answer before a new keeper has adopted it.
@@ -169,7 +179,8 @@ func keeperReady(cfg Config) bool {
 	return err == nil && strings.TrimSpace(string(b)) == strconv.Itoa(pid)
 }
 
-// await polls until the data plane answers or says why it cannot.
+// await polls until the data plane answers or says why it cannot, or until its
+// keeper has ended.
 func await(ctx context.Context, cfg Config, c *Client) error {
 	for {
 		err := errNotReady
@@ -181,8 +192,16 @@ func await(ctx context.Context, cfg Config, c *Client) error {
 		if err == nil {
 			return nil
 		}
+		gone := false
+		if errors.Is(err, errNotReady) {
+			pid, perr := runningPID(cfg.keeperPID())
+			gone = pid == 0 && perr == nil
+		}
 		if f := readFailure(cfg); f != nil {
 			return f
+		}
+		if gone {
+			return fmt.Errorf("wait for the data plane of %s (log: %s): %w", cfg.Name, cfg.logFile(), errEnded)
 		}
 		select {
 		case <-ctx.Done():

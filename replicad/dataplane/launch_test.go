@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -121,4 +122,46 @@ func TestStopFindsAKeeperWhoseLaunchersWereKilled(t *testing.T) {
 		t.Fatal(err)
 	}
 	comes(t, "no process is left", func() bool { return len(processes(t, file)) == 0 })
+}
+
+// A daemon that comes up right after everything was killed still finds the dead
+// keeper's lock: it does not wait for that keeper for ever, it starts one.
+func TestAKeeperThatIsDyingIsNotWaitedFor(t *testing.T) {
+	cfg := dt.Config(t, 8*mib)
+	if err := os.MkdirAll(cfg.RunDir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	// The dying one is this test: it has the lock, and its socket is there.
+	lock, err := os.Create(filepath.Join(cfg.RunDir, "keeper.pid"))
+	if err == nil {
+		_, err = lock.WriteString(strconv.Itoa(os.Getpid()) + "\n")
+	}
+	if err == nil {
+		err = unix.FcntlFlock(lock.Fd(), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_WRLCK, Len: 1})
+	}
+	if err == nil {
+		err = os.WriteFile(filepath.Join(cfg.RunDir, "ready"), []byte(strconv.Itoa(os.Getpid())), 0o600)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	ln, err := net.Listen("unix", cfg.ControlSocket())
+	if err != nil {
+		t.Fatal(err)
+	}
+	gone := make(chan error, 1)
+	go func() {
+		c, err := ln.Accept() // it was found
+		if err == nil {
+			err = errors.Join(ln.Close(), lock.Close(), c.Close())
+		}
+		gone <- err
+	}()
+	c := dt.Ensure(t, &cfg)
+	if err := <-gone; err != nil {
+		t.Fatal(err)
+	}
+	if st := status(t, c); st.PID == os.Getpid() {
+		t.Fatalf("process %d answers", st.PID)
+	}
 }
