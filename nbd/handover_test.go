@@ -322,6 +322,34 @@ func TestAClientThatConnectsWhileAServerIsHeldIsGreetedLater(t *testing.T) {
 	}
 }
 
+// A server that is left while its listener is only coming up takes no client
+// out of the queue: that client is the next server's.
+func TestAListenerThatComesUpTooLateTakesNobody(t *testing.T) {
+	for range 500 {
+		dir := t.TempDir()
+		ln, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(dir, "s"), Net: "unix"})
+		must(t, err)
+		s := nbd.NewServer(nbd.Options{})
+		f, err := ln.File()
+		must(t, err)
+		mine, err := net.FileListener(f)
+		must(t, errors.Join(err, f.Close()))
+		mine.(*net.UnixListener).SetUnlinkOnClose(false)
+		served := make(chan error, 1)
+		go func() { served <- s.Serve(context.Background(), mine) }()
+		_, err = s.Hold(t.Context())
+		must(t, err)
+		nc, err := net.Dial("unix", ln.Addr().String())
+		must(t, err)
+		s.Leave()
+		<-served
+		must(t, ln.SetDeadline(time.Now().Add(patience)))
+		next, err := ln.Accept()
+		must(t, err) // it is still there
+		must(t, errors.Join(next.Close(), nc.Close(), ln.Close()))
+	}
+}
+
 func TestAClientsConnectionIsHandedOnBetweenTwoRequests(t *testing.T) {
 	s := serve(t, nbd.Options{}, nbd.Export{Device: newFile(t, 1<<20)})
 	c := s.dial(t, nbd.ClientOptions{})

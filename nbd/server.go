@@ -229,6 +229,9 @@ func (s *Server) accept(ctx context.Context, ln net.Listener) error {
 		return ErrServerClosed
 	}
 	for {
+		if s.isClosed() { // the next one in the queue is a successor's
+			return ErrServerClosed
+		}
 		nc, err := ln.Accept()
 		if err != nil {
 			if errors.Is(err, syscallTimeout) && ctx.Err() == nil {
