@@ -113,7 +113,16 @@ func (c *conn) run(ctx context.Context) {
 	}
 	graceful, err := c.transmit()
 	c.end(graceful)
-	log.Info("client disconnected", "reason", err, "requests", c.requests.Load(), "errors", c.errors.Load())
+	log.Info("client disconnected", "reason", ending(err), "requests", c.requests.Load(), "errors", c.errors.Load())
+}
+
+// ending says why a connection ended; its client asked for it when there was no
+// error.
+func ending(err error) string {
+	if err == nil {
+		return "the client asked for it"
+	}
+	return err.Error()
 }
 
 // end awaits what runs; requests not yet started are dropped unless the end is

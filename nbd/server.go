@@ -349,7 +349,7 @@ func awaitConns(ctx context.Context, conns []*conn) error {
 				_ = o.nc.Close()
 				running += o.budget.inFlight()
 			}
-			return fmt.Errorf("%d requests still run in the device: %w", running, ctx.Err())
+			return fmt.Errorf("requests that still run in the device: %d: %w", running, ctx.Err())
 		}
 	}
 	return nil
