@@ -1,8 +1,10 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"path/filepath"
+	"slices"
 	"text/tabwriter"
 
 	"github.com/spf13/cobra"
@@ -105,9 +107,18 @@ func newPointMounts(a *app) *cobra.Command {
 
 func newPointUnmount(a *app) *cobra.Command {
 	act := api.Action{Verb: api.PointUnmount}
+	var all bool
 	c := &cobra.Command{
-		Use: "unmount NAME [MOUNT]", Short: "End a mount, or all of a VM's; what was written to it is gone", Args: cobra.RangeArgs(1, 2),
+		Use: "unmount NAME [MOUNT]|--all", Short: "End a mount, or all of a VM's, or of all VMs; what was written to it is gone", Args: cobra.MaximumNArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			switch {
+			case all && len(args) == 2:
+				return usagef("--all ends every mount: leave %s out", args[1])
+			case all && len(args) == 0:
+				return a.unmountAll(cmd.Context(), act)
+			case len(args) == 0:
+				return usagef("name a VM, or say --all")
+			}
 			act.VM = args[0]
 			if len(args) == 2 {
 				act.Mount = args[1]
@@ -116,7 +127,34 @@ func newPointUnmount(a *app) *cobra.Command {
 		},
 	}
 	c.Flags().BoolVar(&act.Force, "force", false, "also while clients are connected")
+	c.Flags().BoolVar(&all, "all", false, "every mount of the VM, or without NAME of every VM")
 	return c
+}
+
+// unmountAll goes from VM to VM; one whose mounts are in use stops no other.
+func (a *app) unmountAll(ctx context.Context, act api.Action) error {
+	mounts, err := a.client().Mounts(ctx)
+	if err != nil {
+		return err
+	}
+	var vms []string
+	for _, m := range mounts {
+		if !slices.Contains(vms, m.VM) {
+			vms = append(vms, m.VM)
+		}
+	}
+	if len(vms) == 0 && !a.json {
+		fmt.Fprintln(a.out, "Nothing is mounted.")
+	}
+	failed := 0
+	for _, name := range vms {
+		act.VM = name
+		if err := a.act(ctx, act); err != nil {
+			failed++
+			a.printError(fmt.Errorf("%s: %w", name, err), codeOf(ctx, err), "replicactl point unmount")
+		}
+	}
+	return partly(len(vms), failed, "kept mounts")
 }
 
 func newPointExport(a *app) *cobra.Command {
