@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"time"
 
+	"kvmreplica/internal/count"
 	"kvmreplica/replicad/api"
 	"kvmreplica/replicad/config"
 	"kvmreplica/replicad/failover"
@@ -238,9 +239,9 @@ func (d *Daemon) unplanned(ctx context.Context, v *vm.VM, a api.Action, request 
 		note(emit, "WITHOUT disk %s: that state does not have it, or not all of it.", name)
 	}
 	if a.InPlace {
-		note(emit, "In place: it cannot be cancelled, %d recovery points END.", l.Points)
+		note(emit, "In place: it cannot be cancelled, and ENDS %s.", count.Of(l.Points, "recovery point"))
 	} else {
-		note(emit, "The guest runs beside the replica until: replicactl failover commit %s (ends %d recovery points), or cancel.", a.VM, l.Points)
+		note(emit, "The guest runs beside the replica until: replicactl failover commit %s (ends %s), or cancel.", a.VM, count.Of(l.Points, "recovery point"))
 	}
 	if a.DryRun {
 		failed := emitChecks(v.PlanUnplanned(a.InPlace, a.KeepPoints), emit)
@@ -268,7 +269,7 @@ func (d *Daemon) settleTrial(ctx context.Context, v *vm.VM, a api.Action, reques
 			}
 		}
 		if f := v.Status(ctx, d.peerName(v.Peer())).Failover; f != nil && a.Verb == api.Commit {
-			note(emit, "The failover of %s becomes final: %d recovery points END; %d bytes are brought into the images while the guest runs.", a.VM, f.Points, f.Bytes)
+			note(emit, "The failover of %s becomes final and ENDS %s; %d bytes are brought into the images while the guest runs.", a.VM, count.Of(f.Points, "recovery point"), f.Bytes)
 		} else if f != nil {
 			note(emit, "The guest %s is STOPPED, the %d bytes it wrote here since the failover are DROPPED; %s is the replica again, with all recovery points.", a.VM, f.Bytes, d.name)
 		}
@@ -361,7 +362,7 @@ func (d *Daemon) reverse(ctx context.Context, v *vm.VM, a api.Action, request st
 	if a.DryRun {
 		trial := s.Failover != nil && s.Failover.Phase == status.Trial
 		if trial {
-			note(emit, "The failover becomes final: %d recovery points END.", s.Failover.Points)
+			note(emit, "The failover becomes final and ENDS %s.", count.Of(s.Failover.Points, "recovery point"))
 		}
 		if trial || a.KeepPoints {
 			if failed := emitChecks(v.PlanCommit(ctx, a.KeepPoints), emit); failed != nil {

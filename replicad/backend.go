@@ -12,6 +12,7 @@ import (
 	"strings"
 	"time"
 
+	"kvmreplica/internal/count"
 	"kvmreplica/internal/version"
 	"kvmreplica/replicad/api"
 	"kvmreplica/replicad/failover"
@@ -208,7 +209,7 @@ func (d *Daemon) Doctor(ctx context.Context) ([]wire.Check, error) {
 		if e.Severity == "critical" {
 			r = wire.Failed
 		}
-		add("The "+e.What, r, e.Hint, fmt.Sprintf("ends on %s, in %d days", e.Ends.Format(time.DateOnly), e.Days))
+		add("The "+e.What, r, e.Hint, fmt.Sprintf("ends on %s, in %s", e.Ends.Format(time.DateOnly), count.Of(e.Days, "day")))
 	}
 	out = append(out, d.accessChecks()...)
 	for dir, err := range d.vms.Broken() {

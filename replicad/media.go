@@ -5,6 +5,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"kvmreplica/internal/count"
 	"kvmreplica/replicad/api"
 	"kvmreplica/replicad/media"
 	"kvmreplica/replicad/status"
@@ -29,7 +30,7 @@ func (d *Daemon) media(ctx context.Context, a api.Action, emit func(api.Event)) 
 		if err != nil {
 			return err
 		}
-		note(emit, "Written: %s, %d bytes of %d disks. Carry it to the replica host, and there: replicactl vm import %s --from PEER", dir, m.Bytes(), len(m.Disks), dir)
+		note(emit, "Written: %s, %d bytes of %s. Carry it to the replica host, and there: replicactl vm import %s --from PEER", dir, m.Bytes(), count.Of(len(m.Disks), "disk"), dir)
 		return nil
 	}
 	rec, err := d.peers.Find(a.Peer)

@@ -6,6 +6,7 @@ import (
 	"strings"
 	"time"
 
+	"kvmreplica/internal/count"
 	"kvmreplica/replicad/api"
 	"kvmreplica/replicad/mount"
 	"kvmreplica/replicad/status"
@@ -55,7 +56,7 @@ func (d *Daemon) pointAction(ctx context.Context, v *vm.VM, a api.Action, emit f
 	case api.PointUnmount:
 		n, err := v.UnmountPoint(a.Mount, a.Force)
 		if err == nil {
-			note(emit, "%d mounts ended.", n)
+			note(emit, "%s ended.", count.Of(n, "mount"))
 		}
 		return err
 	case api.PointExport:

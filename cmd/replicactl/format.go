@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/term"
 
+	"kvmreplica/internal/count"
 	"kvmreplica/replicad/api"
 	"kvmreplica/replicad/health"
 	"kvmreplica/replicad/status"
@@ -125,7 +126,7 @@ func showMeasured(v status.VM, line func(k, format string, args ...any)) {
 	line("RPO measured", "median %s, max %s", age(s.RPOMedian), age(s.RPOMax))
 	line("Shipped", "%s changed, %s on the wire", bytesText(s.RawBytes), bytesText(s.SentBytes))
 	if v.AppEvery > 0 {
-		line("App-consistent", "every %s: %d points, %d became crash-consistent", v.AppEvery, s.AppPoints, s.AppFailed)
+		line("App-consistent", "every %s: %s, %d became crash-consistent", v.AppEvery, count.Of(s.AppPoints, "point"), s.AppFailed)
 	}
 	if s.LastError != "" {
 		line("Last error", "%s", s.LastError)
@@ -133,7 +134,7 @@ func showMeasured(v status.VM, line func(k, format string, args ...any)) {
 }
 
 func failoverText(f status.Failover) string {
-	s := fmt.Sprintf("on trial since the state of %s (%s); %s written, %d recovery points end with the commit", f.Cut.Format(time.DateTime), f.Point, bytesText(f.Bytes), f.Points)
+	s := fmt.Sprintf("on trial since the state of %s (%s); %s written; the commit ends %s", f.Cut.Format(time.DateTime), f.Point, bytesText(f.Bytes), count.Of(f.Points, "recovery point"))
 	if f.Phase == status.Completing {
 		s = fmt.Sprintf("final; %s are still beside the images, %s moved", bytesText(f.Bytes), bytesText(f.Moved))
 	}
@@ -195,7 +196,7 @@ func (a *app) act(ctx context.Context, act api.Action) error {
 		}
 	})
 	if err == nil && failed > 0 && act.Verb == api.PeerTest {
-		return &exitError{exitFailed, fmt.Errorf("%d checks failed", failed)}
+		return &exitError{exitFailed, fmt.Errorf("%s failed", count.Of(failed, "check"))}
 	}
 	return err
 }
@@ -312,7 +313,7 @@ func (a *app) health(vms []status.VM) error {
 		}
 	}
 	if worst > 0 {
-		return &exitError{exitUnhealthy, fmt.Errorf("%d of %d VMs are not well", worst, len(vms))}
+		return &exitError{exitUnhealthy, fmt.Errorf("not well: %d of %s", worst, count.Of(len(vms), "VM"))}
 	}
 	return nil
 }

@@ -128,14 +128,14 @@ func TestTheExitCodeSaysWhatKindOfFailureItWas(t *testing.T) {
 		{"set to an empty policy", []string{"vm", "set", "v", "--on-silent-peer", ""}, nil, exitUsage, []string{"start or hold"}},
 		{"not sure", []string{"vm", "disable", "v"}, map[string][]any{act: {done(nil)}}, exitUsage, []string{"--yes"}},
 		{"invalid for the daemon", []string{"peer", "join", "h", "c"}, map[string][]any{"POST /v1/peers/join": {&wire.Error{Kind: wire.KindInvalid, Text: "no code"}}}, exitUsage, []string{"no code", "next: replicactl peer join --help"}},
-		{"unhealthy", []string{"health"}, map[string][]any{"GET /v1/vms": {sick}, "GET /v1/host": {status.Host{}}}, exitUnhealthy, []string{"1 of 1 VMs"}},
-		{"a domain is not protected", []string{"health"}, map[string][]any{"GET /v1/vms": {[]status.VM{}}, "GET /v1/host": {bare}}, exitUnhealthy, []string{"1 of 1 VMs"}},
+		{"unhealthy", []string{"health"}, map[string][]any{"GET /v1/vms": {sick}, "GET /v1/host": {status.Host{}}}, exitUnhealthy, []string{"not well: 1 of 1 VM"}},
+		{"a domain is not protected", []string{"health"}, map[string][]any{"GET /v1/vms": {[]status.VM{}}, "GET /v1/host": {bare}}, exitUnhealthy, []string{"not well: 1 of 1 VM"}},
 		{"health of a VM says nothing of others", []string{"health", "v"}, map[string][]any{"GET /v1/vms/v": {status.VM{Name: "v", Health: health.Normal}}, "GET /v1/host": {bare}}, exitOK, nil},
 		{"attention", []string{"doctor"}, map[string][]any{"GET /v1/doctor": {[]wire.Check{{Name: "x", Result: wire.Failed, Remedy: "mend"}}}}, exitUnhealthy, []string{"1 of 1 checks"}},
 		{"refused", []string{"vm", "start", "v"}, map[string][]any{act: {done(&wire.Error{Kind: wire.KindRefused, Text: "no", Hint: "h"})}}, exitRefused, []string{"next: h"}},
 		{"conflict", []string{"peer", "remove", "p"}, map[string][]any{"DELETE /v1/peers/p": {&wire.Error{Kind: wire.KindConflict, Text: "shared", Hint: "h"}}}, exitRefused, []string{"shared"}},
 		{"diverged", []string{"vm", "start", "v"}, map[string][]any{act: {done(&wire.Error{Kind: wire.KindDiverged, Text: "fork", Hint: "h"})}}, exitRefused, []string{"fork"}},
-		{"a failed check of peer test", []string{"peer", "test", "p"}, map[string][]any{act: {[]api.Event{{Check: &wire.Check{Name: "x", Result: wire.Failed}}, {Done: true}}}}, exitFailed, []string{"1 checks failed"}},
+		{"a failed check of peer test", []string{"peer", "test", "p"}, map[string][]any{act: {[]api.Event{{Check: &wire.Check{Name: "x", Result: wire.Failed}}, {Done: true}}}}, exitFailed, []string{"1 check failed"}},
 		{"the daemon goes away", []string{"vm", "sync", "v"}, map[string][]any{act: {[]api.Event{{Note: "x"}}}}, exitFailed, []string{"went away", "vm status v"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {

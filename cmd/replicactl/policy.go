@@ -236,10 +236,12 @@ func (a *app) eachDomain(ctx context.Context, todo []status.Domain, failed map[w
 
 // partly is the outcome of all of n of which some failed.
 func partly(n, failed int, what string) error {
-	switch failed {
-	case 0:
+	switch {
+	case failed == 0:
 		return nil
-	case n:
+	case failed == n && n == 1:
+		return &exitError{exitFailed, fmt.Errorf("the only VM %s", what)}
+	case failed == n:
 		return &exitError{exitFailed, fmt.Errorf("all %d VMs %s", n, what)}
 	}
 	return &exitError{exitPartly, fmt.Errorf("%d of %d VMs %s", failed, n, what)}

@@ -7,6 +7,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"kvmreplica/internal/count"
 	"kvmreplica/replicad/api"
 	"kvmreplica/replicad/status"
 )
@@ -67,7 +68,7 @@ func upgradeText(u status.Upgrade) string {
 	case u.DryRun:
 		return fmt.Sprintf("%s: runs %s; %s (%s) could take over", u.VM, u.From, u.To, u.Program)
 	case u.Done && u.Connections > 0:
-		return fmt.Sprintf("%s: %s -> %s, %d connections handed on, pause %s%s", u.VM, u.From, u.To, u.Connections, u.Pause.Round(10*time.Microsecond), keeperText(u))
+		return fmt.Sprintf("%s: %s -> %s, %s handed on, pause %s%s", u.VM, u.From, u.To, count.Of(u.Connections, "connection"), u.Pause.Round(10*time.Microsecond), keeperText(u))
 	case u.Done:
 		return fmt.Sprintf("%s: %s -> %s%s", u.VM, u.From, u.To, keeperText(u))
 	case u.Keeper:

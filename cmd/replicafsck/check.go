@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"slices"
 
+	"kvmreplica/internal/count"
 	"kvmreplica/replicad/delta"
 	"kvmreplica/replicad/points"
 )
@@ -71,7 +72,7 @@ func (c *command) summary(s *points.Store) {
 				in++
 			}
 		}
-		fmt.Fprintf(c.out, "absent      %s, in %d recovery points\n", n, in)
+		fmt.Fprintf(c.out, "absent      %s, in %s\n", n, count.Of(in, "recovery point"))
 	}
 	if st.Seal != nil {
 		fmt.Fprintf(c.out, "promoted    at %v to generation %v, forced %v, %v\n", st.Seal.At, st.Seal.Generation, st.Seal.Forced, st.Seal.Time)
@@ -80,9 +81,9 @@ func (c *command) summary(s *points.Store) {
 	if st.Committed.IsZero() {
 		return
 	}
-	fmt.Fprintf(c.out, "committed   %v (cut %v)\napplied     %v\nbacklog     %d epochs, %d bytes\n", st.Committed, st.Cut, st.Applied, st.Backlog, st.Spool)
+	fmt.Fprintf(c.out, "committed   %v (cut %v)\napplied     %v\nbacklog     %s, %d bytes\n", st.Committed, st.Cut, st.Applied, count.Of(st.Backlog, "epoch"), st.Spool)
 	if p := st.Partial; p != nil {
-		fmt.Fprintf(c.out, "partial     epoch %d, %d chunks\n", p.Epoch, p.Chunks)
+		fmt.Fprintf(c.out, "partial     epoch %d, %s\n", p.Epoch, count.Of(p.Chunks, "chunk"))
 	}
 	if st.VerifyAll != "" {
 		fmt.Fprintf(c.out, "verify all  %s\n", st.VerifyAll)

@@ -7,6 +7,7 @@ import (
 	"os"
 	"slices"
 
+	"kvmreplica/internal/count"
 	"kvmreplica/replicad/delta"
 	"kvmreplica/replicad/points"
 )
@@ -102,7 +103,7 @@ func (c *command) dumpManifest(frame []byte, h *delta.Header, tally *delta.Tally
 	if err != nil {
 		return err
 	}
-	fmt.Fprintf(c.out, "manifest    %d chunks, %d bytes, cut %v\nposition    %v\n", m.Chunks, m.Covered, m.Cut, m.Pos())
+	fmt.Fprintf(c.out, "manifest    %s, %d bytes, cut %v\nposition    %v\n", count.Of(m.Chunks, "chunk"), m.Covered, m.Cut, m.Pos())
 	for _, b := range m.Firmware {
 		fmt.Fprintf(c.out, "firmware    %v %d bytes\n", b.Kind, len(b.Data))
 	}

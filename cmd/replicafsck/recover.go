@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 
 	"kvmreplica/internal/block"
+	"kvmreplica/internal/count"
 	"kvmreplica/replicad/delta"
 	"kvmreplica/replicad/points"
 )
@@ -109,7 +110,7 @@ func (c *command) promote(dir string) error {
 		}
 		return err
 	}
-	fmt.Fprintf(c.out, "promoted    at %v to generation %v (forced); %d recovery points ended\n", seal.At, seal.Generation, seal.Points)
+	fmt.Fprintf(c.out, "promoted    at %v to generation %v (forced); %s ended\n", seal.At, seal.Generation, count.Of(seal.Points, "recovery point"))
 	for _, k := range c.whole(disks, ordinal) {
 		path := d.ImagePath(k.Name)
 		if !again {

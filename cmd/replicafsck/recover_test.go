@@ -98,7 +98,7 @@ func TestReadOnlyCopyChangesNothing(t *testing.T) {
 		t.Fatalf("%d %s", code, text)
 	}
 	wantImage(t, out+"2/vda.raw", cuts[1])
-	if code, text := fsck("check", dir); code != 0 || !strings.Contains(text, "backlog     1 epochs") {
+	if code, text := fsck("check", dir); code != 0 || !strings.Contains(text, "backlog     1 epoch,") {
 		t.Fatalf("%d %s", code, text)
 	}
 	if after := tree(t, dir); after != before {
@@ -247,7 +247,7 @@ func TestARemovedDiskIsShownAndRecoveredWithItsPoints(t *testing.T) {
 	dir, cuts, _ := replica(t)
 	vdb := bytes.Repeat([]byte("b"), 8192)
 	grow(t, dir, cuts[2], vdb, 8192, 0)
-	if code, text := fsck("check", dir); code != 0 || !strings.Contains(text, "absent      vdb, in 1 recovery points\n") || strings.Contains(text, "disk        vdb") {
+	if code, text := fsck("check", dir); code != 0 || !strings.Contains(text, "absent      vdb, in 1 recovery point\n") || strings.Contains(text, "disk        vdb") {
 		t.Errorf("%d %s", code, text)
 	}
 	if code, text := fsck("dump", dir); code != 0 || !strings.Contains(text, ", vda 262656 bytes, vdb 8192 bytes\n") {
@@ -312,7 +312,7 @@ func TestDumpShowsStoreAndStream(t *testing.T) {
 	}
 	file := filepath.Join(t.TempDir(), "epoch.delta")
 	must(t, os.WriteFile(file, stream, 0o600))
-	if code, text := fsck("dump", file); code != 0 || !strings.Contains(text, "manifest    1 chunks") {
+	if code, text := fsck("dump", file); code != 0 || !strings.Contains(text, "manifest    1 chunk,") {
 		t.Errorf("%d %s", code, text)
 	}
 	must(t, os.WriteFile(file, stream[:len(stream)-1], 0o600))

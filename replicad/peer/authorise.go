@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"slices"
 
+	"kvmreplica/internal/count"
 	"kvmreplica/replicad/wire"
 )
 
@@ -98,13 +99,13 @@ func (s *Server) mayOffer(rec Record, q wire.Offer) error {
 	}
 	use := s.cfg.Ownership.Usage(rec.Host, q.VM)
 	if a.MaxVMs > 0 && use.VMs >= a.MaxVMs {
-		return quota("%d VMs are allowed and used", a.MaxVMs)
+		return quota("%s allowed, all used", count.Of(a.MaxVMs, "VM"))
 	}
 	if a.MaxDisks > 0 && len(q.Disks) > a.MaxDisks {
-		return quota("%d disks per VM are allowed, this one has %d", a.MaxDisks, len(q.Disks))
+		return quota("%s per VM allowed, this one has %d", count.Of(a.MaxDisks, "disk"), len(q.Disks))
 	}
 	if a.MaxPoints > 0 && q.Points > a.MaxPoints {
-		return quota("%d recovery points are allowed, %d asked for", a.MaxPoints, q.Points)
+		return quota("%s allowed, %d asked for", count.Of(a.MaxPoints, "recovery point"), q.Points)
 	}
 	if a.MaxBytes > 0 {
 		left := a.MaxBytes - use.Bytes

@@ -8,6 +8,7 @@ import (
 	"net"
 	"time"
 
+	"kvmreplica/internal/count"
 	"kvmreplica/replicad/wire"
 )
 
@@ -195,7 +196,7 @@ func (t *test) remote(ctx context.Context) bool {
 		t.add("remote", wire.Failed, hintOf(err), "%s", err)
 		return false
 	}
-	t.add("remote", wire.OK, "", "%d checks made there", len(a.Checks))
+	t.add("remote", wire.OK, "", "%s made there", count.Of(len(a.Checks), "check"))
 	for _, c := range a.Checks[:min(len(a.Checks), 64)] {
 		switch c.Result {
 		case wire.OK, wire.Failed, wire.Unknown, wire.Warning:

@@ -8,6 +8,7 @@ import (
 	"slices"
 
 	"kvmreplica/internal/block"
+	"kvmreplica/internal/count"
 	"kvmreplica/internal/fsx"
 	"kvmreplica/replicad/delta"
 )
@@ -40,7 +41,7 @@ func (s *Store) promote(g delta.Generation, forced bool) (Seal, error) {
 		return deref(done), err
 	}
 	if behind > 0 {
-		return Seal{}, fmt.Errorf("%w: %d epochs are not applied yet", ErrState, behind)
+		return Seal{}, fmt.Errorf("%w: not applied yet: %s", ErrState, count.Of(behind, "epoch"))
 	}
 	return s.sealAt(s.sup.applied, g, forced)
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 
+	"kvmreplica/internal/count"
 	"kvmreplica/libvirt"
 	"kvmreplica/replicad/isolate"
 	"kvmreplica/replicad/wire"
@@ -204,7 +205,7 @@ func (m *Manager) prove(ctx context.Context, c *copied) (string, error) {
 	case !rec.Isolated():
 		return "NOT isolated, as asked: it is in a network of this host", nil
 	default:
-		return fmt.Sprintf("%d cards; their bridges hold nothing else, the host has no address and no way there", n), nil
+		return fmt.Sprintf("%s; nothing else is on its bridge, the host has no address and no way there", count.Of(n, "card")), nil
 	}
 }
 

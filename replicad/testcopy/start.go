@@ -7,6 +7,7 @@ import (
 	"os"
 	"strings"
 
+	"kvmreplica/internal/count"
 	"kvmreplica/internal/fsx"
 	"kvmreplica/libvirt"
 	"kvmreplica/replicad/failover"
@@ -137,7 +138,7 @@ func (m *Manager) makeDisks(c *copied, s Subject) (string, error) {
 	c.mu.Lock()
 	c.served = sv
 	c.mu.Unlock()
-	return fmt.Sprintf("%d disks, %d bytes may be written", len(sv.disks), sv.quota), nil
+	return fmt.Sprintf("%s, %d bytes may be written", count.Of(len(sv.disks), "disk"), sv.quota), nil
 }
 
 // pin keeps the point over a restart. The newest state is no point yet, and

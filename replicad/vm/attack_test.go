@@ -582,7 +582,7 @@ func TestAHostTakesNoMoreVMsThanItsLimit(t *testing.T) {
 			_, err := m.Enable(ctx, EnableOptions{Name: "db", Peer: w.b.host, Interval: time.Second, Request: "enable"}, nil)
 			return err
 		})
-		if err == nil || !strings.Contains(err.Error(), full+" holds 1 VMs") {
+		if err == nil || !strings.Contains(err.Error(), full+" holds 1 VM,") {
 			t.Fatalf("%s is full: %v", full, err)
 		}
 		if len(w.a.manager().All()) != 1 || len(w.b.manager().All()) != 1 {

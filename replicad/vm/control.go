@@ -118,6 +118,6 @@ func (v *VM) trustAgain(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	v.log.Warn("an operator gave up what the replica could not trust; everything is compared next", "was", string(st.State), "damage", errors.Join(st.Damage...), "points", st.Points)
+	v.log.Warn("an operator gave up what the replica could not trust; everything is compared next", "was", string(st.State), "why", whySuspect(storeState{Status: st}), "points", st.Points)
 	return nil
 }

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 
+	"kvmreplica/internal/count"
 	"kvmreplica/libvirt"
 	"kvmreplica/replicad/delta"
 	"kvmreplica/replicad/lineage"
@@ -133,7 +134,7 @@ func (v *VM) maySet(r *Record, o wire.Offer) error {
 		case r.Native:
 			return no(again, "the VM's own definition on the replica host has no place for disk %s", w.Name)
 		case g.MaxDisks > 0 && len(o.Disks) > g.MaxDisks:
-			return no("on the replica host: replicactl peer allow "+g.Name+" --may-send …", "%s may send %d disks a VM, this one would have %d", g.Name, g.MaxDisks, len(o.Disks))
+			return no("on the replica host: replicactl peer allow "+g.Name+" --may-send …", "%s may send %s a VM, this one would have %d", g.Name, count.Of(g.MaxDisks, "disk"), len(o.Disks))
 		}
 		if _, known := r.disk(w.Name); known {
 			continue

@@ -345,7 +345,7 @@ func TestAChangeOfTheSetThatCannotBeIsRefused(t *testing.T) {
 	w.b.mu.Lock()
 	w.b.grant.MaxDisks = 1
 	w.b.mu.Unlock()
-	if err := w.a.do(set("vdb", false)); !kindIs(err, wire.KindRefused) || !strings.Contains(err.Error(), "may send 1 disks") {
+	if err := w.a.do(set("vdb", false)); !kindIs(err, wire.KindRefused) || !strings.Contains(err.Error(), "may send 1 disk a VM") {
 		t.Errorf("more disks than were granted: %v", err)
 	}
 	if now := w.doc(); !bytes.Equal(now, was) || w.a.second() != "unknown" || w.b.second() != "unknown" {

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"time"
 
+	"kvmreplica/internal/count"
 	"kvmreplica/libvirt"
 	"kvmreplica/replicad/dataplane"
 	"kvmreplica/replicad/delta"
@@ -373,7 +374,7 @@ func (v *VM) insert(ctx context.Context) (string, error) {
 	if err := v.deps.Hyper.InsertDisks(ctx, string(v.id), v.swaps()); err != nil {
 		return "", err
 	}
-	return fmt.Sprintf("%d disks in %s", len(v.record().Disks), v.deps.Now().Sub(begun).Round(time.Millisecond)), nil
+	return fmt.Sprintf("%s in %s", count.Of(len(v.record().Disks), "disk"), v.deps.Now().Sub(begun).Round(time.Millisecond)), nil
 }
 
 // takeOut brings a running guest back onto its own images.

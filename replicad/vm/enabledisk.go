@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"kvmreplica/internal/block"
+	"kvmreplica/internal/count"
 	"kvmreplica/libvirt"
 	"kvmreplica/nbd"
 	"kvmreplica/replicad/status"
@@ -53,7 +54,7 @@ func (p *EnablePlan) checkDisk(ctx context.Context, d libvirt.Domain, k libvirt.
 	case k.Transient:
 		bad(without, "it is transient: its changes are thrown away")
 	case k.Backing > 0:
-		bad("merge it: virsh blockpull "+d.Name+" "+k.Target, "it has a backing chain of %d images", k.Backing)
+		bad("merge it: virsh blockpull "+d.Name+" "+k.Target, "it has a backing chain of %s", count.Of(k.Backing, "image"))
 	case k.Kind == libvirt.SourceNBD:
 		p.takeNBD(ctx, k)
 	case k.Kind != libvirt.SourceFile && k.Kind != libvirt.SourceBlock:

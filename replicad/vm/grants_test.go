@@ -33,7 +33,7 @@ func TestAHostTakesWhatItGrantedAndNotOneMore(t *testing.T) {
 		})
 	}
 	for says, g := range map[string]Grant{
-		"may send 1 VMs":        {MaxVMs: 1},
+		"may send 1 VM and":     {MaxVMs: 1},
 		"with this VM it would": {MaxBytes: 2*diskSize - 1},
 	} {
 		if err := enable(g); err == nil || !strings.Contains(err.Error(), says) {

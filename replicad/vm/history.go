@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kvmreplica/internal/block"
+	"kvmreplica/internal/count"
 	"kvmreplica/replicad/overlay"
 	"kvmreplica/replicad/points"
 	"kvmreplica/replicad/wire"
@@ -59,9 +60,9 @@ type heldPoints struct {
 // text says how many there are.
 func (h heldPoints) text() string {
 	if h.since == "" {
-		return fmt.Sprintf("%d recovery points", h.points)
+		return count.Of(h.points, "recovery point")
 	}
-	return fmt.Sprintf("%d recovery points since %s (%d pinned)", h.points, h.since, h.pinned)
+	return fmt.Sprintf("%s since %s (%d pinned)", count.Of(h.points, "recovery point"), h.since, h.pinned)
 }
 
 // storeHistory is the history of the open store.
@@ -190,7 +191,7 @@ func (v *VM) keepAs(ctx context.Context, request string, h heldPoints, copyTo fu
 	if err != nil {
 		return "", fmt.Errorf("keep the recovery points: %w", err)
 	}
-	detail := fmt.Sprintf("%d recovery points kept in %s", c.Points, dir)
+	detail := fmt.Sprintf("%s kept in %s", count.Of(c.Points, "recovery point"), dir)
 	if c.Shared {
 		detail += ", sharing the images' blocks"
 	}

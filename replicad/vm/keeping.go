@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kvmreplica/internal/block"
+	"kvmreplica/internal/count"
 	"kvmreplica/internal/fsx"
 	"kvmreplica/nbd"
 	"kvmreplica/replicad/delta"
@@ -369,14 +370,14 @@ func (v *VM) applyAll(ctx context.Context) (string, error) {
 	if err := s.ApplyAll(ctx); err != nil {
 		return "", fmt.Errorf("apply what was received: %w", err)
 	}
-	return fmt.Sprintf("%d epochs, %d bytes", before.Backlog, before.Spool), nil
+	return fmt.Sprintf("%s, %d bytes", count.Of(before.Backlog, "epoch"), before.Spool), nil
 }
 
 // sealStore ends the store's history at the promoted position. It keeps what
 // the later steps need of it.
 func (v *VM) sealStore(p *promoteVars) (string, error) {
 	if p.Overlay != nil {
-		return fmt.Sprintf("nothing ends before the commit: %d recovery points stay", p.Overlay.Points), v.stopKeeping()
+		return fmt.Sprintf("nothing ends before the commit, which ends %s", count.Of(p.Overlay.Points, "recovery point")), v.stopKeeping()
 	}
 	if err := v.startKeeping(context.Background()); err != nil {
 		if errors.Is(err, points.ErrPromoted) {
@@ -411,5 +412,5 @@ func (v *VM) sealStore(p *promoteVars) (string, error) {
 	if seal.At != p.At {
 		return "", fmt.Errorf("the replica's history ended at %v, the promotion is at %v: its images hold more than was decided for", seal.At, p.At)
 	}
-	return fmt.Sprintf("%d recovery points ended", seal.Points), nil
+	return count.Of(seal.Points, "recovery point") + " ended", nil
 }

@@ -22,6 +22,7 @@ import (
 	"strings"
 	"sync"
 
+	"kvmreplica/internal/count"
 	"kvmreplica/internal/fsx"
 	"kvmreplica/replicad/failover"
 	"kvmreplica/replicad/mount"
@@ -162,7 +163,7 @@ func (m *Manager) add(r Record) (*VM, error) {
 	}
 	if n := m.deps.MaxVMs; n > 0 && len(m.vms) >= n {
 		return nil, &wire.Error{
-			Kind: wire.KindRefused, Text: fmt.Sprintf("%s holds %d VMs, its limit", m.deps.HostName, n),
+			Kind: wire.KindRefused, Text: fmt.Sprintf("%s holds %s, its limit", m.deps.HostName, count.Of(n, "VM")),
 			Hint: "on that host: limits.max_vms in replicad.toml, or replicactl vm disable for one of them",
 		}
 	}

@@ -12,6 +12,7 @@ import (
 	"strings"
 	"time"
 
+	"kvmreplica/internal/count"
 	"kvmreplica/replicad/delta"
 	"kvmreplica/replicad/mount"
 	"kvmreplica/replicad/points"
@@ -190,7 +191,7 @@ func (v *VM) UnmountPoint(id string, force bool) (ended int, err error) {
 		}
 		if n := x.m.Connections(); n > 0 && !force {
 			return ended, &wire.Error{
-				Kind: wire.KindConflict, Text: fmt.Sprintf("mount %s is in use by %d connections", x.ID, n),
+				Kind: wire.KindConflict, Text: fmt.Sprintf("mount %s is in use by %s", x.ID, count.Of(n, "connection")),
 				Hint: "end its clients, or: replicactl point unmount --force " + v.record().Name + " " + x.ID,
 			}
 		}

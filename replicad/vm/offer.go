@@ -13,6 +13,7 @@ import (
 	"unicode/utf8"
 
 	"kvmreplica/internal/block"
+	"kvmreplica/internal/count"
 	"kvmreplica/libvirt"
 	"kvmreplica/replicad/delta"
 	"kvmreplica/replicad/lineage"
@@ -67,9 +68,9 @@ func (m *Manager) admit(ctx context.Context, p wire.Peer, g Grant, o wire.Offer)
 	case g.Root == "":
 		return refuse("no storage root is set for %s", p.Name)
 	case g.MaxVMs > 0 && vms >= g.MaxVMs:
-		return refuse("%s may send %d VMs and sends as many already", p.Name, g.MaxVMs)
+		return refuse("%s may send %s and sends as many already", p.Name, count.Of(g.MaxVMs, "VM"))
 	case g.MaxDisks > 0 && len(o.Disks) > g.MaxDisks:
-		return refuse("%s may send %d disks a VM, this one has %d", p.Name, g.MaxDisks, len(o.Disks))
+		return refuse("%s may send %s a VM, this one has %d", p.Name, count.Of(g.MaxDisks, "disk"), len(o.Disks))
 	case g.MaxBytes > 0 && used+need > g.MaxBytes:
 		return refuse("%s may send %d bytes of disks, with this VM it would be %d", p.Name, g.MaxBytes, used+need)
 	}

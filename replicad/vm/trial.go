@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"time"
 
+	"kvmreplica/internal/count"
 	"kvmreplica/internal/fsx"
 	"kvmreplica/replicad/delta"
 	"kvmreplica/replicad/failover"
@@ -128,7 +129,7 @@ func (v *VM) sealUnderGuest(ctx context.Context) (string, error) {
 	if err := c.CommitOverlay(ctx); err != nil {
 		return "", err
 	}
-	return fmt.Sprintf("%d recovery points ended; the images are brought up to date in the background", o.Points), nil
+	return fmt.Sprintf("%s ended; the images are brought up to date in the background", count.Of(o.Points, "recovery point")), nil
 }
 
 // cancelVars is what a cancel needs after a restart.
@@ -261,7 +262,7 @@ func (v *VM) receiveAgain(ctx context.Context) (string, error) {
 	v.redefine() // it may have had other disks
 	v.openIntake()
 	v.publishGate()
-	return fmt.Sprintf("%d recovery points are as before", st.Points), nil
+	return "as before: " + count.Of(st.Points, "recovery point"), nil
 }
 
 // finalOffline: replicafsck has made the failover final.

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"time"
 
+	"kvmreplica/internal/count"
 	"kvmreplica/replicad/health"
 	"kvmreplica/replicad/lineage"
 	"kvmreplica/replicad/points"
@@ -133,7 +134,7 @@ func (v *VM) viewReplica(out *status.VM, f *health.Facts) {
 		out.LastCommit = time.Time{}
 	}
 	if st.Backlog > backlogShown {
-		f.Backlog = fmt.Sprintf("%d epochs, %d bytes, the oldest %s old", st.Backlog, st.Spool, st.BacklogAge.Round(time.Second))
+		f.Backlog = fmt.Sprintf("%s, %d bytes, the oldest %s old", count.Of(st.Backlog, "epoch"), st.Spool, st.BacklogAge.Round(time.Second))
 	}
 }
 
@@ -146,7 +147,7 @@ const fullSoon = 24 * time.Hour
 func pointsFull(st points.Status) string {
 	switch {
 	case st.Sacrificed > 0:
-		return fmt.Sprintf("%d recovery points were given up for want of room since the daemon started", st.Sacrificed)
+		return fmt.Sprintf("given up for want of room since the daemon started: %s", count.Of(st.Sacrificed, "recovery point"))
 	case st.Forecast.Full >= 0 && st.Forecast.Full < fullSoon:
 		return fmt.Sprintf("at the present churn room for recovery points is used up in %s; the oldest are given up then", st.Forecast.Full.Round(time.Minute))
 	}
