@@ -186,3 +186,38 @@ func TestKeptImagesShareTheirBlocksWhereTheyCan(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// The process that serves a trial is not the one who decides what is kept: all
+// points there are, and those that what is left to apply makes, can be copied
+// and are there after a cancel, whatever its own policy would say.
+func TestATrialDropsNoPointWhateverItsPolicy(t *testing.T) {
+	t.Parallel()
+	r, h, dir := &run{}, blocktest.NewHost(), filepath.Join(t.TempDir(), "kept")
+	s, err := r.begun(h, 3, 3)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	c := r.config(h, false)
+	c.Store.Policy = points.Policy{Grid: []points.Row{}} // none
+	if s, err = standby.Open(c); err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	before, err := s.History()
+	if err != nil {
+		t.Fatal(err)
+	}
+	k, err := s.KeepPoints(t.Context(), dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n, err := r.y.states(dir); err != nil || n != k.Points || k.Points <= before.Points || k.Points != len(r.y.pos)-1 {
+		t.Errorf("%d of %d points can be read, there were %d and 3 epochs to apply: %v", n, k.Points, before.Points, err)
+	}
+	if err := errors.Join(s.Close(), overlay.Remove(fsx.Sub(h.FS, "over")), r.cancelled(h)); err != nil {
+		t.Fatal(err)
+	}
+}
