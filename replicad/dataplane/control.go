@@ -60,15 +60,13 @@ func (p *Plane) openTracker() error {
 	}
 	p.group.Store(g)
 	p.report.Store(report)
-	if report.Source != cbt.SourceExact && report.Source != cbt.SourceSealed {
-		for _, i := range p.images {
-			if i.upstream != nil {
-				i.upstream.late.found(g, string(i.cfg.Name))
-			}
-		}
-	}
 	p.log.Info("tracker opened", "source", report.Source, "reason", report.Reason)
 	return nil
+}
+
+// unclean: the tracker was not closed in order; requests were under way.
+func unclean(r *cbt.OpenReport) bool {
+	return r != nil && r.Source != cbt.SourceExact && r.Source != cbt.SourceSealed
 }
 
 // createTracker makes a tracker on command only: a lost one must never be

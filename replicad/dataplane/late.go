@@ -16,7 +16,9 @@ import (
 // on it ends what the old one asked for. It was sent again meanwhile, and what
 // was written since may have been shipped and its bits dropped. So all that was
 // under way is marked again and again for a while, with growing pauses: what
-// comes late is shipped late.
+// comes late is shipped late. The guest's own disk has it all the same: only the
+// server could prevent that, and we do not tell a late write from one of the
+// guest's.
 const (
 	latePiece = 64 << 10 // what is marked is a multiple of it
 	latePeak  = 4096     // pieces; with more, everything is compared in the end
@@ -27,6 +29,7 @@ const (
 // late is what a server may still do to one disk.
 type late struct {
 	kick chan struct{} // capacity 1: there is more
+	keep func()        // makes it durable; set before requests come, nil = nobody does
 
 	mu     sync.Mutex
 	next   int                 // guarded by mu
@@ -63,12 +66,16 @@ func (l *late) end(id int) {
 	delete(l.flying, id)
 }
 
-// lost takes down what is under way: its connection has ended.
+// lost takes down what is under way: its connection has ended. When it returns
+// that is durable, and what was under way may be sent again.
 func (l *late) lost() {
 	l.mu.Lock()
-	defer l.mu.Unlock()
 	for _, r := range l.flying {
 		l.add(r)
+	}
+	l.mu.Unlock()
+	if l.keep != nil {
+		l.keep()
 	}
 }
 
@@ -188,6 +195,7 @@ func (p *Plane) remark(ctx context.Context, i *image) {
 			if err := i.upstream.late.mark(g, string(i.cfg.Name), i.upstream.uri); err != nil {
 				p.log.Error("what a server may carry out late should be marked", "disk", i.cfg.Name, "err", err)
 			}
+			p.saveLate() // it may be over
 		}
 		leave()
 	}

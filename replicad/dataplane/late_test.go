@@ -120,12 +120,14 @@ func (s *server) cut() {
 // something else there, that is shipped and acknowledged; then the server
 // carries out the first one. Nobody can tell the guest, but the copy follows.
 func TestAWriteThatAnotherServerCarriesOutLateReachesTheCopy(t *testing.T) {
-	for _, how := range []string{"cut", "killed"} {
-		t.Run(how, func(t *testing.T) { lateWrite(t, how == "killed") })
+	for how, kills := range map[string]int{"cut": 0, "killed": 1, "cut, then killed": -1, "killed twice": 2} {
+		t.Run(how, func(t *testing.T) { lateWrite(t, kills > 0, kills == 2 || kills < 0) })
 	}
 }
 
-func lateWrite(t *testing.T, kill bool) {
+// With again the data plane is killed once more when all has been shipped: what
+// the first process knew is all that tells of the late write.
+func lateWrite(t *testing.T, kill, again bool) {
 	t.Parallel()
 	ctx, done := context.WithTimeout(t.Context(), dt.Patience)
 	defer done()
@@ -171,6 +173,9 @@ func lateWrite(t *testing.T, kill bool) {
 	parent := shipOnto(t, c, delta.Pos{}, copyOf)
 	if got := dt.Content(t, copyOf["vda"]); !bytes.Equal(got[at:at+len(second)], second) {
 		t.Fatal("the copy does not have what the guest wrote last")
+	}
+	if again {
+		dt.Kill(t, status(t, c).PID)
 	}
 	letGo()
 	<-h.carriedOut

@@ -63,6 +63,10 @@ type Plane struct {
 	// epochMu serialises freeze, ack and abandon.
 	epochMu sync.Mutex
 
+	// lateMu is held while lateFile is replaced.
+	lateMu    sync.Mutex
+	lateSaved *lateRecord // guarded by lateMu; nil = not known
+
 	window windows
 
 	// For an upgrade: the locked pid file (nil without a keeper), one attempt at
@@ -131,6 +135,7 @@ func OpenOn(ctx context.Context, cfg Config, parts Parts, log *slog.Logger) (_ *
 	if err := p.openTracker(); err != nil {
 		return nil, err
 	}
+	p.recallLate()
 	return p, p.restoreExports()
 }
 

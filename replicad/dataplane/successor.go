@@ -126,6 +126,7 @@ func (h *heir) takeOver(ctx context.Context) (guests, control net.Listener, err 
 	if err := h.awaitGo(); err != nil {
 		return nil, nil, err
 	}
+	h.plane.keepLate() // before go nothing is written; until then the predecessor's file holds
 	h.plane.crash("successor/go")
 	h.link.close()
 	return guests, control, h.pid.write(os.Getpid())
