@@ -415,6 +415,7 @@ func (p *Plane) Status() Status {
 	for _, i := range p.images {
 		d := DiskStatus{Name: i.cfg.Name, Size: p.size(i), QemuLock: i.locked.Load()}
 		d.Grown = i.grown(d.Size)
+		d.Late = i.upstream != nil && i.upstream.late.handed() != nil
 		if st, ok := p.server.Stats(string(i.cfg.Name)); ok {
 			d.Exported, d.Clients, d.ClientPID = true, st.Connections, st.ClientPID
 			d.Requests, d.Errors, d.ReadBytes, d.WrittenBytes = st.Requests, st.Errors, st.BytesRead, st.BytesWritten

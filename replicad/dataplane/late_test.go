@@ -149,6 +149,9 @@ func lateWrite(t *testing.T, kill, again bool) {
 	cfg.Disks[0] = dataplane.DiskConfig{Name: "vda", Kind: dataplane.NBD, URI: "nbd+unix:///x?socket=" + socket}
 	c := dt.Ensure(t, &cfg)
 	open(t, c, 1)
+	if status(t, c).Disks[0].Late {
+		t.Error("something is late from the start")
+	}
 	g := dt.Boot(t, cfg, 3)
 
 	first, second := bytes.Repeat([]byte("first..."), 512), bytes.Repeat([]byte("second.."), 512)
@@ -176,6 +179,9 @@ func lateWrite(t *testing.T, kill, again bool) {
 	}
 	if again {
 		dt.Kill(t, status(t, c).PID)
+	}
+	if !status(t, c).Disks[0].Late {
+		t.Error("the status does not say that something may come late")
 	}
 	letGo()
 	<-h.carriedOut

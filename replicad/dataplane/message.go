@@ -94,7 +94,10 @@ type DiskStatus struct {
 	Size int64
 	// Grown is what the image has behind Size: it became longer and nobody has
 	// taken that up yet (see ResizeRequest).
-	Grown    int64
+	Grown int64
+	// Late: the server the disk is on may still carry out what was asked of it on
+	// a connection that ended.
+	Late     bool `json:",omitempty"`
 	Pending  int64
 	Suspect  int64
 	Exported bool

@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kvmreplica/libvirt"
+	"kvmreplica/replicad/dataplane"
 	"kvmreplica/replicad/health"
 	"kvmreplica/replicad/lineage"
 	"kvmreplica/replicad/status"
@@ -167,6 +168,7 @@ func (v *VM) PlanPlanned(ctx context.Context, noReverse, keepPoints bool) ([]wir
 	}
 	v.checkPath(&c)
 	v.checkCopy(&c)
+	v.checkLate(ctx, &c)
 	if err := v.notJoining(); err != nil {
 		c.add("Disks", wire.Failed, "replicactl vm watch "+r.Name, "%s", said(err))
 	}
@@ -232,6 +234,29 @@ func (v *VM) checkCopy(c *checklist) {
 		c.add("Replication", wire.Warning, "", "it is paused; the failover sends the pending %s all the same", status.Bytes(st.Pending))
 	default:
 		c.add("Replication", wire.OK, "", "%s pending", status.Bytes(st.Pending))
+	}
+}
+
+// checkLate warns of what the server of a disk may still carry out: that would
+// change the disk after its last cut, and nobody would know.
+func (v *VM) checkLate(ctx context.Context, c *checklist) {
+	p, err := v.plane()
+	if err != nil {
+		return // checkCopy says so
+	}
+	st, err := p.Status(ctx)
+	if err != nil {
+		return
+	}
+	c.late(st.Disks, v.record().Name)
+}
+
+func (c *checklist) late(disks []dataplane.DiskStatus, name string) {
+	for _, d := range disks {
+		if d.Late {
+			c.add("Late writes", wire.Warning, "wait; or afterwards, on the new primary: replicactl vm resync "+name+" --background",
+				"disk %s: a connection to its NBD server ended less than 20 minutes ago; what was under way may still be carried out there, after the last cut", d.Name)
+		}
 	}
 }
 
