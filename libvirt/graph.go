@@ -214,7 +214,7 @@ func (v *graphView) locate(g *DiskGraph, src NBDSource) {
 			case "file":
 			case "backing":
 				if !isFilter(n.Driver) {
-					next.overlays = append(append([]string(nil), p.overlays...), n.File)
+					next.overlays = append(append([]string(nil), p.overlays...), imageFile(n.File))
 				}
 			default:
 				continue
@@ -222,6 +222,24 @@ func (v *graphView) locate(g *DiskGraph, src NBDSource) {
 			queue = append(queue, next)
 		}
 	}
+}
+
+// imageFile is the file of a node whose name QEMU writes as JSON, because its
+// backing file is not the one that the image names; else the name as it is.
+func imageFile(name string) string {
+	rest, found := strings.CutPrefix(name, "json:")
+	if !found {
+		return name
+	}
+	var j struct {
+		File struct {
+			Filename string `json:"filename"`
+		} `json:"file"`
+	}
+	if json.Unmarshal([]byte(rest), &j) != nil || j.File.Filename == "" {
+		return name
+	}
+	return j.File.Filename
 }
 
 func isFilter(driver string) bool {

@@ -119,7 +119,7 @@ func (d *Daemon) actOn(ctx context.Context, v *vm.VM, a api.Action, request stri
 		emit(api.Event{Upgrade: &u})
 		return nil
 	case api.VMStart:
-		return v.StartGuest(ctx, a.Force)
+		return v.StartGuest(ctx, vm.StartOptions{Force: a.Force, WithoutSnapshot: a.WithoutSnapshot})
 	case api.Planned:
 		return d.planned(ctx, v, a, request, step, emit)
 	case api.Unplanned:

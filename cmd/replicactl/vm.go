@@ -126,6 +126,7 @@ func newVMStart(a *app) *cobra.Command {
 		},
 	}
 	c.Flags().BoolVar(&act.Force, "force", false, "start although the other host cannot be asked (dangerous: two copies may run)")
+	c.Flags().BoolVar(&act.WithoutSnapshot, "without-snapshot", false, "give up what the guest wrote into a snapshot above its disks that its definition does not name")
 	return c
 }
 

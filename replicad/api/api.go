@@ -82,15 +82,17 @@ const (
 // Action asks the daemon to do something to a VM (or a peer). Fields that a
 // verb does not use must be zero.
 type Action struct {
-	Verb      Verb          `json:"verb"`
-	VM        string        `json:"vm,omitempty"`   // name or UUID
-	Peer      string        `json:"peer,omitempty"` // name or host id
-	Interval  time.Duration `json:"interval_ns,omitempty"`
-	Disks     []string      `json:"disks,omitempty"` // empty = all that can be protected
-	DryRun    bool          `json:"dry_run,omitempty"`
-	Force     bool          `json:"force,omitempty"`
-	NoStart   bool          `json:"no_start,omitempty"`
-	NoReverse bool          `json:"no_reverse,omitempty"`
+	Verb     Verb          `json:"verb"`
+	VM       string        `json:"vm,omitempty"`   // name or UUID
+	Peer     string        `json:"peer,omitempty"` // name or host id
+	Interval time.Duration `json:"interval_ns,omitempty"`
+	Disks    []string      `json:"disks,omitempty"` // empty = all that can be protected
+	DryRun   bool          `json:"dry_run,omitempty"`
+	Force    bool          `json:"force,omitempty"`
+	NoStart  bool          `json:"no_start,omitempty"`
+	// WithoutSnapshot of a start: what lies in a snapshot above the disks is given up.
+	WithoutSnapshot bool `json:"without_snapshot,omitempty"`
+	NoReverse       bool `json:"no_reverse,omitempty"`
 	// KeepPoints of planned, unplanned, commit and reverse: recovery points are
 	// copied before they end.
 	KeepPoints bool          `json:"keep_points,omitempty"`

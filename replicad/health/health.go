@@ -65,7 +65,9 @@ type Facts struct {
 	ApplyError   string // replica: what was received cannot be written into the image
 	LinkSince    time.Time
 	Bypass       string // which disks' export is, or was, missing from the guest's block graph; a sentence
-	Overlay      string // a snapshot lies above our export
+	Overlay      string // a snapshot lies above our export; Ended: the guest is off
+	Ended        bool
+	Stranded     bool   // ... and its definition does not name the snapshot
 	DataPlane    string // the data plane does not answer
 	Outdated     string // it runs another program than is installed
 	NoReverse    bool   // failed over, nothing replicates back
@@ -191,7 +193,15 @@ func evaluatePrimary(f Facts, now time.Time, add adder) {
 	if f.Outdated != "" {
 		add("outdated", Warning, "replicactl vm upgrade "+f.Name+" (the guest does not notice)", "the VM's disks are served by another program than is installed: %s", f.Outdated)
 	}
-	if f.Overlay != "" {
+	switch {
+	case f.Overlay == "":
+	case f.Stranded:
+		add("overlay", Critical, "docs/operations/day2.md (a guest that ended below a snapshot); to give those writes up: replicactl vm start "+f.Name+" --without-snapshot",
+			"the guest is off and its newest writes lie in a snapshot that its definition does not name: %s; the replica does not have them", f.Overlay)
+	case f.Ended:
+		add("overlay", Warning, "replicactl vm start "+f.Name+"; then finish the backup (blockcommit)",
+			"the guest is off and its newest writes lie in a snapshot: %s; the replica does not have them", f.Overlay)
+	default:
 		add("overlay", Warning, "finish the backup (blockcommit)", "a snapshot lies above the export: %s; replication stands still until it is committed", f.Overlay)
 	}
 	if f.Verifying != "" {

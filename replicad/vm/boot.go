@@ -81,6 +81,10 @@ func (v *VM) decideBoot(ctx context.Context, begun time.Time) (done bool, err er
 	if r = v.record(); !r.Lineage.MayServe() {
 		return true, nil
 	}
+	if why, err := v.withoutSnapshot(ctx); err != nil || why != "" {
+		v.hold(why)
+		return false, err
+	}
 	v.hold("")
 	if !r.WantRunning && !r.Autostart {
 		v.publishGate()

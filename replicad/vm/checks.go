@@ -208,8 +208,10 @@ func (v *VM) checkPath(c *checklist) {
 	switch {
 	case v.bypass() != "":
 		c.add("Write path", wire.Failed, health.BypassRemedy, "%s", v.bypass())
-	case v.facts.overlay != "":
-		c.add("Write path", wire.Failed, "finish the backup (blockcommit)", "a snapshot lies above the export: %s", v.facts.overlay)
+	case v.overlay() != "" && v.facts.running:
+		c.add("Write path", wire.Failed, "finish the backup (blockcommit)", "a snapshot lies above the export: %s", v.overlay())
+	case v.overlay() != "":
+		c.add("Write path", wire.Failed, "docs/operations/day2.md (a guest that ended below a snapshot)", "its newest writes lie in a snapshot: %s", v.overlay())
 	default:
 		c.add("Write path", wire.OK, "", "every disk stands on its export")
 	}

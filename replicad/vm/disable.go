@@ -50,6 +50,9 @@ func (m *Manager) Disable(ctx context.Context, v *VM, o DisableOptions, event fu
 	if st == lineage.Replica && !o.Force && v.record().Orphan == nil {
 		return &wire.Error{Kind: wire.KindRefused, Text: "this host is the replica", Hint: "disable protection on the primary; with --force only this host's part is removed"}
 	}
+	if text := snapshotText(v.record().Snapshots); text != "" && st != lineage.Replica && !o.Force {
+		return &wire.Error{Kind: wire.KindRefused, Text: "the guest's newest writes lie in a snapshot above its export: " + text, Hint: "finish the backup (virsh blockcommit " + v.record().Name + " … --active --pivot) first; with --force the snapshot stays as it is"}
+	}
 	vars := &disableVars{Delete: o.Delete, Force: o.Force, Replica: st == lineage.Replica}
 	if err := v.disable(ctx, vars, o.Request, event); err != nil {
 		return err

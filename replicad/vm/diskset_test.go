@@ -44,7 +44,7 @@ func (w *pair) protectVda() {
 		return err
 	}))
 	w.until("a complete copy", func() error { return w.copied(w.a, w.b) })
-	must(w.t, w.a.do(func(ctx context.Context, _ *Manager, v *VM) error { return v.StartGuest(ctx, false) }))
+	must(w.t, w.a.do(func(ctx context.Context, _ *Manager, v *VM) error { return v.StartGuest(ctx, StartOptions{}) }))
 	w.write(w.a, 3)
 }
 

@@ -213,7 +213,7 @@ func TestADeathWhileADiskJoinsLeavesNothingThatLies(t *testing.T) {
 						if w.a.hyper.runs() {
 							return nil
 						}
-						return v.StartGuest(ctx, false)
+						return v.StartGuest(ctx, StartOptions{})
 					})
 				})
 			}
@@ -251,7 +251,7 @@ func TestFailoversWhileADiskJoinsGoWithoutItAndSaySo(t *testing.T) {
 		if w.a.hyper.runs() {
 			return nil
 		}
-		return w.a.do(func(ctx context.Context, _ *Manager, v *VM) error { return v.StartGuest(ctx, false) })
+		return w.a.do(func(ctx context.Context, _ *Manager, v *VM) error { return v.StartGuest(ctx, StartOptions{}) })
 	})
 	w.forced.Store(false)
 	w.whole()
@@ -313,7 +313,7 @@ func (w *pair) recoverOffline(at delta.Pos) {
 			if w.b.hyper.runs() {
 				return nil
 			}
-			return v.StartGuest(ctx, true)
+			return v.StartGuest(ctx, StartOptions{Force: true})
 		})
 	})
 }

@@ -88,7 +88,7 @@ func TestAPlannedFailoverThatFindsAForkEndsAndEitherSideCanBeKept(t *testing.T) 
 					if s.hyper.runs() {
 						return nil
 					}
-					return s.do(func(ctx context.Context, _ *Manager, v *VM) error { return v.StartGuest(ctx, false) })
+					return s.do(func(ctx context.Context, _ *Manager, v *VM) error { return v.StartGuest(ctx, StartOptions{}) })
 				})
 				w.forced.Store(false)
 				if o := w.rest(); o != s {

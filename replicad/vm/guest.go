@@ -25,7 +25,8 @@ type guestFacts struct {
 	growth   string // what the log was told of an image that became longer and is not taken up
 	state    libvirt.State
 	bypass   string // an export is missing from the block graph
-	overlay  string // a snapshot lies above the export
+	overlay  string // snapshots above the exports, seen in the block graph
+	stranded bool   // the guest is off, and its definition does not name them
 	resuming bool
 	// Digests of firmware state: what the replica committed, what is on its way.
 	firmware, sending map[delta.BlobKind][32]byte
@@ -194,8 +195,14 @@ func (v *VM) serveGuest(ctx context.Context) error {
 	return v.startGuest(ctx)
 }
 
+// StartOptions are what a person insists on.
+type StartOptions struct {
+	Force           bool // although the other host cannot be asked
+	WithoutSnapshot bool // what the guest wrote into a snapshot is given up
+}
+
 // StartGuest is the person's start: the peer is asked first.
-func (v *VM) StartGuest(ctx context.Context, force bool) error {
+func (v *VM) StartGuest(ctx context.Context, o StartOptions) error {
 	unlock, err := v.lockAsked(ctx, "start the guest")
 	if err != nil {
 		return err
@@ -204,10 +211,17 @@ func (v *VM) StartGuest(ctx context.Context, force bool) error {
 	if !v.record().Lineage.MayServe() {
 		return &wire.Error{Kind: wire.KindRefused, Text: fmt.Sprintf("this host is %s for the VM", v.record().Lineage.State), Hint: "replicactl failover planned " + v.record().Name + "; when the primary is dead: failover unplanned"}
 	}
-	if why, answered := v.askPeer(ctx); why != "" && !force {
+	if why, answered := v.askPeer(ctx); why != "" && !o.Force {
 		return &wire.Error{Kind: wire.KindRefused, Text: why, Hint: "replicactl vm start --force only when the other copy is certainly stopped"}
-	} else if !answered && !force {
+	} else if !answered && !o.Force {
 		return &wire.Error{Kind: wire.KindRefused, Text: "the other host does not answer, so it is not known whether the VM runs there", Hint: "replicactl vm start --force when it is certainly stopped there"}
+	}
+	err = v.refuseStranded(ctx)
+	if o.WithoutSnapshot {
+		err = v.dropSnapshot()
+	}
+	if err != nil {
+		return err
 	}
 	return v.serveGuest(ctx)
 }
@@ -309,7 +323,7 @@ func (v *VM) look(ctx context.Context) {
 	v.tendSizes(ctx, isOff)
 	switch {
 	case isOff:
-		v.standsBelow("")
+		v.tendStranded(ctx)
 		v.passes(ctx, "")
 		v.tendEnd(ctx)
 	case st == libvirt.StatePaused && reason == libvirt.ReasonIOError:

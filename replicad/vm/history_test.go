@@ -339,7 +339,7 @@ func (h *history) remedy() (what string, s *side, f action) {
 		}
 	}
 	if !keep.hyper.runs() {
-		return "start", keep, func(ctx context.Context, _ *Manager, v *VM) error { return v.StartGuest(ctx, false) }
+		return "start", keep, func(ctx context.Context, _ *Manager, v *VM) error { return v.StartGuest(ctx, StartOptions{}) }
 	}
 	return "", nil, nil
 }

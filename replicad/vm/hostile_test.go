@@ -192,7 +192,7 @@ func TestAHostileReplicaChangesNeitherDataNorRole(t *testing.T) {
 	// unplanned failover; this one was never failed over.
 	must(t, w.a.hyper.Shutdown(t.Context(), string(testVM), libvirt.ShutdownOptions{}))
 	attack("while it is off")
-	must(t, w.a.do(func(ctx context.Context, _ *Manager, v *VM) error { return v.StartGuest(ctx, false) }))
+	must(t, w.a.do(func(ctx context.Context, _ *Manager, v *VM) error { return v.StartGuest(ctx, StartOptions{}) }))
 	w.rest()
 
 	// A claim of another generation is an alarm until a person decides; what

@@ -208,7 +208,7 @@ func (w *pair) protectWhile(poll func()) {
 		w.t.Fatal(err)
 	}
 	w.until("a complete copy", func() error { poll(); return w.copied(w.a, w.b) })
-	if err := w.a.do(func(ctx context.Context, _ *Manager, v *VM) error { return v.StartGuest(ctx, false) }); err != nil {
+	if err := w.a.do(func(ctx context.Context, _ *Manager, v *VM) error { return v.StartGuest(ctx, StartOptions{}) }); err != nil {
 		w.t.Fatal(err)
 	}
 	w.write(w.a, 3)

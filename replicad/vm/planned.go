@@ -145,6 +145,12 @@ func (v *VM) shutDown(ctx context.Context, p *plannedVars) (string, error) {
 	if err != nil {
 		return "", err
 	}
+	if !off(st) {
+		v.lookAtGraph(ctx) // a backup may have begun since the prerequisites
+	}
+	if err := v.writesArrive(); err != nil {
+		return "", err
+	}
 	if off(st) {
 		return "it is off", nil
 	}

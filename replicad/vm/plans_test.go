@@ -97,7 +97,7 @@ func enabling(running bool) func(t *testing.T, w *pair) aPlan {
 					}
 					return
 				}
-				must(t, w.a.do(func(ctx context.Context, _ *Manager, v *VM) error { return v.StartGuest(ctx, false) }))
+				must(t, w.a.do(func(ctx context.Context, _ *Manager, v *VM) error { return v.StartGuest(ctx, StartOptions{}) }))
 				if o := w.rest(); o != w.a {
 					t.Fatal("A does not own the VM")
 				}

@@ -305,6 +305,7 @@ func (v *VM) takeRole(event lineage.Event, p *promoteVars, request string) (stri
 		r.standOn(stands)
 		r.Promotion, r.NoReverse, r.WantRunning, r.Verified, r.Placed = request, true, p.Start, true, true
 		r.Paused, r.UnionMarked, r.Superseded, r.Next, r.Given = false, false, "", nil, ""
+		r.Bypass, r.Snapshots = "", nil
 		r.Acked, r.LastCut = delta.Pos{}, time.Time{}
 		if !p.KeepPoints {
 			r.History = "" // an earlier promotion's

@@ -45,6 +45,8 @@ type Record struct {
 	// Bypass are the disks whose export was found missing from the guest's block
 	// graph, until everything was marked for comparison; see passes.
 	Bypass string `json:"bypass,omitempty"`
+	// Snapshots lay above the exports when the guest was seen last.
+	Snapshots []Snapshot `json:"snapshots,omitempty"`
 	// StartAt is when the initial copy begins; zero = it may.
 	StartAt time.Time `json:"start_at,omitzero"`
 	// OnSilent is what happens after an unclean boot with a silent peer:

@@ -238,7 +238,7 @@ func TestAnImageGrownWhileTheGuestIsOffIsTakenUp(t *testing.T) {
 		return nil
 	})
 	w.writeTail(w.a, size)
-	must(t, w.a.do(func(ctx context.Context, _ *Manager, v *VM) error { return v.StartGuest(ctx, false) }))
+	must(t, w.a.do(func(ctx context.Context, _ *Manager, v *VM) error { return v.StartGuest(ctx, StartOptions{}) }))
 	w.shipped(w.b)
 	w.sized(size)
 	w.shows(w.b, "latest", size)
@@ -294,7 +294,7 @@ func TestADiskIsMadeShorterAndPointsKeepTheirEnd(t *testing.T) {
 	must(t, w.a.hyper.Shutdown(t.Context(), string(testVM), libvirt.ShutdownOptions{}))
 	must(t, w.a.do(resizing(small, true)))
 	w.sized(small)
-	must(t, w.a.do(func(ctx context.Context, _ *Manager, v *VM) error { return v.StartGuest(ctx, false) }))
+	must(t, w.a.do(func(ctx context.Context, _ *Manager, v *VM) error { return v.StartGuest(ctx, StartOptions{}) }))
 	w.writeTail(w.a, small)
 	w.shipped(w.b)
 	mid := w.pin()

@@ -302,6 +302,7 @@ func (v *VM) giveUp(ctx context.Context, q wire.FailoverRequest) (wire.FailoverR
 			}
 			r.ReleasedBase, r.ReleasedTracked, r.Overlay, r.Given = base, tracked, nil, reply.Patch
 			r.Paused, r.Superseded, r.Next = false, "", nil
+			r.Bypass, r.Snapshots = "", nil
 		})
 	}
 	if err != nil {

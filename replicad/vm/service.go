@@ -384,7 +384,7 @@ func (v *VM) peerView(ctx context.Context) (wire.PeerVM, error) {
 	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if v.bypass() != "" {
+	if v.bypass() != "" || v.overlay() != "" {
 		out.Pending = -1 // what is not tracked is not counted
 	}
 	if v.stuck != nil {

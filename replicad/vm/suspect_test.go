@@ -192,7 +192,9 @@ func TestAHostPutBackToBeforeAHandOverDoesNotStartItsGuest(t *testing.T) {
 	})
 	var we *wire.Error
 	start := func(force bool) error {
-		return w.a.do(func(ctx context.Context, _ *Manager, v *VM) error { return v.StartGuest(ctx, force) })
+		return w.a.do(func(ctx context.Context, _ *Manager, v *VM) error {
+			return v.StartGuest(ctx, StartOptions{Force: force})
+		})
 	}
 	if err := start(false); !errors.As(err, &we) || !strings.Contains(we.Text, "earlier time") {
 		t.Fatalf("a start by hand: %v", err)

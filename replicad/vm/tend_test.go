@@ -115,7 +115,7 @@ func TestAScheduledInitialCopyBeginsInItsTimeAlsoAfterARestart(t *testing.T) {
 		return nil
 	}
 	w.until("it to say so", scheduled)
-	must(t, w.a.do(func(ctx context.Context, _ *Manager, v *VM) error { return v.StartGuest(ctx, false) }))
+	must(t, w.a.do(func(ctx context.Context, _ *Manager, v *VM) error { return v.StartGuest(ctx, StartOptions{}) }))
 	w.write(w.a, 3)
 	w.a.restart()
 	w.until("it to say so after a restart", scheduled)
@@ -182,7 +182,7 @@ func TestExistingImagesAreComparedAndOnlyWhatDiffersIsSent(t *testing.T) {
 	if st.SentBytes > 512<<10 {
 		t.Fatalf("%d bytes were sent for 64 KiB that differ", st.SentBytes)
 	}
-	must(t, w.a.do(func(ctx context.Context, _ *Manager, v *VM) error { return v.StartGuest(ctx, false) }))
+	must(t, w.a.do(func(ctx context.Context, _ *Manager, v *VM) error { return v.StartGuest(ctx, StartOptions{}) }))
 	w.write(w.a, 3)
 	w.rest()
 	if w.b.vm().record().Existing {

@@ -78,7 +78,8 @@ func (v *VM) viewCommon(out *status.VM, f *health.Facts) {
 		out.Plan = &status.Plan{Kind: string(j.Kind), Request: j.Request, Step: j.Begun, Committed: j.Committed, Started: j.Started, Interrupted: true, Failure: j.Failure}
 		f.Interrupted = fmt.Sprintf("the plan %q stopped at step %q: %s", j.Kind, j.Begun, j.Failure)
 	}
-	f.Bypass, f.Overlay = v.bypass(), v.facts.overlay
+	f.Bypass, f.Overlay = v.bypass(), v.overlay()
+	f.Ended, f.Stranded = !v.facts.running, v.facts.stranded
 	if v.facts.hands.off {
 		f.Released, out.State = v.facts.hands.why, status.Unprotected
 	}

@@ -3,11 +3,13 @@ package vm
 import (
 	"cmp"
 	"context"
-	"fmt"
+	"slices"
 	"strings"
 
 	"kvmreplica/libvirt"
+	"kvmreplica/replicad/health"
 	"kvmreplica/replicad/session"
+	"kvmreplica/replicad/wire"
 )
 
 // lookAtGraph compares the real block graph with what it should be.
@@ -17,7 +19,8 @@ func (v *VM) lookAtGraph(ctx context.Context) {
 	if err != nil || v.setChanges() {
 		return
 	}
-	var bypass, overlay []string
+	var bypass []string
+	var below []Snapshot
 	for name := range v.exports() {
 		d, ok := g[name]
 		switch {
@@ -25,26 +28,12 @@ func (v *VM) lookAtGraph(ctx context.Context) {
 		case !ok || d.Position == libvirt.PositionAbsent:
 			bypass = append(bypass, name)
 		case d.Position == libvirt.PositionBelowOverlay:
-			overlay = append(overlay, fmt.Sprintf("%s (%s)", name, strings.Join(d.Overlays, ", ")))
+			below = append(below, Snapshot{Disk: wire.DiskName(name), Files: d.Overlays})
 		}
 	}
-	v.standsBelow(strings.Join(overlay, ", "))
+	slices.Sort(bypass)
+	v.standsBelow(below)
 	v.passes(ctx, strings.Join(bypass, ", "))
-}
-
-// standsBelow takes in which disks have a snapshot above their export. There
-// the export stands still while the guest goes on: its empty cuts must not pass
-// for fresh ones.
-func (v *VM) standsBelow(overlay string) {
-	v.mu.Lock()
-	begins, ends := overlay != "" && v.facts.overlay == "", overlay == "" && v.facts.overlay != ""
-	v.facts.overlay = overlay
-	v.mu.Unlock()
-	if s := v.session(); s != nil && begins {
-		s.Pause()
-	} else if s != nil && ends {
-		v.proceed(s)
-	}
 }
 
 // passes takes in which disks' writes pass the tracker. As long as it lasts
@@ -97,10 +86,24 @@ func (v *VM) bypass() string {
 	}
 }
 
+// writesArrive refuses what needs every write of the guest to have reached the
+// exports.
+func (v *VM) writesArrive() error {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	switch name := v.rec.Name; {
+	case v.bypass() != "":
+		return &wire.Error{Kind: wire.KindRefused, Text: v.bypass(), Hint: health.BypassRemedy}
+	case v.overlay() != "":
+		return &wire.Error{Kind: wire.KindRefused, Text: "the guest's newest writes lie in a snapshot: " + v.overlay(), Hint: "finish the backup (virsh blockcommit " + name + " … --active --pivot); docs/operations/day2.md"}
+	}
+	return nil
+}
+
 // waits reports why nothing is to be shipped now: a person's word, a time that
 // has not come, or a guest whose writes do not arrive; the caller holds the lock.
 func (v *VM) waits() bool {
-	return v.rec.Paused || v.deps.Now().Before(v.rec.StartAt) || v.facts.overlay != "" || v.facts.bypass != "" || v.rec.Bypass != ""
+	return v.rec.Paused || v.deps.Now().Before(v.rec.StartAt) || v.overlay() != "" || v.facts.bypass != "" || v.rec.Bypass != ""
 }
 
 // proceed ends a pause that nothing asks for any more.

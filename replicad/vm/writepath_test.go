@@ -109,7 +109,7 @@ func TestWritesPastTheTrackerAreNotForgotten(t *testing.T) {
 				return nil
 			})
 			if !w.a.hyper.runs() {
-				must(t, w.a.do(func(ctx context.Context, _ *Manager, v *VM) error { return v.StartGuest(ctx, false) }))
+				must(t, w.a.do(func(ctx context.Context, _ *Manager, v *VM) error { return v.StartGuest(ctx, StartOptions{}) }))
 			}
 			w.shipped(w.b)
 			must(t, w.arrivedPast())
