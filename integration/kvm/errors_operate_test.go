@@ -55,6 +55,11 @@ func operateErrors() []errorCase {
 		{id: "unplanned-primary-alive", host: "B", args: []string{"failover", "unplanned", keptVM, "--yes"}, code: 6, words: []string{"it answers and its guest runs", "failover planned " + keptVM}, setup: pausedAtStart},
 		{id: "reverse-without-failover", args: []string{"failover", "reverse", keptVM, "--yes"}, code: 6, words: []string{"nothing to reverse", "replicactl vm status"}},
 		{id: "pause-on-replica", host: "B", args: []string{"vm", "pause", keptVM}, code: 6, words: []string{"this host does not ship", "on the primary"}},
+		{id: "sync-paused", args: []string{"vm", "sync", keptVM}, code: 6, words: []string{"replication is paused", "replicactl vm resume " + keptVM}, setup: func(w *errorWorld) func() {
+			w.ctl("A", "vm", "pause", keptVM)
+			return func() { w.ctl("A", "vm", "resume", keptVM); w.replicating("A", keptVM) }
+		}},
+		{id: "sync-peer-away", args: []string{"vm", "sync", keptVM}, code: 1, words: []string{"the cycle failed: ", "tried again by itself", "replicactl vm status " + keptVM}, setup: stopped("B")},
 		{id: "start-on-replica", host: "B", args: []string{"vm", "start", keptVM}, code: 6, words: []string{"this host is replica", "failover"}},
 		{id: "disable-on-replica", host: "B", args: []string{"vm", "disable", keptVM, "--yes"}, code: 6, words: []string{"this host is the replica", "on the primary"}},
 		{id: "disable-peer-away", args: []string{"vm", "disable", keptVM, "--yes"}, code: 1, words: []string{"the replica host cannot be told", "--force"}, setup: stopped("B")},

@@ -56,15 +56,21 @@ func (v *VM) startDue() {
 	v.proceed(s)
 }
 
-// SyncNow runs one cycle and returns when its cut is committed.
+// SyncNow runs one cycle and returns when its cut is committed. It refuses while
+// nothing may be shipped, and gives up after two failed tries; the session goes
+// on trying by itself.
 func (v *VM) SyncNow(ctx context.Context) error {
 	s := v.session()
 	if s == nil {
 		return v.notShipping()
 	}
-	asked := v.deps.Now()
+	asked, errs := v.deps.Now(), s.Status().Stats.Errors
 	s.TriggerNow()
+	s.Retry() // not after a back-off
 	for pause := newPause(); ; {
+		if err := v.mayShip(); err != nil {
+			return err
+		}
 		st := s.Status()
 		if st.LastCut.After(asked) || st.LastCut.Equal(asked) {
 			return nil
@@ -72,11 +78,32 @@ func (v *VM) SyncNow(ctx context.Context) error {
 		if st.Stop != nil {
 			return &wire.Error{Kind: wire.KindRefused, Text: st.Stop.Reason, Hint: st.Stop.Hint}
 		}
+		if st.Failures > 0 && st.Stats.Errors >= errs+syncTries {
+			return &wire.Error{Kind: wire.KindUnavailable, Text: "the cycle failed: " + st.LastError + "; it is tried again by itself", Hint: "replicactl vm status " + v.record().Name}
+		}
 		pause.next = pauseFirst // a cycle is short: keep asking
 		if !pause.wait(ctx) {
 			return fmt.Errorf("wait for the cycle: %w", ctx.Err())
 		}
 	}
+}
+
+// syncTries is after how many failures a person is told.
+const syncTries = 2
+
+// mayShip refuses while shipping waits for somebody.
+func (v *VM) mayShip() error {
+	if err := v.writesArrive(); err != nil {
+		return err
+	}
+	r := v.record()
+	switch hint := "replicactl vm resume " + r.Name; {
+	case r.Paused:
+		return &wire.Error{Kind: wire.KindRefused, Text: "replication is paused", Hint: hint}
+	case v.deps.Now().Before(r.StartAt):
+		return &wire.Error{Kind: wire.KindRefused, Text: "the initial copy begins at " + r.StartAt.Format(time.DateTime), Hint: hint}
+	}
+	return nil
 }
 
 // distrusted refuses where no replica distrusts what it holds.

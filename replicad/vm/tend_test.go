@@ -88,6 +88,30 @@ func TestNothingShipsBelowASnapshot(t *testing.T) {
 	}
 }
 
+// A cycle that is asked for while nothing may be shipped, or cannot be, is
+// refused with its reason; the asker does not wait for ever.
+func TestACycleThatCannotBeIsRefused(t *testing.T) {
+	t.Parallel()
+	w := newPair(t)
+	w.protect()
+	w.shipped(w.b)
+	syncNow := func(ctx context.Context, _ *Manager, v *VM) error { return v.SyncNow(ctx) }
+	refused := func(word string) {
+		t.Helper()
+		if err := w.a.do(syncNow); err == nil || !strings.Contains(err.Error(), word) {
+			t.Errorf("want %q: %v", word, err)
+		}
+	}
+	must(t, w.a.do(pausing))
+	refused("paused")
+	must(t, w.a.do(resuming))
+	must(t, w.a.do(syncNow))
+	w.a.silent.Store(true)
+	refused("tried again by itself")
+	w.a.silent.Store(false)
+	must(t, w.a.do(syncNow))
+}
+
 func TestAScheduledInitialCopyBeginsInItsTimeAlsoAfterARestart(t *testing.T) {
 	t.Parallel()
 	w := newPair(t)
