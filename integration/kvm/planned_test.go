@@ -88,7 +88,7 @@ func TestPlannedFailoverThereAndBackLosesNothing(t *testing.T) {
 // replicafsck to read, and that the oldest is what was exported of it before.
 func (w *world) keptHistory(out, vm string) {
 	w.t.Helper()
-	m := regexp.MustCompile(`recovery points kept in (/\S+?),?\s`).FindStringSubmatch(out)
+	m := regexp.MustCompile(`recovery points? kept in (/\S+?),?\s`).FindStringSubmatch(out)
 	if m == nil {
 		w.t.Fatalf("it is not said where the recovery points are:\n%s", out)
 	}

@@ -140,7 +140,7 @@ func (v *VM) checkHistory(c *checklist, keep bool, h heldPoints) {
 	}
 	what := h.text()
 	if !keep {
-		c.add("Recovery points", wire.Warning, "to keep them as files there: --keep-points", "%s END with %s; %s takes new ones once it is the replica", what, h.end, v.mgr.peerName(v.record().Peer))
+		c.add("Recovery points", wire.Warning, "to keep them as files there: --keep-points", "END with %s: %s; %s takes new ones once it is the replica", h.end, what, v.mgr.peerName(v.record().Peer))
 		return
 	}
 	dir, need, free, shared, err := v.historyCost(h)
@@ -150,12 +150,12 @@ func (v *VM) checkHistory(c *checklist, keep bool, h heldPoints) {
 		c.add("Recovery points", wire.Failed, "leave --keep-points out, or export what matters: replicactl point export "+v.record().Name, "%s", said(err))
 	case free-need < reserve:
 		c.add("Recovery points", wire.Failed, "free space there, leave --keep-points out, or export what matters: replicactl point export "+v.record().Name,
-			"%s need %d bytes in %s; %d are free, %d of them must stay so", what, need, dir, free, reserve)
+			"to keep %s takes %d bytes in %s; %d are free, %d of them must stay so", what, need, dir, free, reserve)
 	case shared:
-		c.add("Recovery points", wire.OK, "", "%s are kept in %s, sharing the images' blocks: %d bytes are copied", what, dir, need)
+		c.add("Recovery points", wire.OK, "", "kept in %s, sharing the images' blocks: %s; %d bytes are copied", dir, what, need)
 	default:
 		took := time.Duration(need/historyRate+1) * time.Second
-		c.add("Recovery points", wire.Warning, "a file system with shared blocks (XFS, btrfs) keeps them at once", "%s are kept in %s; %d bytes are copied %s, about %s", what, dir, need, h.while, took)
+		c.add("Recovery points", wire.Warning, "a file system with shared blocks (XFS, btrfs) keeps them at once", "kept in %s: %s; %d bytes are copied %s, about %s", dir, what, need, h.while, took)
 	}
 }
 

@@ -70,7 +70,7 @@ func TestAPlannedFailoverKeepsTheRecoveryPointsWhenAsked(t *testing.T) {
 	if want[first.Pos] == want[second.Pos] {
 		t.Fatal("both points are equal")
 	}
-	for keep, words := range map[bool][]string{false: {"END with the failover", "2 pinned", "--keep-points"}, true: {"are kept in " + w.b.root, "2 pinned"}} {
+	for keep, words := range map[bool][]string{false: {"END with the failover", "2 pinned", "--keep-points"}, true: {"kept in " + w.b.root, "2 pinned"}} {
 		cs, err := w.a.vm().PlanPlanned(t.Context(), false, keep)
 		must(t, err)
 		text := ""
@@ -254,7 +254,7 @@ func TestTheCommitOfAnUnplannedFailoverKeepsTheRecoveryPointsWhenAsked(t *testin
 			t.Parallel()
 			w, want := keepingTrial(t, c.o)
 			if name == "commit" {
-				for keep, words := range map[bool][]string{false: {"END with the commit", "1 pinned", "--keep-points"}, true: {"are kept in " + w.b.root, "1 pinned", "bytes are copied"}} {
+				for keep, words := range map[bool][]string{false: {"END with the commit", "1 pinned", "--keep-points"}, true: {"kept in " + w.b.root, "1 pinned", "bytes are copied"}} {
 					text, _ := planText(w.b.vm().PlanCommit(t.Context(), keep))
 					for _, word := range words {
 						if !strings.Contains(text, word) {
