@@ -158,18 +158,7 @@ func TestTheAttacksNamedInTheHandbookAreTests(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	tree, err := Load(os.DirFS("../.."))
-	if err != nil {
-		t.Fatal(err)
-	}
-	have := map[string]bool{}
-	for _, f := range tree.files {
-		for _, d := range f.ast.Decls {
-			if fn, ok := d.(*ast.FuncDecl); ok && f.test {
-				have[f.dir+" "+fn.Name.Name] = true
-			}
-		}
-	}
+	have := tests(t)
 	rows := regexp.MustCompile(`(?m)^\| A(\d+) \|.*$`).FindAllStringSubmatch(string(page), -1)
 	if len(rows) != 20 {
 		t.Errorf("%d of 20 attacks are listed", len(rows))
@@ -193,4 +182,22 @@ func TestTheAttacksNamedInTheHandbookAreTests(t *testing.T) {
 			t.Errorf("A%s names no test", row[1])
 		}
 	}
+}
+
+// tests are all tests and fuzz targets of the module, as "folder name".
+func tests(t *testing.T) map[string]bool {
+	t.Helper()
+	tree, err := Load(os.DirFS("../.."))
+	if err != nil {
+		t.Fatal(err)
+	}
+	have := map[string]bool{}
+	for _, f := range tree.files {
+		for _, d := range f.ast.Decls {
+			if fn, ok := d.(*ast.FuncDecl); ok && f.test {
+				have[f.dir+" "+fn.Name.Name] = true
+			}
+		}
+	}
+	return have
 }
