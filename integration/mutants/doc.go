@@ -12,6 +12,11 @@
 //	go run ./integration/mutants -run ack   those whose name matches
 //	go run ./integration/mutants -check     do all of them apply and compile?
 //	go run ./integration/mutants -by sim    what the simulation alone finds
+//	go run ./integration/mutants -run missed-range -with 'SEED=2 make histories'
+//
+// The last one looks with a command in place of tests: whatever it builds has
+// the mutant, programs of a lab included, and it must fail. That it passes
+// without the mutant is for whoever types it to know.
 //
 // With -campaign FILE the verdicts of all runs add up; -untried then leaves out
 // what is known to be caught by a test other than by its time limit.

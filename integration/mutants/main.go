@@ -30,6 +30,7 @@ func run(ctx context.Context) error {
 	pattern := flag.String("run", "", "only mutants whose name matches")
 	check := flag.Bool("check", false, "only see whether every mutant applies and compiles")
 	by := flag.String("by", "", "what to look with: empty = the mutant's own packages, sim = the simulation")
+	with := flag.String("with", "", "a shell command in place of the mutant's tests: whatever it builds has the mutant, and it must fail")
 	file := flag.String("campaign", "", "file that keeps what became of each mutant, one JSON line per run")
 	untried := flag.Bool("untried", false, "only those of which the campaign does not say that a test catches them")
 	limit := flag.Duration("timeout", 20*time.Minute, "for a run of one mutant's tests")
@@ -58,7 +59,10 @@ func run(ctx context.Context) error {
 	if *untried {
 		all = known.untried(all)
 	}
-	w := &workshop{root: root, limit: *limit}
+	w := &workshop{root: root, limit: *limit, with: *with}
+	if *with != "" && (*file != "" || *untried) {
+		return errors.New("-with looks by a command of yours; the campaign's file keeps what the tests find")
+	}
 	if w.dir, err = os.MkdirTemp("", "mutants"); err != nil {
 		return err
 	}
@@ -75,6 +79,7 @@ func run(ctx context.Context) error {
 type workshop struct {
 	root, dir string
 	limit     time.Duration
+	with      string // a shell command instead of tests
 }
 
 // hunt tests every mutant and prints a line for each.
@@ -113,6 +118,9 @@ func (w *workshop) test(ctx context.Context, m *Mutant, by string) (string, erro
 		return "", err
 	}
 	defer os.RemoveAll(filepath.Dir(overlay))
+	if w.with != "" {
+		return w.command(ctx, m, overlay)
+	}
 	packages, tests := m.Packages, m.Tests
 	if by == "sim" {
 		packages, tests = []string{"./integration/sim"}, "TestSeeds"
@@ -123,7 +131,7 @@ func (w *workshop) test(ctx context.Context, m *Mutant, by string) (string, erro
 			return "", err
 		}
 		for _, r := range w.rounds(tests) {
-			out, err := w.command(ctx, filepath.Join(w.root, p), binary, "-test.failfast", "-test.timeout", r.limit.String(), r.flag, r.pattern)
+			out, err := w.output(ctx, filepath.Join(w.root, p), binary, "-test.failfast", "-test.timeout", r.limit.String(), r.flag, r.pattern)
 			if ctx.Err() != nil {
 				return "", ctx.Err()
 			}
@@ -161,7 +169,7 @@ func (w *workshop) rounds(tests string) []round {
 // build makes a package's test program with the mutant in it.
 func (w *workshop) build(ctx context.Context, m *Mutant, overlay, p string) (string, error) {
 	at := filepath.Join(filepath.Dir(overlay), filepath.Base(p)+".test")
-	out, err := w.command(ctx, w.root, "go", "test", "-c", "-o", at, "-vet=off", "-overlay", overlay, p)
+	out, err := w.output(ctx, w.root, "go", "test", "-c", "-o", at, "-vet=off", "-overlay", overlay, p)
 	if err != nil {
 		return "", fmt.Errorf("mutant %s cannot be tested: %w\n%s", m.Name, err, out)
 	}
@@ -226,7 +234,7 @@ func (w *workshop) compile(ctx context.Context, all []Mutant) (rounds int, err e
 			dirs = append(dirs, "./"+filepath.Dir(f))
 		}
 		slices.Sort(dirs)
-		if out, err := w.command(ctx, w.root, "go", append([]string{"build", "-overlay", overlay}, slices.Compact(dirs)...)...); err != nil {
+		if out, err := w.output(ctx, w.root, "go", append([]string{"build", "-overlay", overlay}, slices.Compact(dirs)...)...); err != nil {
 			return rounds, fmt.Errorf("a mutant does not compile: %w\n%s", err, out)
 		}
 		left = again
@@ -256,7 +264,33 @@ func (w *workshop) overlay(changed map[string]string) (string, error) {
 	return at, os.WriteFile(at, b, 0o600)
 }
 
-func (w *workshop) command(ctx context.Context, dir, program string, args ...string) (string, error) {
+// command runs the shell command with the mutant in all that go builds in it,
+// programs of a lab included, and returns what failed, "" when nothing did.
+func (w *workshop) command(ctx context.Context, m *Mutant, overlay string) (string, error) {
+	var dirs []string
+	for _, h := range m.Hunks {
+		dirs = append(dirs, "./"+filepath.Dir(h.File))
+	}
+	slices.Sort(dirs)
+	if out, err := w.output(ctx, w.root, "go", append([]string{"build", "-overlay", overlay}, slices.Compact(dirs)...)...); err != nil {
+		return "", fmt.Errorf("mutant %s does not compile: %w\n%s", m.Name, err, out)
+	}
+	ctx, cancel := context.WithTimeout(ctx, w.limit)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "sh", "-c", w.with)
+	cmd.Dir, cmd.Env = w.root, append(os.Environ(), "GOFLAGS="+strings.TrimSpace(os.Getenv("GOFLAGS")+" -overlay="+overlay))
+	out, err := cmd.CombinedOutput()
+	fmt.Printf("%s", out)
+	switch {
+	case ctx.Err() != nil:
+		return "", ctx.Err()
+	case err != nil:
+		return firstFailure(string(out)), nil
+	}
+	return "", nil
+}
+
+func (w *workshop) output(ctx context.Context, dir, program string, args ...string) (string, error) {
 	cmd := exec.CommandContext(ctx, program, args...)
 	cmd.Dir = dir
 	out, err := cmd.CombinedOutput()

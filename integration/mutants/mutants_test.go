@@ -3,6 +3,7 @@ package main
 import (
 	"strings"
 	"testing"
+	"time"
 )
 
 func TestEveryMutantAppliesAndCompiles(t *testing.T) {
@@ -47,6 +48,27 @@ func TestTheFirstFailureIsNamed(t *testing.T) {
 	} {
 		if got := firstFailure(out); got != want {
 			t.Errorf("%q: %q", out, got)
+		}
+	}
+}
+
+// What a command of one's own builds has the mutant in it; a command that
+// passes all the same has not seen it.
+func TestACommandBuildsWhatHasTheMutant(t *testing.T) {
+	root, err := moduleRoot()
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := Mutant{Name: "x", Hunks: []Hunk{{
+		File: "internal/count/count.go", Old: []string{"package count"}, New: []string{"package count", "", `import _ "embed"`},
+	}}}
+	for command, want := range map[string]string{
+		"go list ./internal/count": "",
+		"echo '--- FAIL: TestC (1s)'; ! go list -f '{{.Imports}}' ./internal/count | grep embed": "TestC",
+	} {
+		w := &workshop{root: root, dir: t.TempDir(), limit: time.Minute, with: command}
+		if got, err := w.test(t.Context(), &m, ""); err != nil || got != want {
+			t.Errorf("%s: %q, %v", command, got, err)
 		}
 	}
 }

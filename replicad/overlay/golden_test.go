@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"kvmreplica/internal/block"
+	"kvmreplica/internal/boundtest"
 	"kvmreplica/internal/fsx/fsxtest"
 	"kvmreplica/replicad/overlay"
 )
@@ -60,6 +61,7 @@ func FuzzALogThatIsNotOneIsRefused(f *testing.F) {
 	f.Add(b)
 	f.Add(b[:600])
 	f.Fuzz(func(t *testing.T, b []byte) {
+		defer boundtest.Input(t)()
 		fsys := fsxtest.NewMem()
 		file, err := fsys.Open(overlay.LogName, os.O_RDWR|os.O_CREATE)
 		if err != nil {
