@@ -238,6 +238,9 @@ func (d *Daemon) unplanned(ctx context.Context, v *vm.VM, a api.Action, request 
 	for _, name := range l.Without {
 		note(emit, "WITHOUT disk %s: that state does not have it, or not all of it.", name)
 	}
+	if l.Unproven != "" {
+		note(emit, "NOT VERIFIED: %s, and the primary has not done so: the disks may hold wrong content.", l.Unproven)
+	}
 	if a.InPlace {
 		note(emit, "In place: it cannot be cancelled, and ENDS %s.", count.Of(l.Points, "recovery point"))
 	} else {
@@ -247,6 +250,9 @@ func (d *Daemon) unplanned(ctx context.Context, v *vm.VM, a api.Action, request 
 		failed := emitChecks(v.PlanUnplanned(a.InPlace, a.KeepPoints), emit)
 		if l.Primary.Result != wire.OK && !a.Force {
 			failed = &l.Primary
+		}
+		if l.Unproven != "" && failed == nil && !a.Force {
+			failed = &wire.Check{Name: "Verified", Result: wire.Failed, Detail: l.Unproven, Remedy: "wait until the primary has compared everything; or repeat with --force"}
 		}
 		return refusedBy(failed)
 	}

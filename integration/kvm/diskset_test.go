@@ -13,9 +13,15 @@ import (
 // stands; "none" = it is not listed.
 func (w *world) secondDisk(host, vm, want string) {
 	w.t.Helper()
-	_, err := w.WaitStatus(w.step(), host, vm, "vdb "+want, func(v status.VM) bool {
+	w.diskIs(host, vm, "vdb", want)
+}
+
+// diskIs is the same for any disk.
+func (w *world) diskIs(host, vm, disk, want string) {
+	w.t.Helper()
+	_, err := w.WaitStatus(w.step(), host, vm, disk+" "+want, func(v status.VM) bool {
 		for _, d := range v.Disks {
-			if d.Name == "vdb" {
+			if string(d.Name) == disk {
 				return d.State == want
 			}
 		}
@@ -26,8 +32,8 @@ func (w *world) secondDisk(host, vm, want string) {
 
 // B4: a guest writes its records over two disks, of which one is protected. The
 // other one is added under it, and then a test copy boots with both and finds
-// them cut at one moment; it is removed and added again, and planned failovers
-// there and back lose nothing. The guest sees no error, and nothing is copied
+// them cut at one moment; it is removed, and added again while the guest is
+// suspended, and planned failovers there and back lose nothing. The guest sees no error, and nothing is copied
 // anew but that disk.
 func TestADiskIsAddedUnderARunningGuestAndRemoved(t *testing.T) {
 	w := up(t, estate.Options{})
@@ -63,9 +69,11 @@ func TestADiskIsAddedUnderARunningGuestAndRemoved(t *testing.T) {
 		t.Errorf("the guest's second disk is not on its own image:\n%s", got)
 	}
 
+	w.virsh("A", "suspend", d.Name) // the disk joins under a guest that stands still, too
 	w.ctl("A", "vm", "add-disk", d.Name, "vdb")
 	w.secondDisk("A", d.Name, "")
 	w.secondDisk("B", d.Name, "")
+	w.virsh("A", "resume", d.Name)
 	_, err = c.WaitSynced(w.step(), c.Synced()+10)
 	w.must(err)
 	w.noErrors("A", d, false)
@@ -82,4 +90,51 @@ func TestADiskIsAddedUnderARunningGuestAndRemoved(t *testing.T) {
 	w.replicating("A", d.Name)
 	w.booted(c, before)
 	w.noErrors("B", d, true)
+}
+
+// B4: disks that are another NBD server and a block device are added: the first
+// while the guest is off, as such a disk cannot be put on an export under a
+// running one, which says so; the second under a paused guest. What they held
+// and what is written meanwhile arrives, there and back.
+func TestDisksOfOtherKindsAreAdded(t *testing.T) {
+	w := up(t, estate.Options{Config: anyClient})
+	u := w.upstreams(93)
+	d := u.guest
+	w.must(w.Define(w.step(), "A", d))
+	same := func() {
+		t.Helper()
+		for i, f := range u.files {
+			w.same(f, w.onReplica(d, d.Target(i)))
+		}
+	}
+	w.ctl("A", append(enable(d.Name), "--disk", "vda")...)
+	w.replicating("A", d.Name)
+
+	w.virsh("A", "start", "--paused", d.Name)
+	if out := w.refused("A", 6, "vm", "add-disk", d.Name, "vdb"); !strings.Contains(out, "shut the guest down") {
+		t.Errorf("a running guest's NBD disk is refused without the way out:\n%s", out)
+	}
+	if len(u.files) == 3 {
+		w.ctl("A", "vm", "add-disk", d.Name, "vdc")
+		w.diskIs("A", d.Name, "vdc", "")
+		w.diskIs("B", d.Name, "vdc", "")
+		w.same(u.files[2], w.onReplica(d, "vdc"))
+	}
+	w.virsh("A", "destroy", d.Name)
+	w.ctl("A", "vm", "add-disk", d.Name, "vdb")
+	w.diskIs("A", d.Name, "vdb", "")
+	w.diskIs("B", d.Name, "vdb", "")
+	for i := range u.files {
+		w.poke("A", d, d.Target(i), 1<<20, 64<<10, byte(0x40+i))
+	}
+	same()
+
+	w.ctl("A", "failover", "planned", d.Name, "--yes")
+	w.replicating("B", d.Name)
+	for i := range u.files {
+		w.poke("B", d, d.Target(i), 3<<20, 64<<10, byte(0x60+i))
+	}
+	w.ctl("B", "failover", "planned", d.Name, "--yes")
+	w.replicating("A", d.Name)
+	same()
 }

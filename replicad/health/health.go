@@ -75,6 +75,7 @@ type Facts struct {
 	FlattenError string // a committed failover cannot be completed
 	Interrupted  string // an interrupted plan
 	StoreSuspect string // the replica image was touched from outside, or its store is damaged
+	Unproven     string // replica: why everything is to be compared before its content is trusted
 	Incomplete   bool   // replica holds no complete copy
 	NoCopy       bool   // primary: it is not known that the replica holds a complete copy
 	Backlog      string // replica apply is late
@@ -251,6 +252,9 @@ func evaluateReplica(f Facts, now time.Time, add adder) {
 	}
 	if f.Incomplete {
 		add("incomplete", Warning, "wait for the initial copy", "the replica holds no complete copy yet")
+	}
+	if f.Unproven != "" {
+		add("unverified", Warning, "wait until the primary has compared everything: replicactl vm watch "+f.Name+" there", "what the replica holds is not verified: %s", f.Unproven)
 	}
 	if f.ApplyError != "" {
 		add("apply-failed", Critical, "check the replica's storage: df -h; it is tried again by itself", "what was received cannot be written: %s", f.ApplyError)

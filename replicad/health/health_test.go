@@ -21,6 +21,7 @@ func TestEveryFactBecomesItsConditionWithARemedy(t *testing.T) {
 		"diverged":         {func(f *health.Facts) { f.Diverged = "x" }, health.Critical},
 		"plan-interrupted": {func(f *health.Facts) { f.Interrupted = "x" }, health.Critical},
 		"replica-suspect":  {func(f *health.Facts) { f.StoreSuspect = "x" }, health.Critical},
+		"unverified":       {func(f *health.Facts) { f.Primary, f.Unproven = false, "x" }, health.Warning},
 		"data-plane-down":  {func(f *health.Facts) { f.DataPlane = "x" }, health.Critical},
 		"no-space":         {func(f *health.Facts) { f.NoSpace = "x" }, health.Critical},
 		"released":         {func(f *health.Facts) { f.Released = "x" }, health.Critical},

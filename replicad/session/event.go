@@ -145,8 +145,12 @@ type Action interface{ action() }
 
 // Operations.
 type (
-	// DoHandshake asks both sides where they stand.
-	DoHandshake struct{}
+	// DoHandshake asks both sides where they stand. Compared is not 0 when what
+	// the replica asked for by that number was compared, and is equal at At.
+	DoHandshake struct {
+		Compared uint64
+		At       delta.Pos
+	}
 	// DoMark marks what must be compared: everything, or what the decision's
 	// union names.
 	DoMark struct{ Decision lineage.Decision }

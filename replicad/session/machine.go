@@ -89,7 +89,10 @@ type Machine struct {
 	mark      *lineage.Decision // what has to be marked before the pass
 	markedAt  delta.Pos         // everything was marked for a comparison with this position ...
 	markedBy  string            // ... in this instance of the data plane
+	markedFor uint64            // ... that the replica asked for by this number
 	compared  bool              // ... and the comparison came to its end
+	asked     uint64            // the replica wants to hear that it did; 0 = it does not
+	claim     DoHandshake       // what the next handshake says of it
 
 	join       joins
 	verified   bool
@@ -188,7 +191,7 @@ func (m *Machine) Step(now time.Time, ev Event) []Action {
 		return m.onHandshake(now, e)
 	case EvMarked:
 		m.mark = nil
-		m.markedAt, m.markedBy, m.compared = m.parent, m.source.Instance, false
+		m.markedAt, m.markedBy, m.markedFor, m.compared = m.parent, m.source.Instance, m.asked, false
 		return m.next(now)
 	case EvSeeded:
 		return m.onSeeded(now, e)
@@ -234,8 +237,9 @@ func (m *Machine) onRetry(now time.Time) []Action {
 }
 
 func (m *Machine) connect() []Action {
-	m.again = false
-	return m.do(Connecting, DoHandshake{})
+	claim := m.claim
+	m.again, m.claim = false, DoHandshake{}
+	return m.do(Connecting, claim)
 }
 
 func (m *Machine) onWake(now time.Time) []Action {

@@ -36,6 +36,9 @@ func (m *Machine) onFrozen(now time.Time, e EvFrozen) []Action {
 		m.mark, m.verify, m.verifyAll = &d, d.Reason, true
 		return m.next(now)
 	}
+	if m.proven() {
+		m.schedule(now, true) // a replica that does not take it is not asked without end
+	}
 	switch {
 	case m.paused:
 		return m.park()
@@ -109,6 +112,7 @@ func (m *Machine) onAcked(now time.Time, e EvAcked) []Action {
 	m.seeds, m.corrupt, m.overload = nil, 0, 0
 	delete(m.cond, CondOverload)
 	m.schedule(now, false)
+	m.proven()
 	return append(acts, m.next(now)...)
 }
 

@@ -36,6 +36,7 @@ func (m *Machine) onHandshake(now time.Time, e EvHandshake) []Action {
 		m.sizes[disk.Name] = disk.Size
 	}
 	lost := m.startJoin(e, d)
+	m.asked = e.Reply.Asked
 	if d.Outcome == lineage.SeedContinue {
 		return m.startSeed(now, d)
 	}
@@ -110,13 +111,13 @@ func (m *Machine) startSeed(now time.Time, d lineage.Decision) []Action {
 	return m.next(now)
 }
 
-// startVerify marks what has to be compared, once per position and process:
-// after that the marks themselves know what is left. The position may be zero:
+// startVerify marks what has to be compared, once per position, process and
+// wish of the replica: after that the marks themselves know what is left. The position may be zero:
 // the replica took over images that were never committed here, such as an old
 // primary's, and what is equal in them is not sent.
 func (m *Machine) startVerify(now time.Time, d lineage.Decision) []Action {
 	m.shipped, m.verifyAll = nil, true
-	fresh := m.markedBy == "" || m.markedBy != m.source.Instance || m.markedAt != m.parent
+	fresh := m.markedBy == "" || m.markedBy != m.source.Instance || m.markedAt != m.parent || m.markedFor != m.asked
 	if fresh || !m.compared {
 		m.verify = d.Reason
 	}
@@ -125,6 +126,17 @@ func (m *Machine) startVerify(now time.Time, d lineage.Decision) []Action {
 	}
 	m.mark, m.drop = &d, m.held != nil
 	return m.next(now)
+}
+
+// proven tells the replica, by a handshake, that what it asked for was compared
+// and that it has what differed. Until it knows, it asks at every handshake and
+// everything is compared again.
+func (m *Machine) proven() bool {
+	if m.asked == 0 || !m.compared || m.markedFor != m.asked || m.verify != "" || m.mark != nil {
+		return false
+	}
+	m.claim, m.again, m.asked = DoHandshake{Compared: m.asked, At: m.parent}, true, 0
+	return true
 }
 
 // halt is the end of shipping until a new handshake says otherwise.

@@ -53,7 +53,7 @@ func fromSource(err error) error {
 func (s *Session) operate(ctx context.Context, a Action) (Event, error) {
 	switch a := a.(type) {
 	case DoHandshake:
-		return s.handshake(ctx)
+		return s.handshake(ctx, a)
 	case DoMark:
 		return s.mark(ctx, a.Decision)
 	case DoSeed:
@@ -141,7 +141,7 @@ func classify(err error) Class {
 	return ClassLink
 }
 
-func (s *Session) handshake(ctx context.Context) (Event, error) {
+func (s *Session) handshake(ctx context.Context, a DoHandshake) (Event, error) {
 	st, err := s.cfg.Source.Status(ctx)
 	if err != nil {
 		return nil, fromSource(err)
@@ -151,6 +151,7 @@ func (s *Session) handshake(ctx context.Context) (Event, error) {
 	}
 	req := wire.HandshakeRequest{
 		VM: s.cfg.VM, Generation: st.Generation, Base: st.Base, Acked: st.Acked, Highest: st.Highest, Running: true,
+		Compared: a.Compared, CommittedAt: a.At,
 	}
 	for _, d := range st.Disks {
 		req.Disks = append(req.Disks, wire.Disk{Name: d.Name, Size: d.Size, Format: "raw"})

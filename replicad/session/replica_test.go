@@ -39,7 +39,7 @@ func (r *replica) config() points.Config {
 	if err != nil {
 		r.t.Fatal(err)
 	}
-	return points.Config{FS: r.fs, VM: vm, Bases: func(disk string, size int64) (block.Device, error) {
+	return points.Config{FS: r.fs, VM: vm, Set: func([]delta.Disk) error { return nil }, Bases: func(disk string, size int64) (block.Device, error) {
 		if r.bases[disk] == nil {
 			r.bases[disk] = block.NewMem(size)
 		}

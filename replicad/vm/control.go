@@ -132,8 +132,10 @@ func (v *VM) trustAgain(ctx context.Context) error {
 	st := s.Status()
 	switch st.State {
 	case points.Suspect:
+		v.forgetAsked()
 		err = s.Discard()
 	case points.Damaged:
+		v.forgetAsked()
 		err = s.DropDamaged()
 	default:
 		return v.notShipping()

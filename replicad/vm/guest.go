@@ -32,16 +32,19 @@ type guestFacts struct {
 	firmware, sending map[delta.BlobKind][32]byte
 
 	peerGeneration delta.Generation
-	peerAncestors  []delta.Pos
-	peerRunning    bool
-	allowed        delta.Generation // may write into the store
-	heard          time.Time        // last word of the peer
-	beat           time.Time        // last empty cut, for beatAt
-	beatAt         delta.Pos
-	decision       lineage.Decision
-	told           string // why the last handshake held the guest
-	hands          hands  // whether the VM was released
-	unread         int    // times in a row that this could not be read
+	// asked names the wish to have everything compared that the replica's store
+	// has; a restart or another reason for it makes it another one.
+	asked         uint64
+	peerAncestors []delta.Pos
+	peerRunning   bool
+	allowed       delta.Generation // may write into the store
+	heard         time.Time        // last word of the peer
+	beat          time.Time        // last empty cut, for beatAt
+	beatAt        delta.Pos
+	decision      lineage.Decision
+	told          string // why the last handshake held the guest
+	hands         hands  // whether the VM was released
+	unread        int    // times in a row that this could not be read
 }
 
 // The gate is what the libvirt hook looks at before any start. The protected

@@ -2,6 +2,8 @@ package vm
 
 import (
 	"context"
+	"crypto/rand"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"slices"
@@ -44,7 +46,11 @@ func (v *VM) half() (wire.HandshakeReply, error) {
 	if r.Incomplete && st.State != points.Seeding && r.Next == nil {
 		return h, &wire.Error{Kind: wire.KindUnavailable, Text: "this host is still giving up its own writes", Hint: "replicactl vm status " + r.Name}
 	}
-	h.VerifyAll = st.VerifyAll
+	if h.VerifyAll = st.VerifyAll; h.VerifyAll != "" {
+		if h.Asked, err = v.askCompare(); err != nil {
+			return h, err
+		}
+	}
 	switch st.State {
 	case points.Seeding:
 		if r.Existing {
@@ -77,6 +83,52 @@ func (v *VM) half() (wire.HandshakeReply, error) {
 		h.Partial = &wire.EpochKey{VM: r.VM, Generation: p.Generation, Epoch: p.Epoch, Nonce: p.Nonce}
 	}
 	return h, nil
+}
+
+// askCompare names the store's wish to have everything compared.
+func (v *VM) askCompare() (uint64, error) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	for v.facts.asked == 0 {
+		var b [8]byte
+		if _, err := rand.Read(b[:]); err != nil {
+			return 0, fmt.Errorf("name a comparison: %w", err)
+		}
+		v.facts.asked = binary.LittleEndian.Uint64(b[:])
+	}
+	return v.facts.asked, nil
+}
+
+// compared ends the store's distrust of its own content when the primary says
+// that it compared everything since it was asked to, and that the replica has
+// what differed. Without it each handshake would compare everything once more.
+func (v *VM) compared(q wire.HandshakeRequest) error {
+	v.mu.Lock()
+	ours := q.Compared != 0 && q.Compared == v.facts.asked && v.facts.allowed == q.Generation && !v.closed
+	v.mu.Unlock()
+	if !ours || v.record().Lineage.State != lineage.Replica {
+		return nil
+	}
+	s, err := v.store()
+	if err != nil {
+		return err
+	}
+	if st := s.Status(); st.State != points.Replica || st.Committed != q.CommittedAt || st.VerifyAll == "" {
+		return nil
+	}
+	if err := s.Verified(); err != nil {
+		return storeError(err)
+	}
+	v.forgetAsked()
+	v.log.Info("everything was compared with the primary", "at", q.CommittedAt.String())
+	return nil
+}
+
+// forgetAsked makes the next wish another one.
+func (v *VM) forgetAsked() {
+	v.mu.Lock()
+	v.facts.asked = 0
+	v.mu.Unlock()
 }
 
 // whySuspect says why a store that is suspect or damaged takes nothing.

@@ -28,6 +28,9 @@ type Loss struct {
 	// Without are disks of the VM that the chosen state does not have, or not
 	// all of: the guest starts without them.
 	Without []wire.DiskName
+	// Unproven says why the replica wants everything compared before it trusts
+	// its content; empty = it trusts it.
+	Unproven string
 }
 
 // Loss asks the peer and reports what an unplanned failover would lose.
@@ -42,7 +45,7 @@ func (v *VM) Loss(ctx context.Context, point string, force bool) (Loss, error) {
 		return Loss{}, &wire.Error{Kind: wire.KindRefused, Text: "the replica holds no complete copy", Hint: "replicactl vm status " + v.record().Name}
 	}
 	l := Loss{
-		Newest: st.Committed, NewestCut: st.CutTime, Points: st.Points,
+		Newest: st.Committed, NewestCut: st.CutTime, Points: st.Points, Unproven: st.VerifyAll,
 		Bytes: -1, Primary: wire.Check{Name: "Ask the primary", Result: wire.Unknown},
 	}
 	if l.At, l.Cut, err = v.choose(point, st); err != nil {

@@ -412,6 +412,9 @@ func (v *VM) Unplanned(ctx context.Context, o UnplannedOptions, event func(failo
 	if loss.Primary.Result != wire.OK && !o.Force {
 		return &wire.Error{Kind: wire.KindRefused, Text: "the primary: " + loss.Primary.Detail, Hint: loss.Primary.Remedy}
 	}
+	if loss.Unproven != "" && !o.Force {
+		return &wire.Error{Kind: wire.KindRefused, Text: "the replica is not verified: " + loss.Unproven, Hint: "replicactl vm watch " + v.record().Name + " on the primary until everything was compared; or repeat with --force"}
+	}
 	g, err := lineage.NewGeneration(rand.Reader)
 	if err != nil {
 		return err

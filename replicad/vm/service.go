@@ -106,6 +106,9 @@ func (m *Manager) Handshake(ctx context.Context, q wire.HandshakeRequest) (wire.
 	if err != nil {
 		return wire.HandshakeReply{}, err
 	}
+	if err := v.compared(q); err != nil {
+		return wire.HandshakeReply{}, err
+	}
 	reply, err := v.half()
 	if err != nil {
 		return reply, err

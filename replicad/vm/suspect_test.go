@@ -68,6 +68,33 @@ func TestTheRemedyOfASuspectReplicaBringsItBack(t *testing.T) {
 		}
 		return nil
 	})
+	w.until("the replica to know that it was compared", func() error {
+		st := w.b.vm().Status(t.Context(), "A")
+		if c := condition(st.Conditions, "unverified"); c != nil || unproven(w.b) != "" {
+			return fmt.Errorf("%+v; %s", c, unproven(w.b))
+		}
+		return nil
+	})
+	// what it was told lasts: no later handshake compares everything again
+	w.b.kill()
+	w.b.start()
+	w.write(w.a, 2)
+	w.rest()
+	if why := unproven(w.b); why != "" {
+		t.Errorf("after a restart: %s", why)
+	}
+	if s := w.a.vm().session().Status(); s.Verifying != "" {
+		t.Errorf("the primary compares again: %s", s.Verifying)
+	}
+}
+
+// unproven is why a replica wants everything compared.
+func unproven(s *side) string {
+	st, err := s.vm().storeStatus()
+	if err != nil {
+		return err.Error()
+	}
+	return st.VerifyAll
 }
 
 func condition(cs []health.Condition, code string) *health.Condition {
@@ -114,6 +141,12 @@ func TestASuspectReplicaIsNotFailedOverTo(t *testing.T) {
 				t.Fatalf("B is %s, a plan is open: %t", l.State, w.b.planOpen())
 			}
 			must(t, w.b.do(resync))
+			// nobody has compared anything yet: that is said before the failover
+			l, err := w.b.vm().Loss(t.Context(), "latest", true)
+			must(t, err)
+			if c := condition(w.b.vm().Status(t.Context(), "A").Conditions, "unverified"); l.Unproven == "" || c == nil {
+				t.Errorf("not said to be unverified: %+v, %+v", l, c)
+			}
 			must(t, w.b.do(failoverTo("latest", UnplannedOptions{Force: true, InPlace: inPlace})))
 			if l := w.b.vm().record().Lineage; !l.MayServe() {
 				t.Errorf("B is %s", l.State)

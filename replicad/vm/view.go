@@ -128,7 +128,7 @@ func (v *VM) viewReplica(out *status.VM, f *health.Facts) {
 	if o := v.orphanText(); o != "" {
 		out.State, f.Orphan = status.Orphan, o
 	}
-	f.PointsFull = pointsFull(st.Status)
+	f.PointsFull, f.Unproven = pointsFull(st.Status), st.VerifyAll
 	f.Incomplete = st.Committed.IsZero() || v.record().Incomplete
 	out.Position, out.Epoch, out.LastCommit = st.Committed.String(), st.Committed.Epoch, st.CutTime
 	if f.Incomplete {

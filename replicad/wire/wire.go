@@ -203,6 +203,11 @@ type HandshakeRequest struct {
 	Between bool `json:",omitempty"`
 	// Diverged is the primary's own sticky mark.
 	Diverged bool `json:",omitempty"`
+	// Compared repeats the HandshakeReply.Asked for which everything was
+	// compared, and what differed was committed; CommittedAt is the position that
+	// is equal since.
+	Compared    uint64    `json:",omitempty"`
+	CommittedAt delta.Pos `json:",omitzero"`
 }
 
 // Bounds of the lists of a handshake.
@@ -225,6 +230,10 @@ type HandshakeReply struct {
 	Seeding    map[DiskName]int64 // durable cursor per disk, while seeding
 	Partial    *EpochKey          // a resumable partial epoch
 	VerifyAll  string             // why the replica wants everything compared
+	// Asked names one wish to have everything compared, so that the end of an
+	// earlier comparison is not taken for the end of this one; 0 = the wish ends
+	// by itself.
+	Asked uint64 `json:",omitempty"`
 
 	// VM is the VM the answering host's own records name; empty = not told.
 	VM VMID `json:",omitempty"`

@@ -48,6 +48,9 @@ func mapped(err error) error {
 	return err
 }
 
+// asked names the store's wish to have everything compared.
+const asked = 1
+
 // Handshake says where the store stands.
 func (r *Replica) Handshake(_ context.Context, q wire.HandshakeRequest) (wire.HandshakeReply, error) {
 	s, err := r.Get()
@@ -55,6 +58,12 @@ func (r *Replica) Handshake(_ context.Context, q wire.HandshakeRequest) (wire.Ha
 		return wire.HandshakeReply{}, err
 	}
 	st := s.Status()
+	if st.State == points.Replica && st.VerifyAll != "" && q.Compared == asked && q.CommittedAt == st.Committed {
+		if err := s.Verified(); err != nil {
+			return wire.HandshakeReply{}, err
+		}
+		st = s.Status()
+	}
 	h := wire.HandshakeReply{VM: q.VM, Role: "replica", Generation: r.Generation, VerifyAll: st.VerifyAll}
 	if st.State == points.Seeding {
 		h.Seeding = map[wire.DiskName]int64{}
@@ -64,6 +73,13 @@ func (r *Replica) Handshake(_ context.Context, q wire.HandshakeRequest) (wire.Ha
 		return h, nil
 	}
 	h.Committed, h.Generation = st.Committed, st.Committed.Generation
+	h.Sizes = map[wire.DiskName]int64{}
+	for _, d := range st.Disks {
+		h.Sizes[wire.DiskName(d.Name)] = d.Size
+	}
+	if st.VerifyAll != "" {
+		h.Asked = asked
+	}
 	return h, nil
 }
 
