@@ -105,9 +105,15 @@ func pattern(n int) []byte {
 // crash, and starts the daemon again.
 func (w *world) crashAt(host, point string, act func(context.Context)) {
 	w.t.Helper()
+	w.crashWhen(func() { w.ready(host) }, host, point, act)
+}
+
+// crashWhen does so where up waits until the restarted host's VMs are up.
+func (w *world) crashWhen(up func(), host, point string, act func(context.Context)) {
+	w.t.Helper()
 	w.must(w.Daemon(host).Kill())
 	w.must(w.StartDaemon(w.step(), host, "REPLICAD_CRASH_AT="+point))
-	w.ready(host)
+	up()
 	armed := w.Daemon(host)
 	ctx, cancel := context.WithTimeout(w.t.Context(), labtest.StepTimeout)
 	done := make(chan struct{})

@@ -7,7 +7,9 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"kvmreplica/internal/fsx"
 	"kvmreplica/internal/fsx/fsxtest"
+	"kvmreplica/replicad/wire"
 )
 
 // Choices that lie would open exports that must stay closed, or let QEMU at an
@@ -37,6 +39,26 @@ func TestEveryDamageOfTheChoicesIsDetectedOrHarmless(t *testing.T) {
 			return choices{}, err
 		}
 		return s.get(), nil
+	})
+}
+
+// What is late and not believed would be forgotten: the copy would differ
+// unnoticed.
+func TestEveryDamageOfWhatIsLateIsDetectedOrHarmless(t *testing.T) {
+	fsys := fsxtest.NewMem()
+	want := lateRecord{Version: 1, Disks: map[wire.DiskName]lateDisk{"vda": {Pieces: []int64{0, 3, 70000}}, "vdb": {All: true}}}
+	if err := fsx.WriteJSON(fsys, lateFile, want); err != nil {
+		t.Fatal(err)
+	}
+	whole, err := fsys.Content(lateFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	judge(t, whole, want, func(damaged []byte) (lateRecord, error) {
+		if err := fsys.Damage(lateFile, func([]byte) []byte { return damaged }); err != nil {
+			t.Fatal(err)
+		}
+		return readLate(fsys)
 	})
 }
 

@@ -2,6 +2,7 @@ package dataplane_test
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"os"
 	"testing"
@@ -167,4 +168,25 @@ func TestADiskIsMadeShorterOnlyOnRequest(t *testing.T) {
 	if n := replica["vda"].Size(); n != 3*mib {
 		t.Errorf("the replica has %d bytes", n)
 	}
+}
+
+// An image that somebody else has locked is refused before anything is served.
+func TestAnImageThatIsLockedElsewhereIsNotServed(t *testing.T) {
+	cfg := dt.Config(t, 4*mib)
+	f, err := block.OpenFile(cfg.Disks[0].Path, block.FileOptions{NoLock: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := f.LockQEMU(); err != nil {
+		t.Fatal(err)
+	}
+	var locked *block.LockedError
+	if _, err := dataplane.Open(t.Context(), cfg, slog.New(slog.DiscardHandler)); !errors.As(err, &locked) {
+		t.Errorf("opened: %v", err)
+	}
+	if err := f.UnlockQEMU(); err != nil {
+		t.Fatal(err)
+	}
+	dt.Serve(t, cfg).Stop()
 }

@@ -165,3 +165,34 @@ func TestACopyThatFailsLeavesNothing(t *testing.T) {
 		t.Errorf("a copy of what is not applied: %v", err)
 	}
 }
+
+// Nothing is ordered by the clock: after one that was put back, new states
+// become recovery points as before, behind the older ones.
+func TestAClockThatIsPutBackStopsNoRecoveryPoints(t *testing.T) {
+	p := newPrimary(78)
+	s := p.openDir(t, &points.Dir{Path: t.TempDir()})
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	must(p.seed(s))
+	must(p.epochs(s, 3, time.Minute, true))
+	before := s.Points()
+	p.now = p.now.Add(-10 * time.Hour)
+	must(p.epochs(s, 3, time.Minute, true))
+	after := s.Points()
+	if len(after) != len(before)+3 {
+		t.Fatalf("%d points before, %d after", len(before), len(after))
+	}
+	for i := 1; i < len(after); i++ {
+		if after[i].Ordinal <= after[i-1].Ordinal || after[i].Pos.Epoch <= after[i-1].Pos.Epoch {
+			t.Errorf("point %d stands behind %d", after[i].Pos.Epoch, after[i-1].Pos.Epoch)
+		}
+	}
+	if latest, err := s.Choose("latest"); err != nil || latest.Pos != s.Committed() {
+		t.Errorf("latest is %v, %v; committed is %v", latest.Pos, err, s.Committed())
+	}
+	must(s.Close())
+}
