@@ -99,6 +99,53 @@ func TestAPlannedFailoverThatFindsAForkEndsAndEitherSideCanBeKept(t *testing.T) 
 	}
 }
 
+// The old primary does not know yet that a person settled the divergence, and
+// its next handshake finds it once more, before it gives its writes up.
+func TestADivergenceThatIsFoundOnceMoreWhileItIsSettledIsSettled(t *testing.T) {
+	t.Parallel()
+	for _, point := range []string{"reverse/keep/acted", "reverse/release/begun", "reverse/release/acted"} {
+		t.Run(strings.ReplaceAll(point, "/", " "), func(t *testing.T) {
+			t.Parallel()
+			w := newPair(t)
+			w.protect()
+			w.divergeAt("planned/final/begun")
+			if err := w.a.do(planned); err == nil {
+				t.Fatal("a fork was handed over")
+			}
+			w.until("the plan to end and both sides to know", func() error {
+				if w.a.planOpen() || w.b.planOpen() {
+					return errors.New("a plan is open")
+				}
+				return w.bothDiverged()
+			})
+			w.lossy.Store(true)
+			w.forced.Store(true)
+			must(t, w.b.do(failoverTo("latest", UnplannedOptions{InPlace: true})))
+			found := false
+			w.b.mu.Lock()
+			w.b.atPoint = map[string]func(){point: func() {
+				found = true
+				w.b.vm().conclude(lineage.Decision{Alarm: true, Diverged: true, Row: "forked", Reason: "both sides went on from a common point"}, delta.Generation{7})
+			}}
+			w.b.mu.Unlock()
+			must(t, w.b.do(reverse))
+			if !found {
+				t.Fatal("it was not found once more")
+			}
+			w.until("the guest to run", func() error {
+				if w.b.hyper.runs() {
+					return nil
+				}
+				return w.b.do(func(ctx context.Context, _ *Manager, v *VM) error { return v.StartGuest(ctx, StartOptions{}) })
+			})
+			w.forced.Store(false)
+			if o := w.rest(); o != w.b {
+				t.Fatal("B does not own the VM")
+			}
+		})
+	}
+}
+
 // A journal that cannot be read for a moment is no reason to leave a plan
 // where it stands, nor to refuse the primary's epochs for ever.
 func TestAPlanWhoseJournalCannotBeReadForAMomentGoesOn(t *testing.T) {

@@ -65,6 +65,13 @@ func (v *VM) reverseSteps(r *failover.Runner, p *commitVars) []failover.Step {
 			return v.askRelease(ctx, r.Journal().Request)
 		}},
 		{Name: "ship", Title: "Replicate back", Do: func(ctx context.Context) (string, error) {
+			// A handshake of the old primary, before it gave up, may have found once
+			// more what was just settled.
+			if v.record().Lineage.Diverged != nil {
+				if err := v.move(lineage.Change{Event: lineage.Keep}, nil); err != nil {
+					return "", err
+				}
+			}
 			if err := v.update(func(r *Record) error { r.NoReverse, r.Verified = false, false; return nil }); err != nil {
 				return "", err
 			}
