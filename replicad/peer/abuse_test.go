@@ -414,6 +414,17 @@ func TestAnAnswerWithoutEndIsCutOff(t *testing.T) {
 	if _, err := c.Handshake(soon(t), wire.HandshakeRequest{VM: vmA}); kindOf(err) != wire.KindInvalid {
 		t.Fatalf("a path for a disk: %v", err)
 	}
+	for _, a := range []wire.FailoverReply{
+		{Dirty: map[wire.DiskName][]wire.Range{"vda": {{Off: -4096, Len: 8192}}}},
+		{Dirty: map[wire.DiskName][]wire.Range{"vda": {{Off: 1 << 62, Len: 1 << 62}}}},
+		{Dirty: map[wire.DiskName][]wire.Range{"vda": {{Off: 0, Len: 0}}}},
+		{Sizes: map[wire.DiskName]int64{"vda": -1}},
+	} {
+		r.svc.reply = a
+		if got, err := c.Failover(soon(t), wire.FailoverRequest{VM: vmA, Step: "release", Request: "r"}); kindOf(err) != wire.KindCorrupt || got.Dirty != nil || got.Sizes != nil {
+			t.Fatalf("%+v: %v", a, err)
+		}
+	}
 }
 
 func TestNothingOfAPeerReachesTheLogRaw(t *testing.T) {

@@ -248,7 +248,13 @@ func (c *Client) Points(ctx context.Context, vm wire.VMID) (a wire.PointsReply, 
 
 // Failover implements wire.Service.
 func (c *Client) Failover(ctx context.Context, r wire.FailoverRequest) (a wire.FailoverReply, err error) {
-	return a, c.call(ctx, callFailover, failoverTimeout, r, &a)
+	if err := c.call(ctx, callFailover, failoverTimeout, r, &a); err != nil {
+		return wire.FailoverReply{}, err
+	}
+	if err := a.Validate(); err != nil {
+		return wire.FailoverReply{}, &wire.Error{Kind: wire.KindCorrupt, Text: "the other host's answer: " + err.Error()}
+	}
+	return a, nil
 }
 
 func (c *Client) call(ctx context.Context, name call, limit time.Duration, q validator, a any) error {

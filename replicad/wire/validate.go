@@ -292,6 +292,24 @@ func checkSizes(by map[DiskName]int64) error {
 	return nil
 }
 
+// Validate refuses what no honest peer answers. How many ranges there may be is
+// bounded by the size of an answer.
+func (r FailoverReply) Validate() error {
+	for disk, rs := range r.Dirty {
+		for _, g := range rs {
+			if g.Off < 0 || g.Len <= 0 || g.Off > MaxDiskSize-g.Len {
+				return invalid("%d bytes at %d of disk %.32q", g.Len, g.Off, string(disk))
+			}
+		}
+	}
+	for disk, n := range r.Sizes {
+		if n < 0 || n > MaxDiskSize {
+			return invalid("disk %.32q of %d bytes", string(disk), n)
+		}
+	}
+	return nil
+}
+
 // Validate refuses what no honest peer sends.
 func (r FailoverRequest) Validate() error {
 	if err := firstError(checkReleased(r.Also), checkSizes(r.Sizes)); err != nil {
