@@ -178,8 +178,8 @@ func TestAGuestThatEndsBelowASnapshotLosesNothing(t *testing.T) {
 	disk := regexp.MustCompile(`(?s)<disk type='network'.*?</disk>`).FindString(doc)
 	onto := regexp.MustCompile(`(?s)<source .*</source>`).ReplaceAllString(disk, "<source file='"+overlay+"'/>")
 	onto = strings.Replace(strings.Replace(onto, "type='network'", "type='file'", 1), "type='raw'", "type='qcow2'", 1)
-	w.must(os.WriteFile(h.Path("/tmp/kept.xml"), []byte(strings.Replace(doc, disk, onto, 1)), 0o600))
-	w.virsh("A", "define", "/tmp/kept.xml")
+	w.must(os.WriteFile(h.Path("/var/lib/libvirt/images/kept.xml"), []byte(strings.Replace(doc, disk, onto, 1)), 0o600))
+	w.virsh("A", "define", "/var/lib/libvirt/images/kept.xml")
 	w.ctl("A", "vm", "start", d.Name)
 	runs(n)
 	// Now the guest was started on the export, and libvirt takes the definition along.

@@ -18,8 +18,8 @@ func TestAFailoverIsFencedAndEndsByItselfAsAsked(t *testing.T) {
 	w.ctl("A", "vm", "enable", d.Name, "--to", estate.Peer("B"), "--every", "1s", "--yes")
 	w.settled(d.Name)
 	b := w.Lab.Host("B")
-	w.must(b.PutFile("/usr/local/sbin/fence", []byte("#!/bin/sh\necho \"$@\" >> /tmp/fenced\ntest -e /tmp/reachable\n"), 0o755))
-	w.fenceWith("/usr/local/sbin/fence")
+	w.must(b.PutFile("/etc/replicad/fence", []byte("#!/bin/sh\necho \"$@\" >> /etc/replicad/fenced\ntest -e /etc/replicad/reachable\n"), 0o755))
+	w.fenceWith("/etc/replicad/fence")
 	w.must(w.Daemon("A").Stop(w.step()))
 	unplanned := []string{"failover", "unplanned", d.Name, "--force", "--no-start", "--yes"}
 	if out := w.refused("B", 6, unplanned...); !strings.Contains(out, "--unfenced") {
@@ -28,7 +28,7 @@ func TestAFailoverIsFencedAndEndsByItselfAsAsked(t *testing.T) {
 	if v := w.rested("B", d.Name); v.Role != status.Replica {
 		t.Fatalf("after a fence that failed B is %s", v.Role)
 	}
-	w.must(b.PutFile("/tmp/reachable", nil, 0o600))
+	w.must(b.PutFile("/etc/replicad/reachable", nil, 0o600))
 	w.ctl("B", append(unplanned, "--cancel-within", "2s")...)
 	_, err := w.WaitStatus(w.step(), "B", d.Name, "cancelled", func(v status.VM) bool { return v.Role == status.Replica && v.Plan == nil })
 	w.must(err)
@@ -36,7 +36,7 @@ func TestAFailoverIsFencedAndEndsByItselfAsAsked(t *testing.T) {
 	w.ctl("B", append(unplanned, "--commit-within", "2s")...)
 	w.failedOver("B", d.Name, "")
 	t.Logf("committed by itself after %v", time.Since(begun).Round(100*time.Millisecond))
-	out, err := b.Exec(w.step(), "cat", "/tmp/fenced")
+	out, err := b.Exec(w.step(), "cat", "/etc/replicad/fenced")
 	w.must(err)
 	if n := strings.Count(string(out), d.Name+" "+d.UUID+" "); n != 3 {
 		t.Errorf("fenced %d times:\n%s", n, out)
