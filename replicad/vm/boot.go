@@ -81,9 +81,13 @@ func (v *VM) decideBoot(ctx context.Context, begun time.Time) (done bool, err er
 	if r = v.record(); !r.Lineage.MayServe() {
 		return true, nil
 	}
-	if why, err := v.withoutSnapshot(ctx); err != nil || why != "" {
+	why, err = v.withoutSnapshot(ctx)
+	if err != nil {
+		why = err.Error() // libvirt comes back; that is no failed start
+	}
+	if why != "" {
 		v.hold(why)
-		return false, err
+		return false, nil
 	}
 	v.hold("")
 	if !r.WantRunning && !r.Autostart {

@@ -24,7 +24,8 @@ type guestFacts struct {
 	ended    bool   // it was shut down; not remembered yet
 	growth   string // what the log was told of an image that became longer and is not taken up
 	state    libvirt.State
-	bypass   string // an export is missing from the block graph
+	bypass   string // exports missing from the block graph, until everything is marked; as the record's
+	passing  bool   // they are missing now
 	overlay  string // snapshots above the exports, seen in the block graph
 	stranded bool   // the guest is off, and its definition does not name them
 	resuming bool
@@ -219,9 +220,12 @@ func (v *VM) StartGuest(ctx context.Context, o StartOptions) error {
 	} else if !answered && !o.Force {
 		return &wire.Error{Kind: wire.KindRefused, Text: "the other host does not answer, so it is not known whether the VM runs there", Hint: "replicactl vm start --force when it is certainly stopped there"}
 	}
-	err = v.refuseStranded(ctx)
-	if o.WithoutSnapshot {
+	switch {
+	case v.guestRuns(): // on whatever it runs
+	case o.WithoutSnapshot:
 		err = v.dropSnapshot()
+	default:
+		err = v.refuseStranded(ctx)
 	}
 	if err != nil {
 		return err

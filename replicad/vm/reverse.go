@@ -316,6 +316,7 @@ func (v *VM) giveUp(ctx context.Context, q wire.FailoverRequest) (wire.FailoverR
 		v.hold("")
 		return reply, err
 	}
+	v.forgetPath()
 	if trial {
 		if err := v.dropOverlay(); err != nil {
 			v.log.Warn("drop the overlay of the failover that was given up", "err", err)

@@ -42,35 +42,56 @@ func (v *VM) lookAtGraph(ctx context.Context) {
 // is marked, so that neither an error nor the end of this process makes such
 // writes be forgotten.
 func (v *VM) passes(ctx context.Context, disks string) {
-	was := v.record().Bypass
 	v.mu.Lock()
-	news := disks != v.facts.bypass
-	v.facts.bypass = disks
-	v.mu.Unlock()
-	if disks == was {
-		return
+	kept, was := v.rec.Bypass, cmp.Or(v.facts.bypass, v.rec.Bypass)
+	news := v.facts.passing != (disks != "") || disks != "" && disks != v.facts.bypass
+	if v.facts.passing = disks != ""; v.facts.passing {
+		v.facts.bypass = disks
 	}
+	v.mu.Unlock()
 	s := v.session()
 	if disks != "" {
-		if s != nil && news {
-			s.Pause()
+		if news {
 			v.log.Error("the guest writes past the tracker", "what", disks)
+		}
+		if news && s != nil {
+			s.Pause()
+		}
+		if kept == disks {
+			return
 		}
 		if err := v.update(func(r *Record) error { r.Bypass = disks; return nil }); err != nil && news {
 			v.log.Error("keep that the guest writes past the tracker; it is tried again", "err", err)
 		}
 		return
 	}
+	if was == "" {
+		return
+	}
 	err := v.distrust(ctx, "the guest wrote past the tracker: "+was)
-	if err == nil {
+	if err == nil && kept != "" {
 		err = v.update(func(r *Record) error { r.Bypass = ""; return nil })
 	}
-	switch {
-	case err == nil && s != nil:
-		v.proceed(s)
-	case err != nil && news:
-		v.log.Error("have everything compared after the guest wrote past the tracker; it is tried again", "err", err)
+	if err != nil {
+		if news {
+			v.log.Error("have everything compared after the guest wrote past the tracker; it is tried again", "err", err)
+		}
+		return
 	}
+	v.mu.Lock()
+	v.facts.bypass = ""
+	v.mu.Unlock()
+	if s != nil {
+		v.proceed(s)
+	}
+}
+
+// forgetPath drops what was seen of the guest's writes: a role begins or ends,
+// and with it what they were relative to.
+func (v *VM) forgetPath() {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.facts.bypass, v.facts.passing, v.facts.overlay, v.facts.stranded = "", false, "", false
 }
 
 // bypass says what passes the tracker, or did and is not marked yet; the caller
@@ -79,7 +100,7 @@ func (v *VM) bypass() string {
 	switch disks := cmp.Or(v.facts.bypass, v.rec.Bypass); {
 	case disks == "":
 		return ""
-	case v.facts.bypass == "":
+	case !v.facts.passing:
 		return "the guest wrote past the tracker: " + disks + "; not everything is marked for comparison yet"
 	default:
 		return "the guest writes past the tracker: " + disks
@@ -100,10 +121,10 @@ func (v *VM) writesArrive() error {
 	return nil
 }
 
-// waits reports why nothing is to be shipped now: a person's word, a time that
+// waits reports whether nothing is to be shipped now: a person's word, a time that
 // has not come, or a guest whose writes do not arrive; the caller holds the lock.
 func (v *VM) waits() bool {
-	return v.rec.Paused || v.deps.Now().Before(v.rec.StartAt) || v.overlay() != "" || v.facts.bypass != "" || v.rec.Bypass != ""
+	return v.rec.Paused || v.deps.Now().Before(v.rec.StartAt) || v.overlay() != "" || v.bypass() != ""
 }
 
 // proceed ends a pause that nothing asks for any more.

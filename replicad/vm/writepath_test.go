@@ -76,6 +76,13 @@ func TestWritesPastTheTrackerAreNotForgotten(t *testing.T) {
 			w.graph(libvirt.PositionTop)
 			w.a.start()
 		},
+		"the record could not be written": func(w *pair) {
+			v := w.a.vm()
+			v.mu.Lock()
+			v.rec.Bypass = "" // as if it never had been
+			v.mu.Unlock()
+			w.graph(libvirt.PositionTop)
+		},
 		"the guest ends": func(w *pair) {
 			must(w.t, w.a.hyper.Destroy(w.t.Context(), string(testVM), false))
 			w.graph(libvirt.PositionTop) // as it will start
